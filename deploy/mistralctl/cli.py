@@ -1,0 +1,338 @@
+"""The command line: reads options, calls one command, prints its result. Nothing imports it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from mistralctl.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from mistralctl.config import Sourced
+
+app = typer.Typer(
+    name="mistralctl",
+    help="Mistral 7B on AWS, GCP, Azure or this machine: one command brings it up, one takes it away.",
+    epilog="First steps: mistralctl up smollm2-135m-instruct --cloud local; then mistralctl chat smollm2-135m-instruct. "
+    "mistralctl doctor says what is missing.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+class Form(str, Enum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+    yaml = "yaml"
+
+
+Output = Annotated[Form, typer.Option("-o", "--output", help="text, json or yaml")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a deployment")]
+
+
+def _known_names(incomplete: str) -> list[str]:
+    from mistralctl import state
+
+    return [name for name in state.names() if name.startswith(incomplete)]
+
+
+def _known_models(incomplete: str) -> list[str]:
+    from mistralctl.models import MODELS
+
+    return [name for name in MODELS if name.startswith(incomplete)]
+
+
+DeployedName = Annotated[str, typer.Argument(metavar="NAME", help="name of a deployment", autocompletion=_known_names)]
+
+
+def _say(result: Any, form: Form, text: str) -> None:
+    """Prints a result in the form that was asked for; `text` names the function of `output` that makes the text."""
+    from mistralctl import output
+
+    typer.echo(output.dumped(result, form.value, getattr(output, text)))
+
+
+def _spec_options(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="row of `mistralctl models`, a folder, or a URI",
+            show_default=False,
+            autocompletion=_known_models,
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="name of the deployment [default: the model's]")] = None,
+    cloud: Annotated[list[str] | None, typer.Option(help="aws, gcp, azure (repeatable: the cheapest of them) or local")] = None,
+    region: Annotated[str | None, typer.Option(help="region of the one cloud that is chosen")] = None,
+    zone: Annotated[str | None, typer.Option(help="zone of that region")] = None,
+    accelerators: Annotated[str | None, typer.Option(metavar="NAME:COUNT", help="GPU, for example L4:1")] = None,
+    spot: Annotated[bool | None, typer.Option("--spot/--no-spot", help="cheaper, and it may be taken away")] = None,
+    max_price: Annotated[str | None, typer.Option(metavar="USD", help="highest price per hour")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="URI", help="pull the weights from here: hf:// s3:// gs:// az:// file://")
+    ] = None,
+    max_model_len: Annotated[str | None, typer.Option(metavar="N", help="longest prompt plus answer, tokens")] = None,
+    max_concurrency: Annotated[
+        str | None, typer.Option(metavar="N", help="requests of full length that must fit at once")
+    ] = None,
+    tensor_parallel: Annotated[str | None, typer.Option(metavar="N", help="GPUs that share the model")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="D", help="auto, bfloat16, float16 or float32")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="Q", help="fp8, awq, gptq, bitsandbytes, compressed-tensors")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="a LoRA adapter (repeatable)")] = None,
+    served_model_name: Annotated[str | None, typer.Option(metavar="S", help="`model` in the API")] = None,
+    port: Annotated[str | None, typer.Option(metavar="P", help="port of the endpoint on this machine")] = None,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help="argument of vllm serve: --vllm-arg=--seed=7 (repeatable)")
+    ] = None,
+    idle: Annotated[str | None, typer.Option(metavar="30m|never", help="end after so long without a request")] = None,
+    ttl: Annotated[str | None, typer.Option(metavar="12h|never", help="end after so long in any case")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", metavar="FILE", help="options in YAML [default: mistralctl.yaml]")
+    ] = None,
+) -> Sourced:
+    """The checked spec of these options, the variables and the file."""
+    from mistralctl import config
+    from mistralctl.spec import DeploymentSpec
+
+    given = {k: v for k, v in locals().items() if k in DeploymentSpec.model_fields and v not in (None, [])}
+    if vllm_arg:
+        given["vllm_args"] = vllm_arg
+    if lora:
+        given["lora"] = adapters = {}
+        for one in lora:
+            adapter, separator, uri = one.partition("=")
+            if not separator or not adapter or not uri:
+                raise UserError(f"--lora: {one!r} should be NAME=URI, for example sql=s3://bucket/sql")
+            if adapter in adapters:
+                raise UserError(f"--lora: the adapter {adapter!r} is given twice; keep one of them")
+            adapters[adapter] = uri
+    return config.load(given, os.environ, file)
+
+
+def _with_spec(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command all options of a deployment; it gets them as `sourced`, checked."""
+    shared = inspect.signature(_spec_options).parameters
+    own = {k: p for k, p in inspect.signature(function).parameters.items() if k != "sourced"}
+
+    def command(**values: Any) -> None:
+        options = {key: values.pop(key) for key in shared}
+        function(_spec_options(**options), **values)
+
+    hints = get_type_hints(_spec_options, localns={"Sourced": Any}, include_extras=True)
+    hints |= get_type_hints(function, localns={"Sourced": Any}, include_extras=True)
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[k]) for k, p in (*shared.items(), *own.items())]
+    )
+    command.__annotations__ = {k: hints[k] for k in (*shared, *own)}
+    return command
+
+
+@app.command(epilog="Examples: mistralctl up --cloud gcp --dry-run; mistralctl up smollm2-135m-instruct --cloud local")
+@_with_spec
+def up(
+    sourced: Sourced,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing")] = False,
+    output: Output = Form.text,
+) -> None:
+    """Bring a model up and wait until it answers."""
+    if dry_run:
+        from mistralctl.commands import plan as plan_command
+        from mistralctl.task import dump
+
+        task = plan_command.render(sourced)
+        if output is Form.json:
+            from mistralctl.output import as_json
+
+            typer.echo(as_json(task))
+        else:
+            typer.echo(dump(task), nl=False)
+        return
+    from mistralctl import progress
+    from mistralctl.commands import up as up_command
+
+    with progress.shown(quiet=output is not Form.text) as on_phase:
+        result = up_command.run(sourced, on_phase)
+    _say(result, output, "up_text")
+
+
+@app.command(epilog="Example: mistralctl plan --cloud aws --cloud gcp --max-model-len 16384")
+@_with_spec
+def plan(sourced: Sourced, output: Output = Form.text) -> None:
+    """Say what would run where: what fits, what it costs, why others were refused."""
+    from mistralctl.commands import plan as plan_command
+
+    _say(plan_command.run(sourced), output, "plan_text")
+
+
+@app.command(epilog="Examples: mistralctl down mistral-7b-instruct-v0-1; mistralctl down --all")
+def down(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="names of deployments", autocompletion=_known_names)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every deployment that is known here")] = False,
+    output: Output = Form.text,
+) -> None:
+    """Take deployments away and make sure that they are gone."""
+    from mistralctl.commands import down as down_command
+
+    _say(down_command.run(names or [], everything=everything), output, "down_text")
+
+
+@app.command()
+def status(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="name of a deployment [default: all]", autocompletion=_known_names),
+    ] = None,
+    output: Output = Form.text,
+) -> None:
+    """Say what is up, where, and for how long still."""
+    from mistralctl.commands import status as status_command
+
+    _say(status_command.run(name), output, "status_text")
+
+
+@app.command(epilog="Example: mistralctl logs smollm2-135m-instruct -f")
+def logs(
+    name: DeployedName,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what comes")] = False,
+    lines: Annotated[int | None, typer.Option("-n", "--lines", min=0, help="only the last so many lines")] = None,
+) -> None:
+    """Print what setup and server wrote."""
+    from mistralctl.commands import logs as logs_command
+
+    for text in logs_command.run(name, follow=follow, lines=lines):
+        typer.echo(text, nl=False)
+
+
+@app.command(epilog='Example: eval "$(mistralctl env smollm2-135m-instruct)"')
+def env(name: DeployedName, output: Output = Form.text) -> None:
+    """Print shell lines for clients of the OpenAI API."""
+    from mistralctl.commands import env as env_command
+
+    _say(env_command.run(name), output, "env_text")
+
+
+@app.command(epilog='Examples: mistralctl chat mistral -m "Why is the sky blue?"; mistralctl chat mistral')
+def chat(
+    name: DeployedName,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="one question; without it, a conversation")] = None,
+) -> None:
+    """Ask one question, or talk until an empty line."""
+    from mistralctl.commands import chat as chat_command
+    from mistralctl.commands import env as env_command
+
+    client = env_command.run(name)
+    messages: list[dict[str, str]] = []
+    while True:
+        question = message if message is not None else _read_question()
+        if not question.strip():
+            if message is not None:
+                raise UserError("-m: the question is empty; write one")
+            return
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for piece in chat_command.ask(client, messages):
+            answer += piece
+            typer.echo(piece, nl=False)
+        typer.echo()
+        if message is not None:
+            return
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _read_question() -> str:
+    """A line from the person at the terminal, empty at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
+@app.command()
+def models(output: Output = Form.text) -> None:
+    """Print the table of models."""
+    from mistralctl.commands import tables
+
+    _say(tables.models(), output, "models_text")
+
+
+@app.command()
+def gpus(output: Output = Form.text) -> None:
+    """Print the table of GPUs, with prices, their date and their source."""
+    from mistralctl.commands import tables
+
+    _say(tables.gpus(), output, "gpus_text")
+
+
+@app.command()
+def doctor(output: Output = Form.text) -> None:
+    """Say what is missing on this machine or account, and the command that mends it."""
+    from mistralctl.commands import doctor as doctor_command
+
+    _say(doctor_command.run(), output, "doctor_text")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from mistralctl import __version__
+
+        typer.echo(f"mistralctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar="MISTRALCTL_DEBUG", help="show where an error comes from")] = False,
+) -> None:
+    pass
+
+
+def _end(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"mistralctl: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def main() -> NoReturn:
+    """The entry point: runs the command line and turns what went wrong into one line and an exit code."""
+    debug = "--debug" in sys.argv or os.environ.get("MISTRALCTL_DEBUG", "") not in ("", "0")
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        raise SystemExit(code if isinstance(code, int) else 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted; nothing was left half-done", Exit.INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, UserError):
+            _end(str(error), error.code)
+        if hasattr(error, "format_message"):  # what typer says of the words on the command line
+            _end(f"{error.format_message()} (mistralctl --help)", Exit.USAGE)
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            _end(f"{where}{error.strerror}; free some space or correct the rights there, then try again", Exit.MACHINE)
+        _end(
+            f"a bug of mistralctl: {type(error).__name__}: {error}; run it with --debug and report what it says",
+            Exit.BUG,
+        )

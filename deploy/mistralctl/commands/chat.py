@@ -1,0 +1,38 @@
+"""`mistralctl chat`: a question and its streamed answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mistralctl.commands.env import Client
+from mistralctl.errors import Exit, UserError
+
+
+def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
+    """Pieces of the answer as they come; a base model continues the last message instead. UserError if the server fails."""
+    import openai
+
+    api = openai.OpenAI(
+        base_url=client.base_url,
+        api_key=client.api_key,
+        max_retries=1,
+        http_client=openai.DefaultHttpxClient(trust_env=False, timeout=600),
+    )
+    try:
+        if client.chat:
+            asked: Any = messages
+            for chunk in api.chat.completions.create(model=client.model, messages=asked, stream=True):
+                if chunk.choices:
+                    yield chunk.choices[0].delta.content or ""
+        else:
+            prompt = messages[-1]["content"]
+            for piece in api.completions.create(model=client.model, prompt=prompt, stream=True, max_tokens=256):
+                if piece.choices:
+                    yield piece.choices[0].text
+    except openai.APIConnectionError as error:
+        raise UserError(
+            f"{client.name} does not answer at {client.base_url}; see mistralctl status {client.name}", Exit.SERVER
+        ) from error
+    except openai.APIError as error:
+        raise UserError(f"{client.name} refused: {error.message}; see mistralctl logs {client.name}", Exit.SERVER) from error

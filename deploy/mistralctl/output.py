@@ -1,0 +1,197 @@
+"""Results as text or JSON; the one place that knows how they look."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+from mistralctl.clouds import LOCAL
+from mistralctl.commands.doctor import Doctor
+from mistralctl.commands.down import DownResult
+from mistralctl.commands.env import Client
+from mistralctl.commands.status import Status
+from mistralctl.commands.tables import GpuTable
+from mistralctl.commands.up import UpResult
+from mistralctl.gpus import GIB
+from mistralctl.models import Model
+from mistralctl.plan import Option, Plan
+from mistralctl.prices import SNAPSHOT_DATE
+
+
+def plain(result: Any) -> Any:
+    """A result as plain data: dataclasses as mappings, pydantic models as theirs, tuples as lists."""
+    if isinstance(result, list | tuple):
+        return [plain(item) for item in result]
+    if hasattr(result, "model_dump"):
+        return result.model_dump(mode="json")
+    if is_dataclass(result) and not isinstance(result, type):
+        return {key: plain(getattr(result, key)) for key in result.__dataclass_fields__}
+    if isinstance(result, dict):
+        return {str(key): plain(value) for key, value in result.items()}
+    return result
+
+
+def as_json(result: Any) -> str:
+    """JSON with the fields of the result, in their order."""
+    return json.dumps(plain(result), indent=1, ensure_ascii=False)
+
+
+def as_yaml(result: Any) -> str:
+    """YAML with the fields of the result, in their order."""
+    import yaml
+
+    return yaml.safe_dump(plain(result), sort_keys=False, allow_unicode=True, width=120).rstrip("\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _dollars(price: float | None) -> str:
+    return "?" if price is None else f"{price:.2f}"
+
+
+def _option(option: Option) -> list[str]:
+    fit = option.fit
+    tokens = "?" if fit is None else f"{fit.cache_tokens:,}"
+    at_once = "?" if fit is None else f"{fit.concurrency:.1f}"
+    without = "?" if fit is None else f"{fit.concurrency_without_window:.1f}"
+    price, spot = ("-", "-") if option.cloud == LOCAL else (_dollars(option.price), _dollars(option.spot_price))
+    where = option.region or "-"
+    return [option.cloud, option.label, option.instance_type or "-", where, price, spot, tokens, at_once, without]
+
+
+def plan_text(plan: Plan) -> str:
+    """The arithmetic, the machines that fit, and why the others were refused."""
+    lines = [f"{plan.name}: {plan.model.name}, {plan.max_model_len} tokens, {plan.dtype}"
+             + (f", {plan.spec.quantization}" if plan.spec.quantization else "")]  # fmt: skip
+    fit = plan.chosen.fit
+    window = f"window {plan.sliding_window}" if plan.sliding_window else "no window"
+    if fit is not None:
+        lines += [
+            f"weights {fit.weight_bytes / GIB:.2f} GiB and {fit.kv_bytes_per_token:,} B of cache a token on each GPU"
+            if plan.engine == "cuda"
+            else f"weights {fit.weight_bytes / GIB:.2f} GiB, {fit.kv_bytes_per_token:,} B of cache a token",
+            f"one request holds at most {fit.request_tokens:,} tokens of cache ({window}); "
+            f"with full attention {fit.request_tokens_without_window:,}",
+        ]
+    lines.append("")
+    head = ["CLOUD", "MACHINE", "TYPE", "REGION", "USD/H", "SPOT", "CACHE TOKENS", "REQUESTS", "WITHOUT WINDOW"]
+    lines.append(table(head, [_option(option) for option in plan.options]))
+    if plan.refused:
+        lines += ["", "refused:"]
+        lines += [f"  {option.cloud} {option.label}: {option.reason}" for option in plan.refused]
+    if plan.chosen.cloud != LOCAL:
+        lines += [
+            "",
+            f"prices: a snapshot of {SNAPSHOT_DATE}, cheapest region; SkyPilot's own catalog decides at launch",
+        ]
+    return "\n".join(lines)
+
+
+def up_text(result: UpResult) -> str:
+    """The endpoint and three ways to use it."""
+    name = shlex.quote(result.name)
+    done = {"started": "is up", "replaced": "was replaced and is up", "unchanged": "is up already, nothing to do"}
+    what, body = (
+        ("chat/completions", {"messages": [{"role": "user", "content": "Hello"}]})
+        if result.chat
+        else ("completions", {"prompt": "Hello", "max_tokens": 32})
+    )
+    data = json.dumps({"model": result.served_model_name, **body})
+    seconds = " + ".join(f"{phase.phase} {phase.seconds:.0f} s" for phase in result.phases)
+    lines = [
+        f"{result.name} {done[result.action]}: {result.base_url} ({result.model} on {result.cloud})",
+        *([f"phases: {seconds}"] if seconds and result.action != "unchanged" else []),
+        f"ends after {result.idle} without a request (--idle), and after {result.ttl} in any case (--ttl)",
+        "",
+        "three ways to use it:",
+        f"  mistralctl chat {name}",
+        f'  eval "$(mistralctl env {name})"   # then any OpenAI client',
+        f'  curl {result.base_url}/{what} -H "Authorization: Bearer $(cat {shlex.quote(result.key_file)})" '
+        f"-H 'Content-Type: application/json' -d {shlex.quote(data)}",
+        "",
+        f"stop it: mistralctl down {name}",
+    ]
+    return "\n".join(lines)
+
+
+def down_text(results: list[DownResult]) -> str:
+    """One line a name."""
+    words = {"up": "is down", "down": "was down already"}
+    return "\n".join(f"{result.name} {words[result.was]}" for result in results) or "nothing is known, nothing to do"
+
+
+def _minutes(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}m" if value < 120 else f"{value / 60:.1f}h"
+
+
+def status_text(results: list[Status]) -> str:
+    """One row a name."""
+    if not results:
+        return "nothing is known; mistralctl up brings a model up"
+    rows = [
+        [r.name, r.state, r.cloud, r.model, r.base_url or "-", _minutes(r.uptime_minutes), _minutes(r.idle_left),
+         _minutes(r.ttl_left)]
+        for r in results
+    ]  # fmt: skip
+    lines = [table(["NAME", "STATE", "CLOUD", "MODEL", "ENDPOINT", "UP", "IDLE LEFT", "TTL LEFT"], rows)]
+    lines += [f"{r.name}: {r.why}" for r in results if r.why]
+    for engine in ((r.launcher or {}).get("engine") for r in results if len(results) == 1):
+        if engine:
+            window = engine.get("sliding_window") or "none"
+            lines.append(f"serves with {engine.get('class')}, window {window}, cache {engine.get('kv_cache_spec')}")
+    return "\n".join(lines)
+
+
+def env_text(client: Client) -> str:
+    """Lines for a shell."""
+    return "\n".join(
+        f"export {key}={shlex.quote(value)}"
+        for key, value in (("OPENAI_BASE_URL", client.base_url), ("OPENAI_API_KEY", client.api_key))
+    )
+
+
+def models_text(models: list[Model]) -> str:
+    """The table of models."""
+    rows = [
+        [m.name, f"{m.shape.parameters / 1e9:.2f}B", str(m.shape.sliding_window or "none"), str(m.shape.context),
+         "yes" if m.chat else "no", "yes" if m.tool_parser else "no", m.licence, m.weights.split("#")[0], m.note]
+        for m in models if m.shape is not None
+    ]  # fmt: skip
+    return table(["MODEL", "SIZE", "WINDOW", "CONTEXT", "CHAT", "TOOLS", "LICENCE", "WEIGHTS", "NOTE"], rows)
+
+
+def gpus_text(gpus: GpuTable) -> str:
+    """The table of GPUs, and where its prices come from."""
+    rows = [
+        [f"{r.accelerator}:{r.count}", f"{r.memory_gib:.1f}", "yes" if r.bfloat16 else "no", r.cloud, r.instance_type,
+         r.region, _dollars(r.price), _dollars(r.spot_price)]
+        for r in gpus.rows
+    ]  # fmt: skip
+    head = ["GPU", "GIB", "BF16", "CLOUD", "TYPE", "CHEAPEST REGION", "USD/H", "SPOT"]
+    return f"{table(head, rows)}\n\nprices: a snapshot of {gpus.date}, not today's; from {gpus.source}"
+
+
+def doctor_text(doctor: Doctor) -> str:
+    """One row a check, and for each that is missing the command that mends it."""
+    rows = [["ok" if c.ok else "--", c.name, c.found, c.needed_for, "" if c.ok else c.mend] for c in doctor.checks]
+    made = "" if doctor.node.exists else " (made by the first mistralctl up --cloud local)"
+    lines = [table(["", "CHECK", "FOUND", "NEEDED FOR", "TO MEND IT"], rows), ""]
+    return "\n".join([*lines, f"laptop: {doctor.laptop.python}", f"node:   {doctor.node.python}{made}"])
+
+
+Render = Callable[[Any], str]
+
+
+def dumped(result: Any, form: str, text: Render) -> str:
+    """The result in the form that -o asked for."""
+    return {"text": text, "json": as_json, "yaml": as_yaml}[form](result)

@@ -1,0 +1,354 @@
+"""From a spec to a plan: what runs, where it fits, what it costs by the snapshot, and why other machines were refused."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, replace
+
+from mistralctl import fit as memory
+from mistralctl import prices
+from mistralctl.clouds import CLOUDS, LOCAL
+from mistralctl.config import Sourced
+from mistralctl.durations import minutes
+from mistralctl.errors import Exit, UserError
+from mistralctl.gpus import GIB, GPUS, Gpu
+from mistralctl.machine import Machine
+from mistralctl.models import Model, Shape
+from mistralctl.spec import DeploymentSpec, parse_accelerators
+
+# A fall-back that costs more than this many times the cheapest machine is not taken unless --max-price allows it.
+FALLBACK_FACTOR = 2.0
+CPU_OVERHEAD_BYTES = 4 * GIB  # a vLLM process on a CPU beside weights and cache: about 3 GB measured, and the system
+CPU_WEIGHTS_FACTOR = 1.15
+CPU_CACHE_GIB = 4
+SMALLEST_CPU_NODE = (2, 8)  # cores, GiB
+DEFAULT_SEQS = {"cuda": 64, "cpu": 8}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A kind of machine on one cloud. Prices are the cheapest region's, USD per hour; `reason` says why it was refused.
+
+    `accelerator` is None for a machine without a GPU; `fit` is None where the model's shape is not known here.
+    """
+
+    cloud: str
+    accelerator: str | None
+    count: int
+    instance_type: str | None
+    region: str | None
+    price: float | None
+    spot_price: float | None
+    fit: memory.Fit | None
+    reason: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.accelerator}:{self.count}" if self.accelerator else self.instance_type or "CPU"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not."""
+
+    name: str
+    model: Model
+    spec: DeploymentSpec
+    engine: str
+    weights: str
+    revision: str
+    weights_id: str
+    served_model_name: str
+    max_model_len: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    sliding_window: int | None
+    dtype: str
+    tensor_parallel: int
+    kv_cache_gib: int
+    idle_minutes: int | None
+    ttl_minutes: int | None
+    options: tuple[Option, ...]
+    refused: tuple[Option, ...]
+
+    @property
+    def chosen(self) -> Option:
+        return self.options[0]
+
+
+def deployment_name(spec: DeploymentSpec, model: Model) -> str:
+    """The name of the deployment: the one given, or the model's with what clouds refuse replaced by hyphens."""
+    slug = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:40].strip("-")
+    return spec.name or (slug if re.match(r"[a-z]", slug) else f"m-{slug}"[:40].strip("-"))
+
+
+def _context(sourced: Sourced, model: Model) -> int:
+    asked, shape = sourced.spec.max_model_len, model.shape
+    if shape is None:
+        return asked or 8192
+    if asked is not None and asked > shape.context:
+        raise UserError(
+            f"{sourced.place('max_model_len')}: {asked} is beyond the context of {model.name}, {shape.context} tokens; "
+            f"give at most {shape.context}"
+        )
+    return asked or shape.context
+
+
+def _check_places(sourced: Sourced) -> None:
+    spec = sourced.spec
+    named = [field for field in ("region", "zone", "accelerators", "max_price") if getattr(spec, field) is not None]
+    if spec.cloud == (LOCAL,):
+        if spec.spot:
+            named.append("spot")
+        if named:
+            raise UserError(f"{sourced.place(named[0])}: means nothing on this machine (--cloud local); leave one of the two out")
+        return
+    if spec.region is None and spec.zone is None:
+        return
+    field = "region" if spec.region else "zone"
+    if len(spec.cloud) != 1:
+        raise UserError(f"{sourced.place(field)}: needs exactly one cloud beside it; add for example --cloud aws")
+    cloud = CLOUDS[spec.cloud[0]]
+    if spec.region is None:
+        raise UserError(f"{sourced.place('zone')}: needs its region beside it; add --region")
+    if spec.region not in cloud.regions:
+        import difflib
+
+        near = difflib.get_close_matches(spec.region, sorted(cloud.regions), 1, 0.6)
+        elsewhere = [other.name for other in CLOUDS.values() if spec.region in other.regions]
+        hint = (f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {near[0]}?" if near
+                else f"one of {', '.join(sorted(cloud.regions))}")  # fmt: skip
+        raise UserError(f"{sourced.place('region')}: {cloud.name} has no region {spec.region!r}; {hint}")
+    if spec.zone is not None and not cloud.has_zone(spec.region, spec.zone):
+        example = (cloud.zone or "").format(region=spec.region).replace("[a-f]", "a")
+        hint = f"for example {example}" if cloud.zone else f"leave --zone out: SkyPilot takes no zones on {cloud.name}"
+        raise UserError(f"{sourced.place('zone')}: {spec.zone!r} is not a zone of {spec.region}; {hint}")
+
+
+def _accelerators(sourced: Sourced) -> tuple[str | None, int]:
+    """The GPU that was asked for (None: any) and how many of them."""
+    spec = sourced.spec
+    if spec.accelerators is None:
+        return None, spec.tensor_parallel or 1
+    name, count = parse_accelerators(spec.accelerators)
+    if spec.tensor_parallel not in (None, count):
+        raise UserError(
+            f"{sourced.place('tensor_parallel')}: {spec.tensor_parallel} does not go with "
+            f"{sourced.place('accelerators')} {name}:{count}; leave it out or make the two equal"
+        )
+    return name, count
+
+
+def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Offer | None) -> Option:
+    reasons = memory.refused(gpu, plan.dtype, plan.spec.quantization)
+    fitted = None
+    if plan.shape is not None:
+        fitted = memory.fit(
+            plan.shape, memory_bytes=gpu.memory_gib * GIB * memory.MEMORY_UTILIZATION, dtype=plan.dtype,
+            max_model_len=plan.max_model_len, quantization=plan.spec.quantization, engine="cuda", gpus=count,
+            concurrency=plan.spec.max_concurrency or 1, window=plan.shape.sliding_window,
+        )  # fmt: skip
+        if fitted.reason:
+            reasons.append(fitted.reason)
+    return Option(
+        cloud, gpu.name, count, offer.instance_type if offer else None, offer.region if offer else None,
+        offer.price if offer else None, offer.spot_price if offer else None, fitted, ", and ".join(reasons) or None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is settled before machines are looked at."""
+
+    spec: DeploymentSpec
+    model: Model
+    dtype: str
+    max_model_len: int
+
+    @property
+    def shape(self) -> Shape | None:
+        return self.model.shape
+
+
+def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
+    """Whole GiB of cache that a machine of that memory can hold beside weights and system, at most CPU_CACHE_GIB."""
+    weights = 0 if draft.shape is None else memory.weight_bytes(draft.shape, draft.dtype, draft.spec.quantization)
+    free = memory_bytes - CPU_OVERHEAD_BYTES - weights * CPU_WEIGHTS_FACTOR
+    return max(0, min(CPU_CACHE_GIB, math.floor(free / GIB / 2)))
+
+
+def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: float, offer: prices.Offer | None) -> Option:
+    fitted = reason = None
+    gib = _cpu_cache_gib(draft, memory_bytes)
+    if draft.shape is not None:
+        weights = memory.weight_bytes(draft.shape, draft.dtype, None)
+        if gib == 0:
+            reason = (
+                f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for vLLM and the system leave no "
+                f"room for the cache in {memory_bytes / GIB:.0f} GiB"
+            )
+        fitted = memory.fit(
+            draft.shape, memory_bytes=gib * GIB + weights + memory.OVERHEAD_BYTES, dtype=draft.dtype,
+            max_model_len=draft.max_model_len, quantization=None, engine="cpu", window=draft.shape.sliding_window,
+            concurrency=draft.spec.max_concurrency or 1,
+        )  # fmt: skip
+        reason = reason or fitted.reason
+    if draft.spec.quantization:
+        reason = f"{draft.spec.quantization} needs a GPU"
+    return Option(
+        cloud, None, 0, label, offer.region if offer else None, offer.price if offer else None,
+        offer.spot_price if offer else None, fitted, reason,
+    )  # fmt: skip
+
+
+def _options(draft: _Draft, sourced: Sourced, cloud: str, on_cpu: bool) -> list[Option]:
+    """Each kind of machine of one cloud, with the offer of its cheapest region (or of the region that was asked for)."""
+    spec = draft.spec
+    wanted, count = _accelerators(sourced)
+    cheapest: dict[str, prices.Offer] = {}
+    for offer in prices.offers(cloud):
+        kind = offer.accelerator or offer.instance_type
+        if (offer.accelerator is None) != on_cpu or (not on_cpu and offer.count != count):
+            continue
+        if on_cpu and (offer.vcpus < SMALLEST_CPU_NODE[0] or offer.memory_gib < SMALLEST_CPU_NODE[1]):
+            continue
+        if wanted is not None and offer.accelerator != wanted:
+            continue
+        if spec.region is not None and offer.region != spec.region:
+            offer = replace(offer, region=spec.region, price=math.inf, spot_price=None)  # sold, but no price known here
+        old, price = cheapest.get(kind), _price(offer, spec)
+        if old is None or price < _price(old, spec):
+            cheapest[kind] = offer
+    found = []
+    for offer in cheapest.values():
+        option = (
+            _cpu_option(draft, cloud, offer.instance_type, SMALLEST_CPU_NODE[1] * GIB, offer)
+            if offer.accelerator is None
+            else _gpu_option(draft, cloud, GPUS[offer.accelerator], count, offer)
+        )
+        found.append(replace(option, price=None) if offer.price == math.inf else option)
+    return found
+
+
+def _price(machine: prices.Offer | Option, spec: DeploymentSpec) -> float:
+    """The price that counts for this spec; infinite where the snapshot has none."""
+    price = machine.spot_price if spec.spot else machine.price
+    return math.inf if price is None else price
+
+
+def _too_dear(option: Option, spec: DeploymentSpec, cheapest: float) -> str | None:
+    price = _price(option, spec)
+    if price == math.inf:
+        return None
+    if spec.max_price is not None:
+        return f"{price:.2f} USD/h is above --max-price {spec.max_price:g}" if price > spec.max_price else None
+    if spec.accelerators is None and price > FALLBACK_FACTOR * cheapest:
+        return f"{price:.2f} USD/h is more than twice the cheapest that fits; ask for it with --accelerators or --max-price"
+    return None
+
+
+def _local(draft: _Draft, sourced: Sourced, machine: Machine) -> Option:
+    if not machine.gpus:
+        if draft.spec.tensor_parallel not in (None, 1):
+            raise UserError(f"{sourced.place('tensor_parallel')}: this machine has no GPU to share; leave it out")
+        return _cpu_option(draft, LOCAL, machine.label, machine.memory_bytes, None)
+    count = draft.spec.tensor_parallel or 1
+    if count > len(machine.gpus):
+        raise UserError(
+            f"{sourced.place('tensor_parallel')}: {count} GPUs are asked for, this machine has {len(machine.gpus)}; "
+            f"give at most {len(machine.gpus)}"
+        )
+    return replace(_gpu_option(draft, LOCAL, machine.gpus[0], count, None), instance_type=machine.label)
+
+
+def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> UserError:
+    spec = draft.spec
+    dear = [_price(option, spec) for option in refused if "--max-price" in (option.reason or "")]
+    reasons = dict.fromkeys(f"{o.label}: {o.reason}" for o in refused if "--max-price" not in (o.reason or ""))
+    if dear:
+        reasons[
+            f"{sourced.place('max_price')} {spec.max_price:g} is below the cheapest that would fit, {min(dear):.2f} USD/h"
+        ] = None
+    whys = "; ".join(reasons)
+    hints = []
+    if draft.shape is not None and not dear:
+        would = [
+            gpu.name for gpu in GPUS.values()
+            if gpu.name not in {o.accelerator for o in refused}
+            and _gpu_option(draft, "", gpu, max(1, refused[0].count if refused else 1), None).reason is None
+        ]  # fmt: skip
+        if would:
+            hints.append(f"{', '.join(would)} would fit")
+        if any(o.fit and o.fit.reason and o.fit.cache_tokens for o in refused):
+            hints.append("a smaller --max-model-len or --max-concurrency needs less")
+    if spec.cloud == (LOCAL,) and not draft.model.runs_on_cpu:
+        hints.append("smollm2-135m-instruct runs on any machine, and mistralctl plan shows the clouds")
+    given = f"{sourced.place('accelerators')}: " if spec.accelerators else ""
+    what = whys or f"no cloud of the snapshot sells {spec.accelerators or 'such a machine'} there"
+    return UserError(f"{given}{draft.model.name} does not fit: {what}" + "".join(f"; {h}" for h in hints), Exit.NO_FIT)
+
+
+def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
+    """The plan for a spec. `machine` is needed for `--cloud local` only. UserError when nothing fits."""
+    spec = sourced.spec
+    _check_places(sourced)
+    local = spec.cloud == (LOCAL,)
+    if model.shape is None and not local and spec.accelerators is None:
+        raise UserError(
+            f"{sourced.place('model')}: the size of {model.name} is only known on the node; add --accelerators, or give a "
+            "row of the table and the URI as --weights"
+        )
+    dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+    draft = _Draft(spec, model, dtype, _context(sourced, model))
+    if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
+        raise UserError(
+            f"{sourced.place('tensor_parallel')}: {spec.tensor_parallel} GPUs cannot share {model.shape.kv_heads} key-value "
+            "heads evenly; give a divisor"
+        )
+    if local:
+        if machine is None:
+            raise ValueError("a local plan needs the machine")
+        option = _local(draft, sourced, machine)
+        fitting, refused = ([], [option]) if option.reason else ([option], [])
+        engine = "cuda" if machine.gpus else "cpu"
+    else:
+        on_cpu = model.runs_on_cpu and spec.accelerators is None and spec.tensor_parallel is None
+        engine = "cpu" if on_cpu else "cuda"
+        every = [o for cloud in spec.cloud or CLOUDS for o in _options(draft, sourced, cloud, on_cpu)]
+        every.sort(key=lambda o: (_price(o, spec), o.cloud, o.label))
+        fitting = [option for option in every if option.reason is None]
+        cheapest = _price(fitting[0], spec) if fitting else math.inf
+        every = [o if o.reason else replace(o, reason=_too_dear(o, spec, cheapest)) for o in every]
+        fitting, refused = [o for o in every if o.reason is None], [o for o in every if o.reason]
+        if on_cpu:  # one size of machine is asked for on every cloud, so that the cache is the same wherever it lands
+            fitting = [next(o for o in fitting if o.cloud == cloud) for cloud in dict.fromkeys(o.cloud for o in fitting)]
+            refused = [o for o in refused if o.fit and o.fit.reason]
+    if not fitting:
+        raise _nothing_fits(draft, sourced, refused)
+    node_bytes = machine.memory_bytes if local and machine else SMALLEST_CPU_NODE[1] * GIB
+    weights = spec.weights or model.weights
+    revision = model.revision if weights == model.weights else ""
+    slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40]
+    return Plan(
+        name=deployment_name(spec, model),
+        model=model,
+        spec=spec,
+        engine=engine,
+        weights=weights,
+        revision=revision,
+        weights_id=f"{slug}-{hashlib.sha256(f'{weights}@{revision}'.encode()).hexdigest()[:8]}",
+        served_model_name=spec.served_model_name or model.name,
+        max_model_len=draft.max_model_len,
+        max_num_seqs=spec.max_concurrency or DEFAULT_SEQS[engine],
+        max_batched_tokens=memory.MAX_BATCHED_TOKENS,
+        sliding_window=model.shape.sliding_window if model.shape else None,
+        dtype=dtype,
+        tensor_parallel=max(1, fitting[0].count) if engine == "cuda" else 1,
+        kv_cache_gib=max(1, _cpu_cache_gib(draft, node_bytes)) if engine == "cpu" else 0,
+        idle_minutes=minutes(spec.idle),
+        ttl_minutes=minutes(spec.ttl),
+        options=tuple(fitting),
+        refused=tuple(refused),
+    )

@@ -1,0 +1,56 @@
+"""How far a command is, on standard error: live lines on a terminal, plain lines when piped, nothing with JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mistralctl.phases import WORDS, PhaseEvent
+
+
+def _seconds(began: dict[str, float], event: PhaseEvent) -> str:
+    return f" {event.at - began[event.phase]:.1f} s" if event.phase in began else ""
+
+
+@contextmanager
+def shown(*, quiet: bool) -> Iterator[Callable[[PhaseEvent], None]]:
+    """A function to pass events to, in the form that standard error can show."""
+    began: dict[str, float] = {}
+    if quiet:
+        yield lambda event: None
+    elif not sys.stderr.isatty():
+
+        def line(event: PhaseEvent) -> None:
+            word = WORDS.get(event.phase, event.phase)
+            text = {"start": f"{word} ...", "end": f"{word}: done{_seconds(began, event)}", "fail": f"{word}: failed"}
+            began.setdefault(event.phase, event.at)
+            if event.phase == "ready":
+                text["end"] = "ready"
+            sys.stderr.write(text[event.event] + "\n")
+            sys.stderr.flush()
+
+        yield line
+    else:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        rows: dict[str, TaskID] = {}
+        with Progress(
+            SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), TimeElapsedColumn(), console=console,
+            transient=True,
+        ) as live:  # fmt: skip
+
+            def row(event: PhaseEvent) -> None:
+                word = WORDS.get(event.phase, event.phase)
+                if event.event == "start":
+                    began[event.phase] = event.at
+                    rows[event.phase] = live.add_task(word, total=None)
+                    return
+                if event.phase in rows:
+                    live.remove_task(rows.pop(event.phase))
+                mark = "[green]ok[/]" if event.event == "end" else "[red]--[/]"
+                live.console.print(f"{mark} {word}{_seconds(began, event)}", highlight=False)
+
+            yield row

@@ -1,0 +1,232 @@
+"""The specification of a deployment: every option, its type and its bounds, in one place."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from mistralctl import durations
+from mistralctl.gpus import GPUS
+from mistralctl.models import DEFAULT_MODEL, MODELS
+
+CloudName = Literal["aws", "gcp", "azure", "local"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Quantization = Literal["fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors"]
+
+NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/prefix", "az": "account/container/prefix",
+          "file": "/folder", "pypi": "package@version/file"}  # fmt: skip
+
+# What `--vllm-arg` may not set, because mistralctl sets it itself, and the option to use instead.
+OWN_VLLM_ARGS = {
+    "--host": "mistralctl listens on 127.0.0.1 only",
+    "--port": "use --port",
+    "--uds": "mistralctl serves on a port",
+    "--api-key": "mistralctl makes a key itself",
+    "--middleware": "the guard is mistralctl's own",
+    "--root-path": "the guard's routes would not match",
+    "--model": "use MODEL",
+    "--hf-overrides": "the architecture is mistralctl's own",
+    "--tokenizer": "the tokenizer comes with the model",
+    "--tokenizer-mode": "the tokenizer comes with the model",
+    "--trust-remote-code": "mistralctl never runs code that comes with weights",
+    "--load-format": "only safetensors are served",
+    "--served-model-name": "use --served-model-name",
+    "--max-model-len": "use --max-model-len",
+    "--max-num-seqs": "use --max-concurrency",
+    "--max-num-batched-tokens": "it follows from the window",
+    "--tensor-parallel-size": "use --tensor-parallel",
+    "--dtype": "use --dtype",
+    "--quantization": "use --quantization",
+    "--lora-modules": "use --lora",
+    "--enable-lora": "use --lora",
+    "--revision": "the table of models pins it",
+    "--config": "use -f mistralctl.yaml",
+    "--ssl-keyfile": "mistralctl makes certificates itself",
+    "--ssl-certfile": "mistralctl makes certificates itself",
+    "--ssl-ca-certs": "mistralctl makes certificates itself",
+    "--allowed-origins": "the guard refuses other origins",
+    "--disable-frontend-multiprocessing": "the launcher needs it as it is",
+    "--worker-extension-cls": "the launcher reads the engine through it",
+    "--shutdown-timeout": "the launcher drains requests itself",
+    "--gpu-memory-utilization": "plan computes with it",
+    "--tool-call-parser": "it follows from the model",
+    "--enable-auto-tool-choice": "it follows from the model",
+    "--chat-template": "it comes with the model",
+}
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, value) or "--" in value:
+        raise ValueError(
+            f"{value!r} is not a name that every cloud accepts; use 1 to 40 small letters, digits and single hyphens, "
+            "a letter first, no hyphen last"
+        )
+    return value
+
+
+def check_uri(value: str, *, folders: bool = False) -> str:
+    """`value` if it is a URI of weights (or, with `folders`, a path); ValueError with what is wrong otherwise."""
+    if any(ord(c) < 33 or ord(c) == 127 for c in value):
+        raise ValueError(f"{value!r} contains a space or a control character")
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        if folders and value.startswith(("/", "./", "../", "~")):
+            return value
+        raise ValueError(f"{value!r} is not a URI; write for example hf://mistralai/Mistral-7B-v0.3 or s3://bucket/prefix")
+    if scheme not in STORES:
+        raise ValueError(f"{value!r} has the unknown scheme {scheme}://; use one of {', '.join(s + '://' for s in STORES)}")
+    path = rest.split("#", 1)[0]
+    if ".." in path.split("/"):
+        raise ValueError(f"{value!r} contains '..'; name the folder itself")
+    if "?" in path or ("@" in path and scheme not in ("pypi", "hf")):
+        raise ValueError(f"{value!r} carries a query or credentials; credentials come from the machine's own chain")
+    needed = {"hf": 2, "az": 2, "s3": 1, "gs": 1, "pypi": 2, "file": 1}[scheme]
+    parts = path.lstrip("/").split("/") if scheme == "file" else path.split("/")
+    if scheme == "file" and not path.startswith("/"):
+        raise ValueError(f"{value!r} needs an absolute path: file:///folder")
+    if len([p for p in parts if p]) < needed or not parts[0]:
+        raise ValueError(f"{value!r} is incomplete; it should be {scheme}://{STORES[scheme].lstrip('/')}")
+    if scheme == "pypi" and not re.fullmatch(r"[A-Za-z0-9._-]+@[A-Za-z0-9.+!]+", parts[0]):
+        raise ValueError(f"{value!r} needs a version: pypi://package@version/file")
+    return value
+
+
+def _lora(value: dict[str, str]) -> dict[str, str]:
+    for adapter, uri in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", adapter) or ".." in adapter:
+            raise ValueError(f"{adapter!r} is not an adapter's name; use letters, digits, dots, hyphens, underscores")
+        check_uri(uri)
+    return value
+
+
+def parse_accelerators(value: str) -> tuple[str, int]:
+    """SkyPilot's `NAME[:COUNT]` as (name, count), spelt as in the table of GPUs.
+
+    >>> parse_accelerators("l4")
+    ('L4', 1)
+    """
+    import difflib
+
+    match = re.fullmatch(r"([A-Za-z0-9-]+)(?::([0-9]{1,2}))?", value)
+    if match is None:
+        raise ValueError(f"{value!r} is not an accelerator; write NAME or NAME:COUNT, for example L4:1")
+    spelt = {name.lower(): name for name in GPUS}
+    name, count = spelt.get(match[1].lower()), int(match[2] or 1)
+    if name is None:
+        near = difflib.get_close_matches(match[1].lower(), spelt, 1, 0.3)
+        hint = f"did you mean {spelt[near[0]]}?" if near else f"one of {', '.join(GPUS)}"
+        raise ValueError(f"{match[1]!r} is not a GPU that mistralctl plans with; {hint} (mistralctl gpus lists them)")
+    if count not in (1, 2, 4, 8):
+        raise ValueError(f"{value!r} asks for {count} GPUs; 1, 2, 4 or 8 can share the 8 key-value heads of Mistral 7B")
+    return name, count
+
+
+def _accelerators(value: str) -> str:
+    name, count = parse_accelerators(value)
+    return f"{name}:{count}"
+
+
+def _duration(value: str) -> str:
+    durations.minutes(value)
+    return value
+
+
+def _vllm_args(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        flag = value.split("=", 1)[0]
+        if not re.fullmatch(r"--?[A-Za-z0-9][A-Za-z0-9._-]*(=.*)?", value, re.DOTALL):
+            raise ValueError(f"{value!r} is not an argument; write it in one piece, for example --seed=7")
+        if any(ord(c) < 32 for c in value) or len(value) > 4096:
+            raise ValueError(f"{flag!r} has a control character or is longer than 4096 characters")
+        if not flag.startswith("--"):
+            raise ValueError(f"{value!r} is a short argument; write the long one, for example --seed=7")
+        spelt = "--" + flag[2:].replace("_", "-").lower()
+        bare = "--" + spelt.removeprefix("--no-").removeprefix("--")
+        for own, instead in OWN_VLLM_ARGS.items():
+            # vLLM's parser takes dotted forms (--hf-overrides.x) and any unambiguous beginning of a name (--middle).
+            if bare == own or bare.startswith(own + ".") or own.startswith(bare):
+                raise ValueError(f"{flag} would set {own}, which mistralctl sets itself: {instead}")
+    return values
+
+
+def _model(value: str) -> str:
+    import difflib
+
+    if value in MODELS:
+        return value
+    if "://" in value:
+        return check_uri(value)
+    if value.startswith(("/", "./", "../", "~")):
+        return value
+    near = difflib.get_close_matches(value.lower(), MODELS, 1, 0.4)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MODELS)}, or a folder or URI"
+    raise ValueError(f"unknown model {value!r}; {hint} (mistralctl models lists them; a folder begins with ./ or /)")
+
+
+def _served_model_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}", value):
+        raise ValueError(f"{value!r} is not a model name for the API; use letters, digits and . _ / : -, at most 128")
+    return value
+
+
+def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
+    if "local" in values and len(set(values)) > 1:
+        raise ValueError("local stands alone; leave out either local or the other clouds")
+    return tuple(dict.fromkeys(values))
+
+
+_Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,40}$")]
+
+
+class DeploymentSpec(BaseModel):
+    """Every option of a deployment, checked one by one; `mistralctl.yaml` has the same keys.
+
+    What the options mean together (a region of that cloud, a context that the model has) is checked by `plan`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, title="mistralctl.yaml")
+
+    model: Annotated[str, AfterValidator(_model)] = Field(
+        DEFAULT_MODEL, description="row of `mistralctl models`, or a folder or URI with a config.json"
+    )
+    name: Annotated[str, AfterValidator(_name)] | None = Field(
+        None, description="name of the deployment; the model's name if left out"
+    )
+    cloud: Annotated[tuple[CloudName, ...], AfterValidator(_no_repeats)] = Field(
+        (), description="clouds to choose from, cheapest first; none: all three; local stands alone"
+    )
+    region: _Region | None = Field(None, description="region of the one cloud that is chosen")
+    zone: _Region | None = Field(None, description="zone of that region")
+    accelerators: Annotated[str, AfterValidator(_accelerators)] | None = Field(
+        None, description="GPU and count, for example L4:1"
+    )
+    spot: bool = Field(False, description="use a spot machine: cheaper, and it may be taken away")
+    max_price: float | None = Field(None, gt=0, le=1000, description="highest price, USD per hour")
+    weights: Annotated[str, AfterValidator(check_uri)] | None = Field(
+        None, description="where the weights are pulled from, instead of the model's own place"
+    )
+    max_model_len: int | None = Field(None, ge=16, le=1_048_576, description="longest prompt plus answer, tokens")
+    max_concurrency: int | None = Field(None, ge=1, le=1024, description="requests of full length that must fit at once")
+    tensor_parallel: int | None = Field(None, ge=1, le=8, description="GPUs that share the model")
+    dtype: Dtype = Field("auto", description="type of weights and cache; auto is bfloat16")
+    quantization: Quantization | None = Field(None, description="vLLM's method for quantized weights")
+    lora: Annotated[dict[str, str], AfterValidator(_lora)] = Field({}, description="LoRA adapters: name to URI")
+    served_model_name: Annotated[str, AfterValidator(_served_model_name)] | None = Field(
+        None, description="`model` in the API; the model's name if left out"
+    )
+    port: int | None = Field(None, ge=1024, le=65535, description="port of the endpoint on this machine")
+    vllm_args: Annotated[tuple[str, ...], AfterValidator(_vllm_args)] = Field(
+        (), description="further arguments of `vllm serve`, each in one piece: --seed=7"
+    )
+    idle: Annotated[str, AfterValidator(_duration)] = Field(
+        "30m", description="end after so long without a request: 30m, 2h, never"
+    )
+    ttl: Annotated[str, AfterValidator(_duration)] = Field("12h", description="end after so long in any case")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `mistralctl.yaml`, for editors."""
+    return DeploymentSpec.model_json_schema()

@@ -1,0 +1,115 @@
+"""What this laptop remembers of each deployment: a record and a key, in files that only the user can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mistralctl.errors import Exit, UserError
+
+State = Literal["starting", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine."""
+
+    name: str
+    cloud: str
+    state: State
+    model: str
+    served_model_name: str
+    port: int
+    node_dir: str
+    serving_id: str
+    created_at: float
+    chat: bool = True
+    pid: int | None = None
+    pid_started: float | None = None
+    phases: tuple[dict[str, Any], ...] = ()
+    task: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.node_dir) / "run" / self.name
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+
+def home(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of everything that mistralctl keeps on this machine: MISTRALCTL_HOME, or ~/.mistralctl."""
+    return Path(environ.get("MISTRALCTL_HOME") or Path.home() / ".mistralctl").absolute()
+
+
+def folder(name: str) -> Path:
+    """Where the record, the key and the logs of a deployment lie."""
+    return home() / "deployments" / name
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replaces a file as a whole; nobody but the user can read it at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(record: Record) -> None:
+    """Writes the record."""
+    write_private(folder(record.name) / "record.json", json.dumps(asdict(record), indent=1) + "\n")
+
+
+def read(name: str) -> Record | None:
+    """The record of a name, None if there never was one."""
+    path = folder(name) / "record.json"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        return Record(**{f.name: data[f.name] for f in fields(Record) if f.name in data})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run up again", Exit.CONFLICT) from error
+
+
+def known(name: str) -> Record:
+    """The record of a name; UserError if there never was one."""
+    import difflib
+
+    record = read(name)
+    if record is None:
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {near[0]}?" if near else "mistralctl status lists what there is"
+        raise UserError(f"there is no deployment {name!r}; {hint}", Exit.NOT_FOUND)
+    return record
+
+
+def names() -> list[str]:
+    """Every name that was ever up here."""
+    return sorted(path.parent.name for path in (home() / "deployments").glob("*/record.json"))
+
+
+def forget(name: str) -> None:
+    """Removes the record and the key, for an `up` that never came to be."""
+    for file in ("record.json", "api_key"):
+        (folder(name) / file).unlink(missing_ok=True)
+
+
+def api_key(name: str) -> str:
+    """The key of a deployment: made at the first call (256 random bits), the same from then on."""
+    path = folder(name) / "api_key"
+    if not path.exists():
+        write_private(path, f"mctl-{secrets.token_urlsafe(32)}\n")
+    return path.read_text("utf-8").strip()

@@ -1,0 +1,173 @@
+"""From a plan to a task: the template with only data set on it, so that the scripts in it are run as they were written."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mistralctl.clouds import LOCAL
+from mistralctl.fit import MEMORY_UTILIZATION
+from mistralctl.gpus import GIB
+from mistralctl.plan import SMALLEST_CPU_NODE, Plan
+
+Task = dict[str, Any]
+
+NODE_DIR = "~/.mistralctl"
+NODE_PORT = 8000
+NODE_PYTHON = "3.11"
+AUTOSTOP_MINUTES = 5
+# The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
+DISK_BASE_GIB = 64
+
+
+def package_dir(part: str) -> Path:
+    """The folder `task_templates` or `model`: inside an installed package, or beside `deploy/` in a checkout."""
+    package = Path(str(resources.files("mistralctl")))
+    inside = package / part
+    return inside if inside.is_dir() else package.parent.parent / part
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(task: Task) -> str:
+    """The task as YAML: keys in the template's order, scripts as blocks."""
+    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def digest(data: object, length: int = 12) -> str:
+    """A short hash of plain data, the same wherever it is computed."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def owner(environ: Mapping[str, str]) -> str:
+    """A hash that says whose machines these are, without saying who: of the user's and this machine's name."""
+    given = environ.get("MISTRALCTL_OWNER")
+    return digest(given or f"{getpass.getuser()}@{platform.node()}")
+
+
+@cache
+def _tree(folder: Path) -> str:
+    """A hash of all files below a folder, by their names and contents."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def environment_id(engine: str, python: str) -> str:
+    """The name of the node's environment: what it is made from, hashed."""
+    return f"{engine}-{digest([python, _tree(package_dir('model') / 'node' / f'vllm-{engine}')])}"
+
+
+def _text_or_empty(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _resources(plan: Plan) -> dict[str, Any]:
+    spec = plan.spec
+    weights_gib = plan.options[0].fit.weight_bytes * max(1, plan.tensor_parallel) / GIB if plan.options[0].fit else 16
+    found: dict[str, Any] = {}
+    entries: list[dict[str, Any]] = []
+    for option in plan.options:
+        place = "/".join(part for part in (option.cloud, spec.region, spec.zone) if part)
+        entry: dict[str, Any] = {"infra": place}
+        if option.accelerator:
+            entry["accelerators"] = f"{option.accelerator}:{option.count}"
+        else:
+            entry |= {"cpus": f"{SMALLEST_CPU_NODE[0]}+", "memory": f"{SMALLEST_CPU_NODE[1]}+"}
+        if entry not in entries:
+            entries.append(entry)
+    if len(entries) == 1:
+        found |= entries[0]
+    else:
+        found["any_of"] = entries
+    found["disk_size"] = DISK_BASE_GIB + 2 * max(1, round(weights_gib))
+    if spec.spot:
+        found["use_spot"] = True
+    if spec.max_price is not None:
+        found["max_hourly_cost"] = spec.max_price
+    found["autostop"] = {"idle_minutes": AUTOSTOP_MINUTES, "down": True, "wait_for": "jobs"}
+    return found
+
+
+def _labels(plan: Plan, wanted: dict[str, Any], owner: str) -> dict[str, str]:
+    ttl = plan.ttl_minutes
+    return {
+        "mistralctl-name": plan.name,
+        "mistralctl-owner": owner,
+        "mistralctl-resources": digest(wanted),
+        "mistralctl-ttl": "never" if ttl is None else str(ttl),
+    }
+
+
+def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str) -> dict[str, str]:
+    spec, model = plan.spec, plan.model
+    envs = {
+        "MISTRALCTL_NAME": plan.name,
+        "MISTRALCTL_NODE_DIR": node_dir,
+        "MISTRALCTL_ENGINE": plan.engine,
+        "MISTRALCTL_PYTHON": python,
+        "MISTRALCTL_ENV_ID": environment_id(plan.engine, python),
+        "MISTRALCTL_MODEL": model.name,
+        "MISTRALCTL_WEIGHTS": weights,
+        "MISTRALCTL_REVISION": plan.revision,
+        "MISTRALCTL_WEIGHTS_ID": plan.weights_id,
+        "MISTRALCTL_SERVED_NAME": plan.served_model_name,
+        "MISTRALCTL_HOST": "127.0.0.1",
+        "MISTRALCTL_PORT": str(port),
+        "MISTRALCTL_MAX_MODEL_LEN": str(plan.max_model_len),
+        "MISTRALCTL_MAX_NUM_SEQS": str(plan.max_num_seqs),
+        "MISTRALCTL_MAX_BATCHED_TOKENS": str(plan.max_batched_tokens),
+        "MISTRALCTL_SLIDING_WINDOW": _text_or_empty(plan.sliding_window),
+        "MISTRALCTL_TENSOR_PARALLEL": str(plan.tensor_parallel),
+        "MISTRALCTL_DTYPE": plan.dtype,
+        "MISTRALCTL_QUANTIZATION": _text_or_empty(spec.quantization),
+        "MISTRALCTL_MEMORY_UTILIZATION": str(MEMORY_UTILIZATION) if plan.engine == "cuda" else "",
+        "MISTRALCTL_KV_CACHE_GIB": str(plan.kv_cache_gib) if plan.engine == "cpu" else "",
+        "MISTRALCTL_TOKENIZER_MODE": model.tokenizer_mode,
+        "MISTRALCTL_TOOL_PARSER": _text_or_empty(model.tool_parser),
+        "MISTRALCTL_CHAT_TEMPLATE": "own" if model.chat else "none",
+        "MISTRALCTL_LORA": json.dumps(spec.lora),
+        "MISTRALCTL_VLLM_ARGS": json.dumps(list(spec.vllm_args)),
+        "MISTRALCTL_IDLE_MINUTES": _text_or_empty(plan.idle_minutes),
+        "MISTRALCTL_TTL_MINUTES": _text_or_empty(plan.ttl_minutes),
+    }
+    sources = _tree(package_dir("model"))
+    return envs | {"MISTRALCTL_SERVING_ID": digest([envs, sources])}
+
+
+def render(plan: Plan, *, owner: str, node_dir: str = NODE_DIR, port: int = NODE_PORT, python: str = NODE_PYTHON) -> Task:
+    """The task of a plan: plain data that SkyPilot accepts whole, and that the local runtime runs as well."""
+    task: Task = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
+    local = plan.chosen.cloud == LOCAL
+    run_dir = f"{node_dir}/run/{plan.name}"
+    weights, mounts = plan.weights, {f"{run_dir}/model": str(package_dir("model"))}
+    if weights.startswith("file://") and not local:  # a folder of this machine travels with the task
+        mounts[f"{run_dir}/upload"] = weights.removeprefix("file://")
+        weights = f"file://{run_dir}/upload"
+    wanted = {} if local else _resources(plan)
+    task["name"] = plan.name
+    task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}
+    task["envs"] = _envs(plan, node_dir, port, python, weights)
+    task["file_mounts"] = mounts
+    return task

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Makes a node ready to serve: pulls the weights while it installs vLLM, then waits for both.
+# Repeatable: what is there already is not made again. The envs and folders are those of docs/contract.md.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+model_dir=$(dirname "$here")
+node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
+run_dir=$node_dir/run/$MISTRALCTL_NAME
+env_dir=$node_dir/envs/$MISTRALCTL_ENV_ID
+umask 022
+mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
+
+phase() { # PHASE EVENT [MESSAGE]
+  local message=${3:-}
+  message=${message//\\/\\\\}
+  message=$(printf '%s' "${message//\"/\\\"}" | tr -d '\000-\037')
+  printf 'mistralctl-phase {"phase": "%s", "event": "%s", "at": %s%s}\n' "$1" "$2" "${EPOCHREALTIME:-$(date +%s)}" \
+    "${message:+, \"message\": \"$message\"}"
+}
+
+find_uv() {
+  local candidate
+  for candidate in uv "$HOME/.local/bin/uv" "$node_dir/envs/uv/bin/uv"; do
+    if command -v "$candidate" > /dev/null; then command -v "$candidate"; return; fi
+  done
+  { python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet uv; } 1>&2
+  echo "$node_dir/envs/uv/bin/uv"
+}
+
+attempts() { # COMMAND...: three times, with a pause between them
+  local n
+  for n in 1 2 3; do
+    if "$@"; then return; fi
+    [ "$n" = 3 ] || { echo "attempt $n of 3 failed; once more in $((n * 5)) s" >&2; sleep $((n * 5)); }
+  done
+  return 1
+}
+
+once() { # FOLDER COMMAND...: runs the command unless FOLDER was completed before; one process at a time
+  local folder=$1
+  shift
+  (
+    if command -v flock > /dev/null; then flock 9; fi
+    [ -e "$folder/.complete" ] && exit 0
+    rm -rf "$folder"
+    "$@" && touch "$folder/.complete"
+  ) 9> "$folder.lock"
+}
+
+install_vllm() {
+  local options=(--python "$env_dir/bin/python" --requirement requirements.txt)
+  if [ "$MISTRALCTL_ENGINE" = cpu ]; then
+    options+=(--constraints constraints.txt --overrides overrides.txt)
+    # torch's CPU build comes from the folder that the user named, or else from PyTorch's own index.
+    [ -n "${UV_FIND_LINKS:-}" ] || options+=(--torch-backend cpu)
+  fi
+  "$uv" venv --quiet --python "$MISTRALCTL_PYTHON" "$env_dir" || return
+  (cd "$here/vllm-$MISTRALCTL_ENGINE" && attempts "$uv" pip install "${options[@]}")
+}
+
+make_environment() {
+  phase environment start
+  once "$env_dir" install_vllm || return
+  rm -rf "$run_dir/site"
+  "$uv" pip install --quiet --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
+    "$model_dir/plugin" "$model_dir/weights" || return
+  phase environment end
+}
+
+install_weights_tool() { # SCHEME...
+  "$uv" venv --quiet --python "$MISTRALCTL_PYTHON" "$weights_env" || return
+  local scheme options=()
+  for scheme in "$@"; do options+=(--extra "$scheme"); done
+  attempts "$uv" pip install --quiet --python "$weights_env/bin/python" --requirement "$model_dir/weights/pyproject.toml" \
+    ${options[@]+"${options[@]}"}
+}
+
+pull() { # URI FOLDER [REVISION]
+  PYTHONPATH=$model_dir/weights "$weights_env/bin/python" -m mistral_weights pull "$1" "$2" ${3:+--revision "$3"} \
+    --secrets "$run_dir/secrets.json"
+}
+
+pull_weights() {
+  local uri=${MISTRALCTL_WEIGHTS/#file:\/\/\~/file://$HOME} adapters schemes adapter source
+  phase weights start
+  adapters=$(printf '%s' "${MISTRALCTL_LORA:-}" | tr -d '{}" ' | tr ',' '\n')  # names and URIs hold none of these
+  schemes=$(printf '%s\n%s\n' "$uri" "$(printf '%s' "$adapters" | sed 's/^[^:]*://')" | sed -n 's#://.*##p' | { grep -v '^file$' || true; } | sort -u)
+  weights_env=$node_dir/envs/weights-$(cat "$model_dir/weights/pyproject.toml" - <<< "$MISTRALCTL_PYTHON $schemes" | cksum | tr ' ' -)
+  # shellcheck disable=SC2086 # one argument for each scheme
+  once "$weights_env" install_weights_tool $schemes || return
+  pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" || return
+  while IFS=: read -r adapter source; do
+    [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return
+  done <<< "$adapters"
+  phase weights end
+}
+
+uv=$(find_uv) || { phase environment fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
+
+weights_error=$(mktemp)
+trap 'rm -f "$weights_error"' EXIT
+# A job of its own for each, so that the one that fails can end the other with all its children.
+set -m
+(pull_weights) 2> >(tee "$weights_error" >&2) &
+weights_job=$!
+(make_environment) &
+environment_job=$!
+set +m
+trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
+
+status=0
+wait "$environment_job" || {
+  status=$?
+  kill -- -"$weights_job" 2> /dev/null || true
+  wait "$weights_job" 2> /dev/null || true
+  phase environment fail "the environment of vLLM could not be installed (the log says why); check the network and the free disk space and run up again"
+  exit "$status"
+}
+wait "$weights_job" || {
+  status=$?
+  sleep 0.2 # until tee has written the last line
+  phase weights fail "$(grep -v '^ *$' "$weights_error" | tail -n 1)"
+  exit "$status"
+}
