@@ -77,6 +77,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# No option is a date: 2026-01-01 is text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def parse_yaml(text: str, path: str) -> dict[str, Any]:
     """The mapping in `text`; UserError with line and column for anything that is not a plain mapping."""
     try:
@@ -190,8 +197,17 @@ def _check(layer: Mapping[str, Any], place: dict[str, str], *, strict: bool) -> 
         if first["type"] == "extra_forbidden":
             raise UserError(f"{place.get(key, key)}: unknown key {key!r}; {_unknown(key)}") from None
         raise UserError(f"{place.get(key, key)}{path}: {_sentence(first)}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{next(iter(place.values()), FILE)}: a value is not plain data ({error}); quote it") from None
+    except (TypeError, ValueError, RecursionError):
+        key = next((key for key, value in layer.items() if not _is_plain(value)), next(iter(layer)))
+        raise UserError(f"{place.get(key, key)}: should be plain text, numbers or lists of them; put quotes around it") from None
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _set(spec: DeploymentSpec) -> Iterator[tuple[str, Any]]:

@@ -241,7 +241,8 @@ def _price(machine: prices.Offer | Option, spec: DeploymentSpec) -> float:
 def _too_dear(option: Option, spec: DeploymentSpec, cheapest: float) -> str | None:
     price = _price(option, spec)
     if price == math.inf:
-        return None
+        unknown = spec.spot and spec.accelerators is None and option.price is not None
+        return "the snapshot has no spot price for it; ask for it with --accelerators" if unknown else None
     if spec.max_price is not None:
         return f"{price:.2f} USD/h is above --max-price {spec.max_price:g}" if price > spec.max_price else None
     if spec.accelerators is None and price > FALLBACK_FACTOR * cheapest:
@@ -324,7 +325,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         fitting, refused = [o for o in every if o.reason is None], [o for o in every if o.reason]
         if on_cpu:  # one size of machine is asked for on every cloud, so that the cache is the same wherever it lands
             fitting = [next(o for o in fitting if o.cloud == cloud) for cloud in dict.fromkeys(o.cloud for o in fitting)]
-            refused = [o for o in refused if o.fit and o.fit.reason]
+            refused = [o for o in refused if not fitting or (o.fit and o.fit.reason)]
     if not fitting:
         raise _nothing_fits(draft, sourced, refused)
     node_bytes = machine.memory_bytes if local and machine else SMALLEST_CPU_NODE[1] * GIB

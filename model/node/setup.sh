@@ -9,6 +9,8 @@ node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
 run_dir=$node_dir/run/$MISTRALCTL_NAME
 env_dir=$node_dir/envs/$MISTRALCTL_ENV_ID
 umask 022
+# shellcheck source=model/node/once.sh
+. "$here/once.sh"
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 phase() { # PHASE EVENT [MESSAGE]
@@ -28,40 +30,9 @@ find_uv() {
   echo "$node_dir/envs/uv/bin/uv"
 }
 
-attempts() { # COMMAND...: three times, with a pause between them
-  local n
-  for n in 1 2 3; do
-    if "$@"; then return; fi
-    [ "$n" = 3 ] || { echo "attempt $n of 3 failed; once more in $((n * 5)) s" >&2; sleep $((n * 5)); }
-  done
-  return 1
-}
-
-once() { # FOLDER COMMAND...: runs the command unless FOLDER was completed before; one process at a time
-  local folder=$1
-  shift
-  (
-    if command -v flock > /dev/null; then flock 9; fi
-    [ -e "$folder/.complete" ] && exit 0
-    rm -rf "$folder"
-    "$@" && touch "$folder/.complete"
-  ) 9> "$folder.lock"
-}
-
-install_vllm() {
-  local options=(--python "$env_dir/bin/python" --requirement requirements.txt)
-  if [ "$MISTRALCTL_ENGINE" = cpu ]; then
-    options+=(--constraints constraints.txt --overrides overrides.txt)
-    # torch's CPU build comes from the folder that the user named, or else from PyTorch's own index.
-    [ -n "${UV_FIND_LINKS:-}" ] || options+=(--torch-backend cpu)
-  fi
-  "$uv" venv --quiet --python "$MISTRALCTL_PYTHON" "$env_dir" || return
-  (cd "$here/vllm-$MISTRALCTL_ENGINE" && attempts "$uv" pip install "${options[@]}")
-}
-
 make_environment() {
   phase environment start
-  once "$env_dir" install_vllm || return
+  bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site"
   "$uv" pip install --quiet --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
     "$model_dir/plugin" "$model_dir/weights" || return
@@ -98,28 +69,31 @@ pull_weights() {
 
 uv=$(find_uv) || { phase environment fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
 
-weights_error=$(mktemp)
-trap 'rm -f "$weights_error"' EXIT
+errors=$(mktemp -d)
+trap 'rm -rf "$errors"' EXIT
 # A job of its own for each, so that the one that fails can end the other with all its children.
 set -m
-(pull_weights) 2> >(tee "$weights_error" >&2) &
+(pull_weights) 2> >(tee "$errors/weights" >&2) &
 weights_job=$!
-(make_environment) &
+(make_environment) 2> >(tee "$errors/environment" >&2) &
 environment_job=$!
 set +m
 trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
 
-status=0
+last_error() { # PHASE: the last line that it wrote to standard error
+  sleep 0.2 # until tee has written it
+  grep -v '^ *$' "$errors/$1" | tail -n 1
+}
+
 wait "$environment_job" || {
   status=$?
   kill -- -"$weights_job" 2> /dev/null || true
   wait "$weights_job" 2> /dev/null || true
-  phase environment fail "the environment of vLLM could not be installed (the log says why); check the network and the free disk space and run up again"
+  phase environment fail "the environment of vLLM could not be installed ($(last_error environment)); check the network and the free disk space, then run up again"
   exit "$status"
 }
 wait "$weights_job" || {
   status=$?
-  sleep 0.2 # until tee has written the last line
-  phase weights fail "$(grep -v '^ *$' "$weights_error" | tail -n 1)"
+  phase weights fail "$(last_error weights)"
   exit "$status"
 }

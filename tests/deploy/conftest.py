@@ -1,0 +1,35 @@
+"""The command line as a person runs it, in a process of its own with a home folder of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    path = tmp_path / "home"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def mistralctl(home: Path, tmp_path: Path) -> Run:
+    """Runs `mistralctl ARGUMENT...` in an empty folder; keyword arguments are further variables."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MISTRALCTL_")}
+        env = kept | {"HOME": str(home), "MISTRALCTL_OWNER": "tests", "COLUMNS": "120", **variables}
+        command = [sys.executable, "-m", "mistralctl", *arguments]
+        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+    return run

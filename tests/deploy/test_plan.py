@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mistralctl import checkpoints, plan
+from mistralctl.config import load
+from mistralctl.errors import Exit, UserError
+from mistralctl.gpus import GIB
+from mistralctl.machine import Machine
+from mistralctl.plan import Plan
+
+SMALL = Machine(24 * GIB, 2)
+
+
+def make(machine: Machine | None = SMALL, **flags: Any) -> Plan:
+    sourced = load(flags, {}, None)
+    return plan.make(sourced, checkpoints.resolve(sourced), machine)
+
+
+def refused(of: Plan) -> dict[str, str | None]:
+    return {f"{option.cloud} {option.label}": option.reason for option in of.refused}
+
+
+def test_the_cheapest_that_fits_comes_first_and_the_rest_say_why_not() -> None:
+    got = make()
+    assert [(o.cloud, o.label, o.price) for o in got.options] == [
+        ("gcp", "L4:1", 0.70452),
+        ("aws", "L4:1", 0.8048),
+        ("aws", "A10G:1", 1.006),
+    ]
+    why = refused(got)
+    assert why["aws T4:1"] == "no bf16, and 13.5 GiB of weights leave no room for the cache"
+    assert (
+        why["aws H100:1"] == "6.88 USD/h is more than twice the cheapest that fits; ask for it with --accelerators or --max-price"
+    )
+
+
+def test_a_price_limit_admits_whatever_is_below_it() -> None:
+    got = make(max_price=3.0)
+    assert [f"{o.cloud} {o.label}" for o in got.options] == [
+        "gcp L4:1", "aws L4:1", "aws A10G:1", "aws L40S:1", "gcp A100:1", "gcp A100-80GB:1",
+    ]  # fmt: skip
+    assert refused(got)["gcp H100:1"] == "5.38 USD/h is above --max-price 3"
+
+
+def test_spot_sorts_by_the_price_of_spot() -> None:
+    got = make(spot=True)
+    prices = [option.spot_price for option in got.options]
+    assert prices == sorted(p for p in prices if p is not None)
+    assert got.chosen.label == "L4:1"
+
+
+def test_the_window_raises_what_fits_at_once() -> None:
+    fit = make(accelerators="L4:1").chosen.fit
+    assert fit is not None
+    assert (fit.request_tokens, fit.request_tokens_without_window) == (8208, 32768)
+    assert fit.concurrency > 3.9 * fit.concurrency_without_window
+
+
+def test_more_requests_at_once_need_a_larger_gpu() -> None:
+    got = make(max_concurrency=20)
+    assert "L4:1" not in {option.label for option in got.options}
+    assert got.chosen.fit is not None
+    assert got.chosen.fit.concurrency >= 20
+    assert got.max_num_seqs == 20
+
+
+def test_a_small_model_needs_no_gpu() -> None:
+    got = make(model="smollm2-135m-instruct")
+    assert (got.engine, [o.cloud for o in got.options]) == ("cpu", ["aws", "gcp", "azure"])
+    assert make(model="smollm2-135m-instruct", accelerators="L4").engine == "cuda"
+
+
+def test_tensor_parallel_asks_for_that_many_gpus() -> None:
+    got = make(cloud=["aws"], tensor_parallel=8)
+    assert {option.count for option in got.options} == {8}
+    assert got.tensor_parallel == 8
+
+
+def test_a_region_without_a_price_is_planned_with_an_unknown_price() -> None:
+    got = make(cloud=["aws"], region="eu-central-1")
+    assert got.chosen.region == "eu-central-1"
+    assert got.chosen.price is None
+
+
+def test_this_machine_says_what_it_lacks() -> None:
+    with pytest.raises(UserError) as error:
+        make(Machine(8 * GIB, 2), cloud=["local"])
+    assert error.value.code is Exit.NO_FIT
+    assert str(error.value) == (
+        "mistral-7b-instruct-v0.1 does not fit: this machine (2 cores, 8 GiB): 13.5 GiB of weights and 4 GiB for vLLM and the "
+        "system leave no room for the cache in 8 GiB; A10, A10G, L4, L40S, A100, A100-80GB, H100 would fit; smollm2-135m-instruct runs on any machine, and mistralctl plan shows the "
+        "clouds"
+    )
+
+
+def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100,'
+        ' "intermediate_size": 128, "max_position_embeddings": 512, "sliding_window": 32}'
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    got = make(model=str(tmp_path), cloud=["local"])
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    assert got.model.shape is not None
+    assert got.model.shape.parameters == 2 * layer + 2 * 100 * 64 + 64
+    assert (got.sliding_window, got.max_model_len, got.weights) == (32, 512, f"file://{tmp_path}")

@@ -1,0 +1,74 @@
+"""Every rendered task goes through the real SkyPilot: parser, resources, file mounts, optimizer; no cloud, no account."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistralctl import checkpoints, plan, task
+from mistralctl.config import load
+from test_task import CASES
+
+CLOUD_CASES = [name for name in CASES if name != "local"]
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What SkyPilot says of each task, by name."""
+    folder = tmp_path_factory.mktemp("sky")
+    upload = folder / "weights"
+    upload.mkdir()
+    files = []
+    for name in CLOUD_CASES:
+        sourced = load(CASES[name], {}, None)
+        made = plan.make(sourced, checkpoints.resolve(sourced), None)
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(task.dump(task.render(made, owner="0123456789ab")), "utf-8")
+    files.append(folder / "serve.yaml")
+    template = task.package_dir("task_templates") / "serve.yaml"
+    files[-1].write_text(template.read_text("utf-8"), "utf-8")
+    (folder / "broken.yaml").write_text(files[0].read_text("utf-8").replace("resources:", "resorces:"), "utf-8")
+    files.append(folder / "broken.yaml")
+    env = {
+        "HOME": str(folder), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+        "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true",
+    }  # fmt: skip
+    script = Path(__file__).parent / "sky_accepts.py"
+    checkout = task.package_dir("model").parent
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, files)],
+        env=env,
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line.removeprefix("accepted ")) for line in done.stdout.splitlines() if line.startswith("accepted ")]
+    return {entry.pop("task"): entry for entry in found}
+
+
+@pytest.mark.parametrize("name", CLOUD_CASES)
+def test_skypilot_accepts_the_task_and_chooses_what_the_plan_chose(name: str, accepted: dict[str, dict[str, Any]]) -> None:
+    got = accepted[name]
+    assert "error" not in got
+    sourced = load(CASES[name], {}, None)
+    chosen = plan.make(sourced, checkpoints.resolve(sourced), None).chosen
+    assert got["cloud"] == chosen.cloud
+    if chosen.accelerator:
+        assert got["accelerators"] == {chosen.accelerator: chosen.count}
+        assert got["price"] == pytest.approx(chosen.spot_price if sourced.spec.spot else chosen.price, abs=1e-3)
+
+
+def test_the_template_as_it_stands_is_accepted(accepted: dict[str, dict[str, Any]]) -> None:
+    assert accepted["serve"]["accelerators"] == {"L4": 1}
+
+
+def test_a_misspelt_key_would_have_been_noticed(accepted: dict[str, dict[str, Any]]) -> None:
+    assert "error" in accepted["broken"]
