@@ -2,7 +2,7 @@
 
 The formulas are those of vLLM 0.32: a request holds whole blocks of the KV cache; with a sliding window W it holds at
 most `cdiv(min(W - 1 + in_flight, max_model_len), block_size) + 1` of them, because blocks behind the window go back to the
-pool while it runs. `in_flight` is two prefill chunks: vLLM schedules one step while it still computes the one before.
+pool while it runs. `in_flight` is one prefill chunk for each step that is scheduled and not yet settled.
 tests/e2e holds these formulas against the numbers that a running vLLM reports.
 """
 
@@ -23,7 +23,7 @@ QUANTIZED_CAPABILITY = {"fp8": (8, 0), "awq": (7, 5), "gptq": (7, 5), "bitsandby
 MEMORY_UTILIZATION = 0.92
 OVERHEAD_BYTES = GIB  # activations of one step, CUDA context and graphs
 MAX_BATCHED_TOKENS = 2048  # tokens of one scheduler step, the prefill chunk
-STEPS_IN_FLIGHT = 2
+STEPS_IN_FLIGHT = {"cuda": 2, "cpu": 1}  # on a GPU vLLM schedules a step while it still computes the one before
 BLOCK_SIZE = {"cuda": 16, "cpu": 128}
 
 
@@ -62,17 +62,18 @@ def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
 
 
 def blocks_per_request(
-    max_model_len: int, window: int | None, block_size: int, max_batched_tokens: int = MAX_BATCHED_TOKENS
+    max_model_len: int, window: int | None, engine: str, max_batched_tokens: int = MAX_BATCHED_TOKENS
 ) -> int:
     """Most blocks that one request of `max_model_len` tokens holds at any time.
 
-    >>> blocks_per_request(32768, None, 16), blocks_per_request(32768, 4096, 16)
+    >>> blocks_per_request(32768, None, "cuda"), blocks_per_request(32768, 4096, "cuda")
     (2048, 513)
     """
+    block_size = BLOCK_SIZE[engine]
     if window is None:
         return cdiv(max_model_len, block_size)
     # The 1 is the block that the window's edge cuts; vLLM counts it also where the whole request is shorter.
-    return cdiv(min(window - 1 + STEPS_IN_FLIGHT * max_batched_tokens, max_model_len), block_size) + 1
+    return cdiv(min(window - 1 + STEPS_IN_FLIGHT[engine] * max_batched_tokens, max_model_len), block_size) + 1
 
 
 def fit(
@@ -85,7 +86,7 @@ def fit(
     cache = int(memory_bytes) - weights - OVERHEAD_BYTES
     block = BLOCK_SIZE[engine]
     blocks = max(0, cache // (per_token * block))
-    held, held_full = (blocks_per_request(max_model_len, w, block) for w in (window, None))
+    held, held_full = (blocks_per_request(max_model_len, w, engine) for w in (window, None))
     reason = None
     if blocks < held * concurrency:
         if cache < per_token * block:

@@ -31,17 +31,18 @@ def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "block", "chunk", "blocks"),
+    ("length", "window", "engine", "chunk", "blocks"),
     [
-        (32768, None, 16, 2048, 2048),
-        (32768, 4096, 16, 2048, 513),  # 4095 + 2 x 2048 = 8191 tokens are 512 blocks, and the one that the edge cuts
-        (32768, 4096, 16, 512, 321),
-        (4096, 4096, 16, 2048, 257),  # never more tokens than the request has
-        (100, None, 128, 2048, 1),
+        (32768, None, "cuda", 2048, 2048),
+        (32768, 4096, "cuda", 2048, 513),  # 4095 + 2 x 2048 = 8191 tokens are 512 blocks, and the one that the edge cuts
+        (32768, 4096, "cuda", 512, 321),
+        (4096, 4096, "cuda", 2048, 257),  # never more tokens than the request has
+        (100, None, "cpu", 2048, 1),
+        (32768, 4096, "cpu", 2048, 49),
     ],
 )
-def test_blocks_that_one_request_holds(length: int, window: int | None, block: int, chunk: int, blocks: int) -> None:
-    assert fit.blocks_per_request(length, window, block, chunk) == blocks
+def test_blocks_that_one_request_holds(length: int, window: int | None, engine: str, chunk: int, blocks: int) -> None:
+    assert fit.blocks_per_request(length, window, engine, chunk) == blocks
 
 
 def test_tensor_parallel_divides_weights_and_heads() -> None:

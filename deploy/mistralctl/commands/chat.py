@@ -10,7 +10,10 @@ from mistralctl.errors import Exit, UserError
 
 
 def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
-    """Pieces of the answer as they come; a base model continues the last message instead. UserError if the server fails."""
+    """Pieces of the most probable answer as they come; a base model continues the last message instead.
+
+    UserError if the server fails.
+    """
     import openai
 
     api = openai.OpenAI(
@@ -22,12 +25,12 @@ def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
     try:
         if client.chat:
             asked: Any = messages
-            for chunk in api.chat.completions.create(model=client.model, messages=asked, stream=True):
+            for chunk in api.chat.completions.create(model=client.model, messages=asked, stream=True, temperature=0):
                 if chunk.choices:
                     yield chunk.choices[0].delta.content or ""
         else:
             prompt = messages[-1]["content"]
-            for piece in api.completions.create(model=client.model, prompt=prompt, stream=True, max_tokens=256):
+            for piece in api.completions.create(model=client.model, prompt=prompt, stream=True, max_tokens=256, temperature=0):
                 if piece.choices:
                     yield piece.choices[0].text
     except openai.APIConnectionError as error:

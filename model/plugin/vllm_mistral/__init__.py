@@ -1,0 +1,16 @@
+"""Mistral 7B for vLLM. Importing this package costs nothing: the class is registered by its name."""
+
+from __future__ import annotations
+
+ARCHITECTURE = "MistralSWAForCausalLM"
+MODEL_CLASS = f"vllm_mistral.model:{ARCHITECTURE}"
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Registers the architecture with vLLM, which calls this in each of its processes; twice does no harm."""
+    from vllm import ModelRegistry
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)

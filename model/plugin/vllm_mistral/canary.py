@@ -1,0 +1,80 @@
+"""The canary: before the launcher says ready, it asks the engine for log-probabilities that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_mistral.contract import Code, LaunchError
+
+FILE = "mistralctl-canary.json"
+# Largest difference of a log-probability that rounding explains, by the engine's dtype, against figures in float32.
+TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`max_difference` is the largest of the forced tokens' log-probabilities (natural logarithm); None if not verified."""
+
+    state: Literal["verified", "not verified"]
+    max_difference: float | None = None
+    tolerance: float | None = None
+
+
+def _complete(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(  # noqa: S310 - http on loopback
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+            data: dict[str, Any] = json.loads(answer.read())
+            return data
+    except urllib.error.HTTPError as error:
+        raise LaunchError(Code.CANARY, f"the engine refused the check: {error.code} {error.read()[:300]!r}") from error
+    except (OSError, ValueError) as error:
+        raise LaunchError(Code.CANARY, f"the engine did not answer the check ({error})") from error
+
+
+def forced_logprobs(url: str, key: str, model: str, prompt: list[int], forced: list[int]) -> list[float]:
+    """The engine's log-probabilities of `forced` behind `prompt`, token ids."""
+    body = {"model": model, "prompt": prompt + forced, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    entries = _complete(url, key, body)["choices"][0]["prompt_logprobs"]
+    return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
+
+
+def check(url: str, key: str, model: str, model_dir: Path, dtype: str) -> Verdict:
+    """The verdict on the running engine; LaunchError if it computes something else than the weights' own figures."""
+    try:
+        stored = json.loads((model_dir / FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        return _finite(url, key, model)
+    except (OSError, ValueError) as error:
+        raise LaunchError(Code.CANARY, f"{model_dir / FILE} cannot be read ({error}); pull the weights again") from error
+    got = forced_logprobs(url, key, model, stored["prompt_token_ids"], stored["forced_token_ids"])
+    difference = max(abs(a - b) for a, b in zip(got, stored["logprobs"], strict=True))
+    allowed = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+    if not difference <= allowed:  # also false for nan
+        raise LaunchError(
+            Code.CANARY,
+            f"the engine does not compute what the weights say: a log-probability differs by {difference:.3f}, {allowed} is "
+            "allowed; the weights, the window or the rotary base are not those of the model",
+        )
+    return Verdict("verified", round(difference, 6), allowed)
+
+
+def _finite(url: str, key: str, model: str) -> Verdict:
+    """Without stored figures: a completion with text and finite log-probabilities."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    choice = _complete(url, key, body)["choices"][0]
+    values = choice["logprobs"]["token_logprobs"]
+    if not values or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
+        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
+    return Verdict("not verified")

@@ -1,0 +1,75 @@
+"""From the contract to the arguments of `vllm serve`: a list, built and never spliced."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_mistral import ARCHITECTURE
+from vllm_mistral.contract import Contract
+
+GUARD = "vllm_mistral.guard.Guard"
+DRAIN_SECONDS = 25
+
+
+def lora_rank(folder: Path) -> int:
+    """The rank of an adapter, by its adapter_config.json."""
+    return int(json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"])
+
+
+def arguments(contract: Contract, model_dir: Path) -> list[str]:
+    """What follows `vllm serve`. Only safetensors are loaded, no code that comes with weights is run."""
+    found = [
+        str(model_dir),
+        "--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]}),
+        "--load-format", "safetensors",
+        "--config-format", "hf",
+        "--tokenizer-mode", "mistral" if contract.tokenizer_mode == "mistral" else "hf",
+        "--served-model-name", contract.served_name,
+        "--host", contract.host,
+        "--port", str(contract.port),
+        "--middleware", GUARD,
+        "--max-model-len", str(contract.max_model_len),
+        "--max-num-seqs", str(contract.max_num_seqs),
+        "--max-num-batched-tokens", str(max(contract.max_batched_tokens, contract.max_num_seqs)),
+        "--tensor-parallel-size", str(contract.tensor_parallel),
+        "--dtype", contract.dtype,
+        "--shutdown-timeout", str(DRAIN_SECONDS),
+        "--enable-prefix-caching",
+        "--disable-access-log-for-endpoints", "/health",
+    ]  # fmt: skip
+    if contract.quantization:
+        found += ["--quantization", contract.quantization]
+    if contract.memory_utilization is not None:
+        found += ["--gpu-memory-utilization", str(contract.memory_utilization)]
+    if contract.engine == "cpu":
+        found += ["--enforce-eager"]
+    if contract.tool_parser:
+        found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
+    if contract.lora:
+        ranks = [lora_rank(folder) for _, folder in contract.lora]
+        allowed = next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= max(ranks))
+        found += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(ranks)), "--lora-modules"]
+        found += [f"{adapter}={folder}" for adapter, folder in contract.lora]
+    return found + list(contract.vllm_args)
+
+
+def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU."""
+    found = dict(environ)
+    found |= {
+        "MISTRALCTL_RUN_DIR": str(contract.run_dir),
+        "VLLM_PLUGINS": "mistral_swa",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if contract.engine == "cpu":
+        found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)
+        # Without this vLLM leaves one core to the system, which halves a machine with two.
+        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    return found

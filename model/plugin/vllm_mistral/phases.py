@@ -1,0 +1,52 @@
+"""How far the launcher is: lines for the log, and status.json, always replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def say(phase: str, event: str, message: str = "") -> float:
+    """Prints one event of the contract; its time in seconds since the epoch."""
+    at = round(time.time(), 3)
+    data = {"phase": phase, "event": event, "at": at} | ({"message": message} if message else {})
+    sys.stdout.write(f"mistralctl-phase {json.dumps(data)}\n")
+    sys.stdout.flush()
+    return at
+
+
+class Status:
+    """status.json: `set` changes fields and writes the file."""
+
+    def __init__(self, file: Path, **fields: Any) -> None:
+        self.file = file
+        self.fields: dict[str, Any] = {
+            "schema": 1, "pid": os.getpid(), "state": "starting", "phase": "", "phases": [], "started_at": time.time(),
+            "ready_at": None, "engine": None, "canary": None,
+            "requests": {"served": 0, "running": 0, "last_at": None}, "error": None, **fields,
+        }  # fmt: skip
+        self.set()
+
+    def set(self, **fields: Any) -> None:
+        """Changes fields and replaces the file, only if anything changed."""
+        if self.file.exists() and all(self.fields.get(key) == value for key, value in fields.items()):
+            return
+        self.fields |= fields
+        temporary = self.file.with_suffix(".new")
+        temporary.write_text(json.dumps(self.fields, indent=1) + "\n", "utf-8")
+        temporary.replace(self.file)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase: said at its start and at its end, with its seconds in the status."""
+        began = say(phase, "start")
+        self.set(phase=phase)
+        yield
+        seconds = round(say(phase, "end") - began, 2)
+        self.set(phases=[*self.fields["phases"], {"phase": phase, "seconds": seconds}])

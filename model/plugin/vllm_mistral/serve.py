@@ -1,0 +1,162 @@
+"""The launcher: `python -m vllm_mistral.serve` serves what the contract says, and ends when it is due.
+
+Contract, secrets, plugin, weights, engine, check, ready; then it waits for a signal, for idleness, for the end of the
+deployment's lifetime, or for vLLM to die. Exit codes: docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, weights
+from vllm_mistral.contract import Code, Contract, LaunchError
+from vllm_mistral.engine import Engine, check_installed
+from vllm_mistral.phases import Status, say
+from vllm_mistral.traffic import Traffic
+
+SECRETS_SECONDS = 600.0
+START_SECONDS = 1800.0
+POLL_SECONDS = 0.5
+
+
+class _Signals:
+    """Set by SIGTERM or SIGINT; a second one ends the engine at once."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.engine: Engine | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: object) -> None:
+        if self.asked.is_set() and self.engine is not None:
+            self.engine.hurry()
+        self.asked.set()
+
+
+class _Asked(Exception):
+    """A signal came before the server was ready."""
+
+
+def wait_for_key(run_dir: Path, asked: threading.Event, seconds: float = SECRETS_SECONDS) -> str:
+    """The API key, once the laptop has written it; LaunchError if it does not come or others can read it."""
+    file, deadline = run_dir / "secrets.json", time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise LaunchError(Code.SECRETS, f"no secrets came within {seconds:.0f} s; run mistralctl up again")
+        if asked.wait(POLL_SECONDS):
+            raise _Asked
+    if file.stat().st_mode & 0o077:
+        raise LaunchError(Code.SECRETS, f"{file} can be read by others; run chmod 600 on it")
+    try:
+        return str(json.loads(file.read_text("utf-8"))["api_key"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(Code.SECRETS, f"{file} has no api_key; run mistralctl up again") from error
+
+
+def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
+    """What the running engine said of itself; LaunchError if it is not our class or not with the window asked for."""
+    facts = inspection.read(run_dir)
+    if facts is None or facts.get("architecture") != ARCHITECTURE:
+        raise LaunchError(Code.CLASS, f"vLLM serves with {(facts or {}).get('class', 'its own class')}, not {ARCHITECTURE}")
+    if wanted.model != "custom" and facts["sliding_window"] != wanted.sliding_window:
+        raise LaunchError(
+            Code.CLASS,
+            f"the engine has the window {facts['sliding_window']}, {wanted.sliding_window} was asked for; the config.json of "
+            "these weights is not the model's",
+        )
+    return facts
+
+
+def _until_healthy(engine: Engine, asked: threading.Event) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not engine.healthy():
+        engine.raise_if_dead()
+        if time.monotonic() > deadline:
+            raise LaunchError(Code.ENGINE, f"vLLM was not healthy after {START_SECONDS / 60:.0f} minutes")
+        if asked.wait(POLL_SECONDS):
+            raise _Asked
+
+
+def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, asked: threading.Event) -> str:
+    """Waits until the end is due; why it is."""
+    ready = time.time()
+    started = float(status.fields["started_at"])
+    while not asked.wait(POLL_SECONDS):
+        engine.raise_if_dead()
+        count = traffic.read()
+        status.set(requests={**asdict(count), "last_at": count.last_at or None})
+        now = time.time()
+        if wanted.ttl_minutes is not None and now - started >= wanted.ttl_minutes * 60:
+            return f"its lifetime of {wanted.ttl_minutes} minutes is over"
+        quiet = now - max(count.last_at, ready)
+        if wanted.idle_minutes is not None and count.running == 0 and quiet >= wanted.idle_minutes * 60:
+            return f"nobody asked anything for {wanted.idle_minutes} minutes"
+    return "it was asked to"
+
+
+def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
+    run_dir = wanted.run_dir
+    (run_dir / inspection.FILE).unlink(missing_ok=True)
+    traffic = Traffic(run_dir, fresh=True)
+    key = wait_for_key(run_dir, signals.asked)
+    engine: Engine | None = None
+    try:
+        with status.during("engine"):
+            check_installed()
+            model_dir = weights.model_dir(wanted.weights_dir)
+            environ = flags.environment(wanted, os.environ)
+            engine = Engine(flags.arguments(wanted, model_dir), environ, wanted.host, wanted.port)
+            signals.engine = engine
+            _until_healthy(engine, signals.asked)
+        with status.during("check"):
+            verdict = canary.check(engine.url, key, wanted.served_name, model_dir, wanted.dtype)
+            facts = check_engine(wanted, run_dir)
+            engine.raise_if_dead()
+            status.set(canary=asdict(verdict), engine=facts)
+        traffic = Traffic(run_dir, fresh=False)
+        status.set(ready_at=say("ready", "end"), state="ready", phase="ready")
+        why = _serve(wanted, engine, traffic, status, signals.asked)
+        sys.stdout.write(f"ends because {why}\n")
+        status.set(state="draining")
+    finally:
+        if engine is not None:
+            engine.end()
+    status.set(state="stopped", ended_because=why)
+
+
+def main() -> int:
+    """Runs the launcher; its exit code."""
+    signals = _Signals()
+    try:
+        wanted = contract.read(os.environ)
+    except LaunchError as error:
+        say("engine", "fail", str(error))
+        return error.code
+    wanted.run_dir.mkdir(parents=True, exist_ok=True)
+    status = Status(
+        wanted.run_dir / "status.json", name=wanted.name, host=wanted.host, port=wanted.port,
+        served_model_name=wanted.served_name, serving_id=wanted.serving_id,
+    )  # fmt: skip
+    try:
+        _launch(wanted, status, signals)
+    except _Asked:
+        status.set(state="stopped", ended_because="it was asked to")
+    except LaunchError as error:
+        phase = status.fields["phase"] or "engine"
+        say(phase, "fail", str(error))
+        status.set(state="failed", error={"code": int(error.code), "message": str(error)})
+        return error.code
+    return Code.OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

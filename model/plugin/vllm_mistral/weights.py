@@ -1,0 +1,122 @@
+"""The folder that vLLM is given: the weights as they were pulled, or what a GGUF file becomes in Hugging Face format."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_mistral.contract import Code, LaunchError
+
+CONVERTED = ".hf"
+
+
+def model_dir(folder: Path) -> Path:
+    """The folder to serve; LaunchError if there is nothing that can be served in it."""
+    if not folder.is_dir():
+        raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
+    if any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file():
+            raise LaunchError(Code.WEIGHTS, f"{folder}/config.json is missing; mirror the whole model, not only its tensors")
+        return folder
+    found = sorted(folder.rglob("*.gguf"))
+    if len(found) != 1:
+        raise LaunchError(Code.WEIGHTS, f"{folder} holds {len(found)} GGUF files and no *.safetensors; one set is needed")
+    target = folder.with_name(folder.name + CONVERTED)
+    if not target.is_dir():
+        # In a process of its own, so that the launcher does not keep torch in its memory.
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(found[0]), str(target)], stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode != 0:
+            why = (done.stdout.strip().splitlines() or [f"the conversion ended with code {done.returncode}"])[-1]
+            raise LaunchError(Code.WEIGHTS, why)
+    return target
+
+
+# Names of GGUF, as those of Hugging Face.
+TENSORS = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def hugging_face_name(name: str) -> str:
+    """The name of a GGUF tensor in a Hugging Face checkpoint; KeyError for one that no such model has.
+
+    >>> hugging_face_name("blk.3.attn_q.weight")
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{TENSORS[parts[2]]}.{parts[3]}"
+    return f"{TENSORS[parts[0]]}.{parts[1]}"
+
+
+def convert(gguf_file: Path, target: Path) -> None:
+    """Writes a llama-shaped GGUF model as a Mistral checkpoint (bfloat16 safetensors, config, tokenizer); all or nothing.
+
+    GGUF keeps the two numbers that one angle rotates beside each other, Hugging Face half a head apart, so the rows of
+    queries and keys are put back.
+    """
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, GenerationConfig, MistralConfig
+
+    temporary = target.with_name(target.name + ".new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        reader = gguf.GGUFReader(gguf_file)
+
+        def value(key: str) -> Any:
+            field = reader.get_field(key)
+            if field is None:
+                raise ValueError(f"it has no {key}")
+            return field.contents()
+
+        kind = value("general.architecture")
+        if kind != "llama":
+            raise ValueError(f"its architecture is {kind}, not llama")
+        heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+        ids = {word: int(value(f"tokenizer.ggml.{word}_token_id")) for word in ("bos", "eos")}
+        tensors = {}
+        for tensor in reader.tensors:
+            data = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            for part, count in (("attn_q.", heads), ("attn_k.", kv_heads)):
+                if part in tensor.name:
+                    rows, columns = data.shape
+                    data = data.view(count, rows // count // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+            tensors[hugging_face_name(tensor.name)] = data.to(torch.bfloat16).contiguous()
+        config = MistralConfig(
+            vocab_size=tensors["model.embed_tokens.weight"].shape[0], hidden_size=value("llama.embedding_length"),
+            intermediate_size=value("llama.feed_forward_length"), num_hidden_layers=value("llama.block_count"),
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=value("llama.embedding_length") // heads,
+            max_position_embeddings=value("llama.context_length"),
+            rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
+            rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
+            tie_word_embeddings="lm_head.weight" not in tensors, sliding_window=None,
+            bos_token_id=ids["bos"], eos_token_id=ids["eos"], architectures=["MistralForCausalLM"], dtype="bfloat16",
+        )  # fmt: skip
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"]).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
+        temporary.rename(target)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise LaunchError(Code.WEIGHTS, f"{gguf_file} cannot be converted ({error}); check where it came from") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except LaunchError as failure:
+        sys.stdout.write(f"{failure}\n")
+        raise SystemExit(failure.code) from None

@@ -1,0 +1,107 @@
+"""A set of weights in a folder of this machine: is it there, is it whole, is it right."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import manifest as manifests
+from . import names
+from .digests import blake3_of
+from .disk import page_aligned, write_whole
+from .errors import Kind, WeightsError
+from .manifest import Manifest, ManifestFile
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file: "missing", "size" or "content"; `at` are the first bytes of its wrong ranges."""
+
+    name: str
+    what: str
+    at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A set in a folder: its manifest, the address it was pulled from, and the stat of each file after its last check."""
+
+    folder: Path
+    manifest: Manifest
+    address: str
+    stats: dict[str, str]
+
+
+def find(folder: Path) -> Installed | None:
+    """The set in `folder`; None when there is no folder, or an empty one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    path = folder / names.MANIFEST
+    if not folder.is_dir() or not path.is_file():
+        raise WeightsError(
+            Kind.USAGE, f"{folder} is there, but is no set of weights (it has no {names.MANIFEST}); name another folder"
+        )
+    manifest = manifests.read(path.read_bytes(), str(folder))
+    try:
+        state = json.loads((folder / names.STATE).read_bytes())
+        return Installed(folder, manifest, str(state["address"]), {str(k): str(v) for k, v in state["stats"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Installed(folder, manifest, "", {})
+
+
+def stat_of(path: Path) -> str:
+    """Changes when the file does: size, time of change in ns, inode. Empty when it is not a plain file."""
+    try:
+        stat = path.lstat()
+    except OSError:
+        return ""
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}" if path.is_file() and not path.is_symlink() else ""
+
+
+def write_state(folder: Path, address: str, manifest: Manifest) -> None:
+    """Notes that every file was right just now."""
+    stats = {file.name: stat_of(folder / file.name) for file in manifest.files}
+    write_whole(folder / names.STATE, json.dumps({"address": address, "stats": stats}, indent=1).encode())
+
+
+def damages(installed: Installed, full: bool, advance: Callable[[int], None] = lambda size: None) -> tuple[Damage, ...]:
+    """What is wrong with a set. A file whose stat is the noted one is not read again, unless `full`."""
+    doubtful = []
+    for file in installed.manifest.files:
+        stat = stat_of(installed.folder / file.name)
+        if not full and stat and stat == installed.stats.get(file.name):
+            advance(file.size)
+        else:
+            doubtful.append(file)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
+        found = workers.map(
+            lambda file: damage(installed.folder, file, installed.manifest.range_bytes, advance), doubtful
+        )
+        return tuple(one for one in found if one)
+
+
+def damage(
+    folder: Path, file: ManifestFile, range_bytes: int, advance: Callable[[int], None] = lambda size: None
+) -> Damage | None:
+    """What is wrong with one file, every byte of it read; None when nothing is."""
+    path = folder / file.name
+    if not stat_of(path):
+        return Damage(file.name, "missing")
+    if path.lstat().st_size != file.size:
+        return Damage(file.name, "size")
+    buffer = page_aligned(range_bytes)
+    wrong = []
+    with path.open("rb", buffering=0) as source:
+        for index, promised in enumerate(file.ranges):
+            view = buffer[: min(range_bytes, file.size - index * range_bytes)]
+            done = 0
+            while done < len(view) and (got := source.readinto(view[done:])):
+                done += got
+            if done < len(view) or blake3_of(view) != promised:
+                wrong.append(index * range_bytes)
+            advance(len(view))
+    return Damage(file.name, "content", tuple(wrong)) if wrong else None

@@ -1,0 +1,96 @@
+"""Names of files inside a set: which are safe, and which of them serving needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+from .errors import Kind, WeightsError
+
+MANIFEST = "mistral-weights.json"
+STATE = ".mistral-weights.state.json"
+UNFINISHED = "mistral-weights.unfinished"
+OWN = frozenset({MANIFEST, STATE, UNFINISHED})
+
+FORMATS: tuple[str, ...] = ("auto", "safetensors", "consolidated", "gguf")
+
+_BESIDE = (  # what a server reads beside the weights
+    "*.json",
+    "*.jinja",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE*",
+    "NOTICE*",
+)
+_NOT = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "optimizer*", "trainer_state.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+
+
+def check(name: str) -> str:
+    """`name` itself, when it is a relative path that stays inside its folder; a clear error otherwise."""
+    parts = name.split("/")
+    bad = (
+        not name
+        or "\\" in name
+        or ":" in parts[0]
+        or any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    )
+    if bad:
+        raise WeightsError(
+            Kind.REFUSED, f"the source has a file named {name!r}, which could leave its folder; do not use this source"
+        )
+    return name
+
+
+def _is(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def kind_of(name: str) -> str:
+    """What a file is to a server: safetensors, consolidated, gguf, beside, or empty (not needed)."""
+    base = name.rsplit("/", 1)[-1]
+    if name in OWN or "/" in name or _is(base, _NOT):
+        return ""
+    if base.endswith(".safetensors"):
+        return "consolidated" if base.startswith("consolidated") else "safetensors"
+    if base.endswith(".gguf"):
+        return "gguf"
+    return "beside" if _is(base, _BESIDE) else ""
+
+
+def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
+    """The names that serving needs, sorted: one form of the weights and what lies beside them.
+
+    Every name is checked first. Pickles, code and folders below the set are never among them.
+    """
+    every = sorted(check(name) for name in names)
+    kinds = {name: kind_of(name) for name in every}
+    there = set(kinds.values())
+    if form == "auto":
+        form = next((one for one in FORMATS[1:] if one in there), "")
+    if not form or form not in there:
+        if any(_is(name.lower(), _PICKLES) for name in every):
+            raise WeightsError(
+                Kind.REFUSED, "the source holds its weights only as pickles, which can run code; convert them to safetensors"
+            )
+        wanted = form or "safetensors or GGUF"
+        raise WeightsError(Kind.NOT_FOUND, f"the source holds no {wanted} weights; look with `ls` at what it has")
+    unwanted = set() if form == "consolidated" else {"params.json", "consolidated.safetensors.index.json"}
+    if form != "safetensors":
+        unwanted.add("model.safetensors.index.json")
+    return tuple(name for name in every if kinds[name] in (form, "beside") and name not in unwanted)
+
+
+def missing_shards(index: bytes, names: Iterable[str]) -> tuple[str, ...]:
+    """The shards that a `*.safetensors.index.json` speaks of and that are not among `names`."""
+    try:
+        shards = set(json.loads(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError(
+            Kind.DAMAGED, "the index of the weights cannot be read; the source is damaged: mirror it again"
+        ) from None
+    return tuple(sorted(str(shard) for shard in shards - set(names)))

@@ -1,0 +1,240 @@
+"""Bringing a set of weights from a store into a folder, which appears only when it is complete and right."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from . import names
+from .address import Address, parse
+from .arrival import Wanted
+from .disk import explained, require_space, sync_folder, write_whole
+from .errors import Kind, WeightsError
+from .events import Advanced, Begun, FileFinished, FileRestarted, Report, silent
+from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
+from .journal import Journal
+from .lock import locked
+from .manifest import RANGE_BYTES, Manifest, ManifestFile, render
+from .patience import Patience
+from .reader import PlainReader
+from .secrets import Secrets
+from .source import Source, look, renew
+from .stores import Opening, open_store
+from .transfer import Conditions, Transfer
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What to bring where. `connections` is the number of ranges (of `range_bytes`) that are fetched at once."""
+
+    uri: str
+    folder: Path
+    revision: str = ""
+    secrets: Secrets = field(default_factory=Secrets)
+    form: str = "auto"
+    connections: int = 12
+    range_bytes: int = RANGE_BYTES
+    direct: bool = False
+    full_check: bool = False
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A set that is there and right. `fetched` counts the bytes that came over the network in this run."""
+
+    uri: str
+    folder: str
+    source: str
+    revision: str
+    license: str
+    files: tuple[str, ...]
+    bytes: int
+    fetched: int
+    resumed: int
+    seconds: float
+    already_there: bool
+
+
+def pull(request: Pull, report: Report = silent) -> Pulled:
+    """Brings the set; at once when it is there already. Run again after any failure, it continues where it was."""
+    begun = time.monotonic()
+    address = parse(request.uri, request.revision)
+    folder = Path(os.path.abspath(request.folder))
+    there = _there(folder, address, request.full_check)
+    if isinstance(there, Pulled):
+        return replace(there, seconds=time.monotonic() - begun)
+    with explained(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock"), request.patience.lock, report):
+        there = _there(folder, address, request.full_check)
+        if isinstance(there, Pulled):
+            return replace(there, seconds=time.monotonic() - begun)
+        partial = folder.with_name(f".{folder.name}.partial")
+        if there:
+            _withdraw(folder, partial, there)
+        with explained(partial):
+            partial.mkdir(exist_ok=True)
+        manifest, tally = _bring(request, address, partial, report)
+        _publish(partial, folder, str(address), manifest)
+    return _pulled(address, folder, manifest, time.monotonic() - begun, tally.fetched, tally.resumed, False)
+
+
+def _there(folder: Path, address: Address, full: bool) -> Pulled | tuple[Damage, ...] | None:
+    """The set that is there already, what is wrong with it, or None."""
+    try:
+        installed = find(folder)
+    except WeightsError as error:
+        if error.kind is not Kind.DAMAGED:
+            raise
+        return (Damage(names.MANIFEST, "content"),)
+    if installed is None:
+        return None
+    _require_same(installed, address)
+    wrong = damages(installed, full)
+    if wrong:
+        return wrong
+    _refresh_state(installed)
+    return _pulled(address, folder, installed.manifest, 0.0, 0, 0, True)
+
+
+def _require_same(installed: Installed, address: Address) -> None:
+    known = {installed.address, installed.manifest.source}
+    if str(address) not in known:
+        held = installed.address or installed.manifest.source
+        raise WeightsError(Kind.USAGE, f"{installed.folder} holds {held}, not {address}; name another folder or remove it")
+
+
+def _refresh_state(installed: Installed) -> None:
+    stats = {file.name: stat_of(installed.folder / file.name) for file in installed.manifest.files}
+    if stats != installed.stats:
+        try:
+            write_state(installed.folder, installed.address, installed.manifest)
+        except WeightsError:
+            pass  # a folder that we may only read: the next check hashes again
+
+
+def _withdraw(folder: Path, partial: Path, wrong: tuple[Damage, ...]) -> None:
+    """Takes a damaged set out of sight; its right files stay for the repair."""
+    with explained(folder):
+        if partial.exists():
+            partial.rename(partial.with_name(f"{partial.name}.{time.time_ns()}.old"))
+        folder.rename(partial)
+        for one in wrong:
+            (partial / one.name).unlink(missing_ok=True)
+
+
+@dataclass
+class _Tally:
+    fetched: int = 0
+    resumed: int = 0
+
+
+def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tuple[Manifest, _Tally]:
+    tally = _Tally()
+
+    def counted(event: object) -> None:
+        if isinstance(event, Advanced):
+            if event.resumed:
+                tally.resumed += event.bytes
+            else:
+                tally.fetched += event.bytes
+        report(event)  # type: ignore[arg-type]
+
+    patience = request.patience
+    store = open_store(address, Opening(request.secrets, partial / ".scratch", patience))
+    source = look(store, str(address), request.form, patience, report)
+    range_bytes = source.manifest.range_bytes if source.manifest else request.range_bytes
+    journal = Journal(partial, range_bytes)
+    try:
+        report(Begun("pull", len(source.wanted), source.size))
+        complete = _complete_already(partial, source, journal, range_bytes, counted)
+        missing = [one for one in source.wanted if one.file.name not in complete]
+        require_space(partial, _still_to_come(partial, missing))
+        conditions = Conditions(
+            range_bytes=range_bytes,
+            connections=request.connections,
+            direct=request.direct,
+            patience=patience,
+            new_reader=lambda: PlainReader(store),
+            renew=lambda wanted: renew(store, wanted, patience, report),
+        )
+
+        def note(wanted: Wanted, facts: ManifestFile) -> None:
+            journal.file_complete(wanted.file.version, facts, stat_of(partial / facts.name))
+
+        facts = {**complete, **Transfer(conditions, counted, partial, journal, note).run(missing)}
+    finally:
+        journal.close()
+    files = tuple(facts[one.file.name] for one in source.wanted)
+    if source.manifest:
+        return source.manifest, tally
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    contents = source.contents
+    return Manifest(contents.source, contents.revision, contents.license, created, range_bytes, files), tally
+
+
+def _complete_already(
+    partial: Path, source: Source, journal: Journal, range_bytes: int, report: Report
+) -> dict[str, ManifestFile]:
+    """The files that an earlier run completed: believed when their stat is the noted one, else read again."""
+    complete: dict[str, ManifestFile] = {}
+    for wanted in source.wanted:
+        name, version = wanted.file.name, wanted.file.version
+        if journal.other_version(name, version):
+            report(FileRestarted(name, 0, f"{name} has changed in the store since the last run"))
+        at = journal.landed(name, version)
+        facts = wanted.facts or at.whole
+        if facts is None or not stat_of(partial / name):
+            continue
+        if (at.stat == stat_of(partial / name) and at.whole == facts) or not damage(partial, facts, range_bytes):
+            complete[name] = facts
+            report(Advanced(facts.size, resumed=True))
+            report(FileFinished(name, facts.size, facts.checked_by))
+    return complete
+
+
+def _still_to_come(partial: Path, missing: list[Wanted]) -> int:
+    total = 0
+    for wanted in missing:
+        path = partial / f"{wanted.file.name}.partial"
+        there = path.stat().st_blocks * 512 if path.exists() else 0
+        total += max(0, wanted.file.size - there)
+    return total
+
+
+def _publish(partial: Path, folder: Path, address: str, manifest: Manifest) -> None:
+    """Clears what only the journey needed, and lets the set appear."""
+    keep = {file.name for file in manifest.files}
+    with explained(partial):
+        for path in sorted(partial.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(partial).as_posix() not in keep:
+                path.unlink()
+        write_whole(partial / names.MANIFEST, render(manifest))
+        write_state(partial, address, manifest)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+
+
+def _pulled(
+    address: Address, folder: Path, manifest: Manifest, seconds: float, fetched: int, resumed: int, there: bool
+) -> Pulled:
+    return Pulled(
+        uri=str(address),
+        folder=str(folder),
+        source=manifest.source,
+        revision=manifest.revision,
+        license=manifest.license,
+        files=tuple(file.name for file in manifest.files),
+        bytes=manifest.size,
+        fetched=fetched,
+        resumed=resumed,
+        seconds=seconds,
+        already_there=there,
+    )

