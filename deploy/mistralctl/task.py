@@ -128,7 +128,7 @@ def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str) -> di
         "MISTRALCTL_ENGINE": plan.engine,
         "MISTRALCTL_PYTHON": python,
         "MISTRALCTL_ENV_ID": environment_id(plan.engine, python),
-        "MISTRALCTL_MODEL": model.name,
+        "MISTRALCTL_MODEL": model.name if model.shape else "custom",
         "MISTRALCTL_WEIGHTS": weights,
         "MISTRALCTL_REVISION": plan.revision,
         "MISTRALCTL_WEIGHTS_ID": plan.weights_id,

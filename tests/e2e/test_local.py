@@ -1,0 +1,242 @@
+"""The main job, for real: the task's own setup and run, vLLM, our class, real weights, the openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import tiny
+from conftest import MODEL, Cli, down, share_node
+from mistralctl import state
+from mistralctl.endpoint import is_free
+
+CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cli, dict[str, Any]]]:
+    """One server for the tests that only look at it, and the result of its `up`."""
+    import sys
+
+    cli = Cli(share_node(tmp_path_factory.mktemp("served") / "home"), [sys.executable, "-m", "mistralctl"], PLANTED="x")
+    try:
+        yield cli, cli.json("up", MODEL, "--cloud", "local", "--name", "served", "--idle", "never")
+    finally:
+        down(cli)
+
+
+def client(cli: Cli, key: str | None = None) -> openai.OpenAI:
+    found = cli.json("env", "served")
+    return openai.OpenAI(base_url=found["base_url"], api_key=key or found["api_key"], max_retries=0)
+
+
+def test_up_says_what_it_did(served: tuple[Cli, dict[str, Any]]) -> None:
+    result = served[1]
+    assert result["action"] == "started"
+    assert {phase["phase"] for phase in result["phases"]} == {"environment", "weights", "engine", "check"}
+    assert all(phase["seconds"] >= 0 for phase in result["phases"])
+    assert result["answer"].strip()
+    assert "Paris" in result["answer"]
+
+
+def test_chat_completion_and_streams(served: tuple[Cli, dict[str, Any]]) -> None:
+    api = client(served[0])
+    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = api.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=16)
+    assert "Paris" in (whole.choices[0].message.content or "")
+    stream = api.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=16, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole.choices[0].message.content
+    text = api.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8).choices[0].text
+    streamed = api.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+    assert "Paris" in text
+    assert [model.id for model in api.models.list()] == [MODEL]
+
+
+def test_a_wrong_key_is_refused(served: tuple[Cli, dict[str, Any]]) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        client(served[0], key="wrong").models.list()
+
+
+def test_our_class_served_the_answer(served: tuple[Cli, dict[str, Any]]) -> None:
+    [status] = served[0].json("status", "served")
+    engine = status["launcher"]["engine"]
+    assert (engine["class"], engine["architecture"]) == (CLASS, "MistralSWAForCausalLM")
+    assert status["launcher"]["requests"]["served"] > 0
+    assert status["idle_left"] is None
+    assert 700 < status["ttl_left"] <= 720
+
+
+def assert_fit(cli: Cli, *arguments: str, engine: dict[str, Any]) -> dict[str, Any]:
+    """The plan's arithmetic is the running vLLM's; the plan's fit."""
+    plan = cli.json("plan", *arguments, "--cloud", "local")
+    fit: dict[str, Any] = plan["options"][0]["fit"]
+    assert fit["cache_tokens"] == engine["num_blocks"] * engine["block_size"]
+    assert fit["request_tokens"] == engine["blocks_per_request"] * engine["block_size"]
+    assert fit["concurrency"] == pytest.approx(engine["max_concurrency"], abs=0.01)
+    return fit
+
+
+def test_the_plan_computes_what_vllm_reports(served: tuple[Cli, dict[str, Any]]) -> None:
+    [status] = served[0].json("status", "served")
+    assert_fit(served[0], MODEL, engine=status["launcher"]["engine"])
+    log = served[0]("logs", "served").stdout
+    assert f"{status['launcher']['engine']['max_concurrency']:.2f}x" in log  # vLLM's own line
+
+
+def test_up_again_has_nothing_to_do(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli = served[0]
+    pid = cli.json("status", "served")[0]["launcher"]["pid"]
+    again = cli.json("up", MODEL, "--cloud", "local", "--name", "served", "--idle", "never")
+    assert again["action"] == "unchanged"
+    assert again["base_url"] == served[1]["base_url"]
+    assert cli.json("status", "served")[0]["launcher"]["pid"] == pid
+
+
+def test_it_listens_on_loopback_only_and_the_key_is_on_no_command_line(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    port = int(result["base_url"].rsplit(":", 1)[1].split("/")[0])
+    processes = cli.processes()
+    assert len(processes) >= 3
+    listening = [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert "127.0.0.1" in listening
+    assert not {"0.0.0.0", "::"} & {ip for p in processes for ip in _listening(p, port)}
+    key = Path(result["key_file"]).read_text().strip()
+    assert len(key) > 40
+    for process in processes:
+        assert key not in " ".join(process.cmdline())
+        assert key not in str(process.environ())
+
+
+def _listening(process: psutil.Process, port: int) -> list[str]:
+    return [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+
+
+def test_the_key_is_in_two_private_files_and_nowhere_else(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    key = Path(result["key_file"]).read_text().strip().encode()
+    holders = []
+    for folder, _, files in os.walk(cli.home):
+        for name in files:
+            path = Path(folder) / name
+            if path.is_file() and key in path.read_bytes():
+                holders.append(path)
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(str(path.relative_to(cli.home)) for path in holders) == [
+        "deployments/served/api_key", "node/run/served/secrets.json",
+    ]  # fmt: skip
+
+
+def test_chat_and_env_on_the_command_line(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    assert "Paris" in cli("chat", "served", "-m", "What is the capital of France?").stdout
+    lines = cli("env", "served").stdout.splitlines()
+    assert lines[0] == f"export OPENAI_BASE_URL={result['base_url']}"
+    assert lines[1].startswith("export OPENAI_API_KEY=mctl-")
+    assert cli("logs", "served", "-n", "1").stdout.count("\n") == 1
+
+
+def test_another_name_cannot_have_the_same_port(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    port = result["base_url"].rsplit(":", 1)[1].split("/")[0]
+    error = cli("up", MODEL, "--cloud", "local", "--name", "other", "--port", port, code=5).stderr
+    assert error == f"mistralctl: --port: port {port} belongs to another deployment; give another one\n"
+    assert [one["name"] for one in cli.json("status")] == ["served"]
+
+
+def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+    weights = state.home() / "node" / "weights"
+    tokenizer = next(path for path in weights.glob("smollm2-135m-instruct-*.hf"))
+    folder = tiny.write(tmp_path / "tiny", tokenizer)
+    first = cli.json("up", str(folder), "--cloud", "local", "--name", "life", "--dtype", "float32")
+    [status] = cli.json("status", "life")
+    engine = status["launcher"]["engine"]
+    assert (engine["class"], engine["sliding_window"], engine["kv_cache_spec"]) == (CLASS, 1000, "SlidingWindowSpec")
+    fit = assert_fit(cli, str(folder), "--dtype", "float32", engine=engine)
+    assert fit["concurrency"] > 2 * fit["concurrency_without_window"]
+
+    second = cli.json("up", str(folder), "--cloud", "local", "--name", "life", "--max-model-len", "4096", "--dtype", "float32")
+    assert second["action"] == "replaced"
+    assert second["base_url"] == first["base_url"]
+    assert cli.json("status", "life")[0]["launcher"]["engine"]["max_model_len"] == 4096
+
+    port = int(second["base_url"].rsplit(":", 1)[1].split("/")[0])
+    assert cli("down", "life").stdout == "life is down\n"
+    assert cli.processes() == []
+    assert is_free(port)
+    assert not (cli.home / "node" / "run" / "life").exists()
+    assert cli("down", "life").stdout == "life was down already\n"
+    assert "there is no deployment 'never'" in cli("down", "never", code=4).stderr
+    assert cli.json("status", "life")[0]["state"] == "down"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_up_leaves_nothing_half_done(cli: Cli, sign: signal.Signals) -> None:
+    process = cli.start("up", MODEL, "--cloud", "local", "--name", "cut")
+    deadline = time.monotonic() + 300
+    log = cli.home / "deployments" / "cut" / "up.log"
+    while not (log.exists() and '"engine", "event": "start"' in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    if sign is signal.SIGINT:
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "mistralctl: interrupted; nothing was left half-done"
+        assert cli.json("status") == []
+    else:  # nobody could clean up; whoever comes next does
+        assert cli.json("down", "cut") == [{"name": "cut", "was": "up"}]
+    assert cli.processes() == []
+    assert not (cli.home / "node" / "run" / "cut").exists()
+
+
+def test_a_port_that_another_program_has_is_refused_before_anything_is_made(cli: Cli) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        error = cli("up", MODEL, "--cloud", "local", "--port", port, code=5).stderr
+    assert error == f"mistralctl: --port: port {port} is taken by another program; stop that program or give another --port\n"
+    assert cli.json("status") == []
+
+
+def test_a_full_disk_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    """On a file system of 64 MiB, in a mount namespace of its own."""
+    import sys
+
+    small = tmp_path / "small"
+    small.mkdir()
+    script = 'mount -t tmpfs -o size=64m none "$MISTRALCTL_HOME" && exec "$@"'
+    cli = Cli(small, ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "mistralctl"])
+    error = cli("up", MODEL, "--cloud", "local", code=6).stderr
+    assert error.startswith(f"mistralctl: {small}/node: 8.5 GiB are needed and 0.1 GiB are free; free some space or set ")
+
+
+def test_without_a_network_the_weights_are_named(cli: Cli) -> None:
+    """In a network namespace without any interface; the environment is there already."""
+    cli.command = ["unshare", "--net", *cli.command]
+    error = cli("up", MODEL, "--cloud", "local", "--name", "cut", "--weights", "hf://nobody/nothing", code=9).stderr
+    assert error.count("mistralctl: ") == 1
+    last = error.splitlines()[-1]
+    assert "hf://nobody/nothing" in last or "huggingface" in last
+    assert cli.json("status") == []
+    assert cli.processes() == []
+
+
+def test_the_record_of_a_deployment_holds_no_secret(served: tuple[Cli, dict[str, Any]]) -> None:
+    record = json.loads((served[0].home / "deployments" / "served" / "record.json").read_text())
+    assert "secrets" not in record["task"]
+    assert "api_key" not in json.dumps(record)

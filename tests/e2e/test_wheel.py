@@ -1,0 +1,69 @@
+"""The wheel, installed in a clean environment away from the checkout, does the main job too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import MODEL, Cli, down, share_node
+from mistralctl.task import package_dir
+
+UV = Path(sys.executable).parent / "uv"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = package_dir("model").parent
+    subprocess.run([UV, "build", "--quiet", "--wheel", "--out-dir", folder, checkout], check=True, timeout=300)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    folder = tmp_path_factory.mktemp("clean")
+    python = folder / "venv" / "bin" / "python"
+    constraints = package_dir("model").parent / "constraints.txt"
+    subprocess.run([UV, "venv", "--quiet", folder / "venv"], check=True, timeout=60)
+    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, "-c", constraints, wheel], check=True, timeout=600)
+    cli = Cli(share_node(folder / "home"), [str(python.parent / "mistralctl")])
+    yield cli
+    down(cli)
+
+
+def test_it_carries_what_a_node_needs_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in (
+        "task_templates/serve.yaml", "model/node/setup.sh", "model/plugin/vllm_mistral/model.py", "catalog/aws/vms.csv",
+        "model/weights/mistral_weights/pull.py", "model/node/vllm-cpu/shim/pyproject.toml", "mistralctl.schema.json",
+    ):  # fmt: skip
+        assert f"mistralctl/{needed}" in names
+    assert not [name for name in names if "__pycache__" in name or "/.venv" in name or "tests/" in name]
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mistralctl"}
+
+
+def test_it_renders_the_same_task_as_the_checkout(installed: Cli) -> None:
+    installed.env["MISTRALCTL_OWNER"] = "tests"
+    own = Cli(installed.home, [sys.executable, "-m", "mistralctl"], MISTRALCTL_OWNER="tests")
+    for cloud in ("aws", "gcp", "azure"):
+        ours, theirs = (yaml.safe_load(cli("up", "--cloud", cloud, "--dry-run").stdout) for cli in (own, installed))
+        [mount] = theirs["file_mounts"].values()
+        assert Path(mount).is_dir()
+        assert "site-packages" in mount
+        theirs["file_mounts"] = ours["file_mounts"]
+        assert theirs == ours
+
+
+def test_it_serves_on_this_machine(installed: Cli) -> None:
+    result = installed.json("up", MODEL, "--cloud", "local", "--name", "wheel")
+    assert "Paris" in result["answer"]
+    [status] = installed.json("status", "wheel")
+    assert status["launcher"]["engine"]["class"] == "vllm_mistral.model.MistralSWAForCausalLM"
+    installed("down", "wheel")
+    assert installed.processes() == []
