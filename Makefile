@@ -19,7 +19,7 @@ UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
 
-.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e check lint format e2e bench clean
+.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e check lint format schema bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -76,6 +76,11 @@ lint: .venv/.made
 format: .venv/.made
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The JSON schema of mistralctl.yaml, after a change of DeploymentSpec.
+schema: .venv/.made
+	$(BIN)/python -c 'import json; from mistralctl.spec import json_schema; print(json.dumps(json_schema(), indent=1))' \
+	  > deploy/mistralctl/mistralctl.schema.json
 
 check: lint test
 

@@ -315,6 +315,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or os.environ.get("MISTRALCTL_DEBUG", "") not in ("", "0")
     try:
         code = app(standalone_mode=False)
+        if code == Exit.INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except BrokenPipeError:
@@ -328,7 +330,7 @@ def main() -> NoReturn:
         if isinstance(error, UserError):
             _end(str(error), error.code)
         if hasattr(error, "format_message"):  # what typer says of the words on the command line
-            _end(f"{error.format_message()} (mistralctl --help)", Exit.USAGE)
+            _end(f"{error.format_message().replace('Value error, ', '')} (mistralctl --help)", Exit.USAGE)
         if isinstance(error, OSError) and error.strerror:
             where = f"{error.filename}: " if error.filename else ""
             _end(f"{where}{error.strerror}; free some space or correct the rights there, then try again", Exit.MACHINE)

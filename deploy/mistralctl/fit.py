@@ -61,9 +61,7 @@ def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
-def blocks_per_request(
-    max_model_len: int, window: int | None, engine: str, max_batched_tokens: int = MAX_BATCHED_TOKENS
-) -> int:
+def blocks_per_request(max_model_len: int, window: int | None, engine: str, max_batched_tokens: int = MAX_BATCHED_TOKENS) -> int:
     """Most blocks that one request of `max_model_len` tokens holds at any time.
 
     >>> blocks_per_request(32768, None, "cuda"), blocks_per_request(32768, 4096, "cuda")

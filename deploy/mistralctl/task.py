@@ -65,10 +65,10 @@ def owner(environ: Mapping[str, str]) -> str:
 
 @cache
 def _tree(folder: Path) -> str:
-    """A hash of all files below a folder, by their names and contents."""
+    """A hash of all files below a folder, by their names and contents; hidden ones do not travel in a wheel."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(folder).parts):
             found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
             found.update(path.read_bytes())
     return found.hexdigest()

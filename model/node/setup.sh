@@ -30,12 +30,16 @@ find_uv() {
   echo "$node_dir/envs/uv/bin/uv"
 }
 
+install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
+  "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
+    "$model_dir/plugin" "$model_dir/weights"
+}
+
 make_environment() {
   phase environment start
   bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site"
-  "$uv" pip install --quiet --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
-    "$model_dir/plugin" "$model_dir/weights" || return
+  install_ours --offline 2> /dev/null || install_ours || return
   phase environment end
 }
 
@@ -59,7 +63,10 @@ pull_weights() {
   schemes=$(printf '%s\n%s\n' "$uri" "$(printf '%s' "$adapters" | sed 's/^[^:]*://')" | sed -n 's#://.*##p' | { grep -v '^file$' || true; } | sort -u)
   weights_env=$node_dir/envs/weights-$(cat "$model_dir/weights/pyproject.toml" - <<< "$MISTRALCTL_PYTHON $schemes" | cksum | tr ' ' -)
   # shellcheck disable=SC2086 # one argument for each scheme
-  once "$weights_env" install_weights_tool $schemes || return
+  once "$weights_env" install_weights_tool $schemes || {
+    echo "what reads ${schemes//$'\n'/, } could not be installed; check the network, then run up again" >&2
+    return 1
+  }
   pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" || return
   while IFS=: read -r adapter source; do
     [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return

@@ -35,13 +35,15 @@ def accepted(path: Path) -> dict[str, object]:
 
     task = sky.Task.from_yaml_config(yaml.safe_load(path.read_text("utf-8")))
     task.validate()
-    task.expand_and_validate_file_mounts()
+    task.expand_and_validate_file_mounts()  # type: ignore[no-untyped-call]
     for resources in task.resources:
-        resources.validate()
+        resources.validate()  # type: ignore[no-untyped-call]
     with dags.Dag() as dag:
         dag.add(task)
     optimizer.Optimizer.optimize(dag, quiet=True)
     best = task.best_resources
+    if best is None:
+        return {"error": "the optimizer chose nothing"}
     return {
         "cloud": str(best.cloud).lower(),
         "region": best.region,

@@ -90,7 +90,8 @@ def test_this_machine_says_what_it_lacks() -> None:
     assert error.value.code is Exit.NO_FIT
     assert str(error.value) == (
         "mistral-7b-instruct-v0.1 does not fit: this machine (2 cores, 8 GiB): 13.5 GiB of weights and 4 GiB for vLLM and the "
-        "system leave no room for the cache in 8 GiB; A10, A10G, L4, L40S, A100, A100-80GB, H100 would fit; smollm2-135m-instruct runs on any machine, and mistralctl plan shows the "
+        "system leave no room for the cache in 8 GiB; A10, A10G, L4, L40S, A100, A100-80GB, H100 would fit; "
+        "smollm2-135m-instruct runs on any machine, and mistralctl plan shows the "
         "clouds"
     )
 

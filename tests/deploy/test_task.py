@@ -36,8 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
 def rendered(name: str) -> task.Task:
     sourced = load(CASES[name], {}, None)
     made = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 * GIB, 2))
-    local = {"node_dir": "/node", "port": 8123, "python": "3.11"} if name == "local" else {}
-    return task.render(made, owner="0123456789ab", **local)
+    if name == "local":
+        return task.render(made, owner="0123456789ab", node_dir="/node", port=8123, python="3.11")
+    return task.render(made, owner="0123456789ab")
 
 
 @pytest.mark.parametrize("name", CASES)

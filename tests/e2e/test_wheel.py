@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MODEL, Cli, down, share_node
 from mistralctl.task import package_dir
+from running import MODEL, Cli, down, share_node
 
 UV = Path(sys.executable).parent / "uv"
 

@@ -1,0 +1,100 @@
+"""The rules of the house: who may import whom, and what a light command may load."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mistralctl.task import package_dir
+
+PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
+# Top to bottom; a module imports its own tier and the tiers above.
+TIERS: dict[str, tuple[str, ...]] = {
+    "facts": ("errors", "models", "gpus", "clouds", "prices", "durations"),
+    "pure": ("machine", "spec", "config", "fit", "plan", "task", "phases"),
+    "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "runtime.local"),
+    "commands": ("commands.plan", "commands.up", "commands.down", "commands.status", "commands.logs", "commands.env",
+                 "commands.chat", "commands.tables", "commands.doctor"),
+    "cli": ("progress", "output", "cli"),
+}  # fmt: skip
+RANK = {module: rank for rank, modules in enumerate(TIERS.values()) for module in modules}
+HEAVY = ("sky", "torch", "vllm", "boto3", "google", "azure", "openai", "httpx", "psutil", "rich", "huggingface_hub", "numpy")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("__init__", "__main__", "commands", "runtime"):
+            found[name] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.removeprefix("mistralctl.") for name in names if name.startswith("mistralctl.")}
+    return {name for name in found if name in RANK}
+
+
+def test_every_module_has_a_tier() -> None:
+    assert set(modules()) == set(RANK)
+
+
+@pytest.mark.parametrize("module", RANK)
+def test_a_module_imports_only_its_own_tier_and_those_above(module: str) -> None:
+    for other in imported(modules()[module]):
+        assert RANK[other] <= RANK[module], f"{module} imports {other}"
+
+
+def test_nothing_imports_the_command_line_and_nothing_below_it_prints_or_knows_typer() -> None:
+    for module, path in modules().items():
+        text = path.read_text("utf-8")
+        if module != "cli":
+            assert "cli" not in imported(path), module
+            assert "typer" not in text, module
+            assert not re.search(r"(?<![.\w])print\(", text), module
+
+
+def test_laptop_and_node_never_import_each_other() -> None:
+    root = package_dir("model").parent
+    for path in (root / "deploy").rglob("*.py"):
+        assert "vllm_mistral" not in path.read_text("utf-8").replace("vllm_mistral.serve", "")
+    for path in (root / "model").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        assert not {name for name in names if name.split(".")[0] == "mistralctl"}, path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("up", "--help"), ("up", "--dry-run"), ("up", "smollm2-135m-instruct", "--cloud", "aws", "--dry-run")],
+)
+def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['mistralctl', *{arguments!r}]\n"
+        "from mistralctl.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"sys.stderr.write('loaded: ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules))\n"
+    )
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "USER": "someone"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "loaded: "
+    assert not list(tmp_path.iterdir())  # and it writes nothing

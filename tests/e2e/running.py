@@ -1,0 +1,67 @@
+"""Running mistralctl in a home folder of its own, with the node's environments and weights of the user's home."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mistralctl import state
+
+MODEL = "smollm2-135m-instruct"
+
+
+class Cli:
+    """Runs mistralctl in a home folder of its own."""
+
+    def __init__(self, home: Path, command: list[str], **variables: str) -> None:
+        self.home, self.command = home, command
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MISTRALCTL_") or key == "MISTRALCTL_DEBUG"}
+        kept.pop("PYTHONDONTWRITEBYTECODE", None)
+        self.env = kept | {"MISTRALCTL_HOME": str(home)} | variables
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts a command and returns at once."""
+        return subprocess.Popen(
+            [*self.command, *arguments], env=self.env, cwd=self.home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def __call__(self, *arguments: str, code: int = 0, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+        """Runs a command; fails the test unless it ends with `code`."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=seconds)
+        assert process.returncode == code, f"{arguments}: {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def json(self, *arguments: str) -> Any:
+        """The JSON result of a command."""
+        return json.loads(self(*arguments, "-o", "json").stdout)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that works in this home folder."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if str(self.home) in " ".join([*process.cmdline(), process.environ().get("MISTRALCTL_NODE_DIR", "")]):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return [process for process in found if process.pid != os.getpid()]
+
+
+def share_node(home: Path) -> Path:
+    """Lets a home folder use the environments and weights that the user's own home has (or will have)."""
+    node, own = home / "node", state.home() / "node"
+    node.mkdir(parents=True)
+    for part in ("envs", "weights"):
+        (own / part).mkdir(parents=True, exist_ok=True)
+        (node / part).symlink_to(own / part)
+    return home
+
+
+def down(cli: Cli) -> None:
+    """Ends whatever a test left."""
+    cli.start("down", "--all").communicate(timeout=120)
