@@ -29,7 +29,15 @@ START_SECONDS = 1800.0
 DRAIN_SECONDS = 40.0
 ENVIRONMENT_BYTES = 8 * GIB  # vLLM for the CPU: 3.1 GB unpacked, and as much for the downloads in uv's cache
 # What belongs to the laptop's own Python and would mislead the node's.
-NOT_FOR_THE_NODE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY", "HF_TOKEN")
+NOT_FOR_THE_NODE = (
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "VIRTUAL_ENV",
+    "PYTHONDONTWRITEBYTECODE",
+    "OPENAI_API_KEY",
+    "HF_TOKEN",
+    "PYDANTIC_DISABLE_PLUGINS",
+)
 
 
 def environment(task: Task, environ: Mapping[str, str]) -> dict[str, str]:

@@ -38,7 +38,7 @@ def check_class() -> None:
         importlib.import_module("vllm_mistral").register()
         module, _, name = MODEL_CLASS.partition(":")
         getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001 - whatever an import can raise is the cause that is wanted
+    except Exception as error:
         raise LaunchError(
             Code.PLUGIN, f"the model class {ARCHITECTURE} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

@@ -12,9 +12,7 @@ FILE = "engine.json"
 
 def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
     """Class, window, cache spec, block size, backend, blocks and concurrency; None before the cache exists."""
-    layers = [
-        layer for layer in vllm_config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")
-    ]
+    layers = [layer for layer in vllm_config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")]
     blocks = vllm_config.cache_config.num_gpu_blocks
     if not layers or not blocks or any(layer.kv_cache.numel() == 0 for layer in layers):
         return None

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vllm_mistral import contract
+from vllm_mistral.contract import Code, LaunchError
+
+GOOD = {
+    "MISTRALCTL_NAME": "mistral", "MISTRALCTL_NODE_DIR": "/node", "MISTRALCTL_ENGINE": "cpu",
+    "MISTRALCTL_MODEL": "smollm2-135m-instruct", "MISTRALCTL_WEIGHTS_ID": "small-01", "MISTRALCTL_SERVED_NAME": "m",
+    "MISTRALCTL_HOST": "127.0.0.1", "MISTRALCTL_PORT": "8000", "MISTRALCTL_MAX_MODEL_LEN": "8192",
+    "MISTRALCTL_MAX_NUM_SEQS": "8", "MISTRALCTL_MAX_BATCHED_TOKENS": "2048", "MISTRALCTL_SLIDING_WINDOW": "",
+    "MISTRALCTL_TENSOR_PARALLEL": "1", "MISTRALCTL_DTYPE": "bfloat16", "MISTRALCTL_KV_CACHE_GIB": "4",
+    "MISTRALCTL_TOKENIZER_MODE": "hf", "MISTRALCTL_CHAT_TEMPLATE": "own", "MISTRALCTL_LORA": '{"sql": "s3://b/sql"}',
+    "MISTRALCTL_VLLM_ARGS": '["--seed=7"]', "MISTRALCTL_IDLE_MINUTES": "30", "MISTRALCTL_TTL_MINUTES": "",
+}  # fmt: skip
+
+
+def test_a_good_contract() -> None:
+    got = contract.read(GOOD)
+    assert got.run_dir == Path("/node/run/mistral")
+    assert got.weights_dir == Path("/node/weights/small-01")
+    assert (got.idle_minutes, got.ttl_minutes, got.sliding_window) == (30, None, None)
+    assert got.lora == (("sql", Path("/node/run/mistral/lora/sql")),)
+    assert got.vllm_args == ("--seed=7",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("PORT", "", "MISTRALCTL_PORT is missing"),
+        ("PORT", "99999", "MISTRALCTL_PORT should be a whole number from 1 to 65535"),
+        ("PORT", "8 ; rm", "MISTRALCTL_PORT should be a whole number"),
+        ("ENGINE", "tpu", "MISTRALCTL_ENGINE should be one of cuda, cpu"),
+        ("DTYPE", "int8", "MISTRALCTL_DTYPE should be one of"),
+        ("NAME", "../up", "MISTRALCTL_NAME should match"),
+        ("WEIGHTS_ID", "../../etc", "MISTRALCTL_WEIGHTS_ID should match"),
+        ("LORA", '{"../x": "s3://b"}', "MISTRALCTL_LORA should be a JSON object of adapter names"),
+        ("LORA", "[" * 100_000, "MISTRALCTL_LORA"),
+        ("VLLM_ARGS", '"--seed=7"', "MISTRALCTL_VLLM_ARGS should be a JSON list of strings"),
+        ("VLLM_ARGS", "[1]", "MISTRALCTL_VLLM_ARGS should be a JSON list of strings"),
+        ("MEMORY_UTILIZATION", "2", "MISTRALCTL_MEMORY_UTILIZATION should be from 0.1 to 0.99"),
+        ("IDLE_MINUTES", "-1", "MISTRALCTL_IDLE_MINUTES should be a whole number"),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(name: str, value: str, says: str) -> None:
+    with pytest.raises(LaunchError) as error:
+        contract.read({**GOOD, f"MISTRALCTL_{name}": value})
+    assert error.value.code is Code.CONTRACT
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_everything_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(LaunchError) as error:
+        contract.read({**GOOD, "MISTRALCTL_PORT": "x", "MISTRALCTL_DTYPE": "y"})
+    assert "MISTRALCTL_PORT" in str(error.value)
+    assert "MISTRALCTL_DTYPE" in str(error.value)

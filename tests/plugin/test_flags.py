@@ -1,0 +1,81 @@
+"""The flags of every kind of contract go through vLLM's own argument parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from test_contract import GOOD
+from vllm_mistral import contract, flags
+from vllm_mistral.contract import Contract
+
+MODEL = Path("/weights/model")
+CUDA = {
+    "MISTRALCTL_ENGINE": "cuda", "MISTRALCTL_KV_CACHE_GIB": "", "MISTRALCTL_MEMORY_UTILIZATION": "0.92", "MISTRALCTL_LORA": "{}",
+}  # fmt: skip
+    "MISTRALCTL_ENGINE": "cuda",
+    "MISTRALCTL_KV_CACHE_GIB": "",
+    "MISTRALCTL_MEMORY_UTILIZATION": "0.92",
+    "MISTRALCTL_LORA": "{}",
+}
+ROWS = {
+    "v0.1": {"MISTRALCTL_SLIDING_WINDOW": "4096", "MISTRALCTL_MAX_MODEL_LEN": "32768", "MISTRALCTL_TOKENIZER_MODE": "mistral"},
+    "v0.3": {"MISTRALCTL_TOOL_PARSER": "mistral", "MISTRALCTL_TOKENIZER_MODE": "mistral", "MISTRALCTL_TENSOR_PARALLEL": "8"},
+    "base": {"MISTRALCTL_CHAT_TEMPLATE": "none", "MISTRALCTL_TOKENIZER_MODE": "mistral"},
+    "quantized": {"MISTRALCTL_QUANTIZATION": "fp8", "MISTRALCTL_DTYPE": "float16"},
+    "small": {},
+}
+
+
+def parsed(arguments: list[str]) -> Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    found = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    validate_parsed_serve_args(found)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["cuda", "cpu"])
+@pytest.mark.parametrize("row", ROWS)
+def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", **(CUDA if engine == "cuda" else {}), **ROWS[row]})
+    got = parsed(flags.arguments(wanted, MODEL))
+    assert got.model_tag == str(MODEL) or got.model == str(MODEL)
+    assert got.hf_overrides == {"architectures": ["MistralSWAForCausalLM"]}
+    assert got.middleware == ["vllm_mistral.guard.Guard"]
+    assert (got.host, got.port, got.api_key) == ("127.0.0.1", 8000, None)
+    assert got.served_model_name == ["m"]
+    assert (got.max_model_len, got.max_num_seqs) == (wanted.max_model_len, 8)
+    assert got.max_num_batched_tokens == 2048
+    assert got.tensor_parallel_size == wanted.tensor_parallel
+    assert (got.dtype, got.quantization) == (wanted.dtype, wanted.quantization)
+    assert got.tokenizer_mode == wanted.tokenizer_mode
+    assert (got.load_format, got.trust_remote_code) == ("safetensors", False)
+    assert got.shutdown_timeout == flags.DRAIN_SECONDS
+    assert (got.tool_call_parser, got.enable_auto_tool_choice) == (wanted.tool_parser, wanted.tool_parser is not None)
+    assert got.seed == 7
+    if engine == "cuda":
+        assert got.gpu_memory_utilization == 0.92
+
+
+def test_an_adapter_brings_its_rank(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12}))
+    wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), lora=(("sql", tmp_path),))
+    got = parsed(flags.arguments(wanted, MODEL))
+    assert got.enable_lora is True
+    assert got.max_lora_rank == 16
+    [module] = got.lora_modules
+    assert (module.name, module.path) == ("sql", str(tmp_path))
+
+
+def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
+    got = flags.environment(contract.read(GOOD), {"PATH": "/bin"})
+    assert got["HF_HUB_OFFLINE"] == "1"
+    assert got["VLLM_PLUGINS"] == "mistral_swa"
+    assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral"
+    assert not [value for value in got.values() if "mctl-" in value]
