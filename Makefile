@@ -47,6 +47,18 @@ node: .venv/.made
 	  --editable model/plugin --editable model/weights
 	touch $@
 
+# The tests of mistral_weights run in an environment of their own, with the stores' SDKs and real protocol servers.
+TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mistralctl/tools
+
+.venv-weights/.made: tests/weights/requirements.txt tests/weights/package.json model/weights/pyproject.toml | .venv/.made
+	rm -rf .venv-weights
+	$(UV) venv --quiet --python $(BIN)/python .venv-weights
+	$(UV) pip install --quiet --python .venv-weights/bin/python --requirement tests/weights/requirements.txt \
+	  pytest==9.2.0 pytest-timeout==2.4.0 --editable 'model/weights[hf,s3,gs,az,pypi]'
+	mkdir -p "$(TOOLS)" && cp tests/weights/package.json "$(TOOLS)/"
+	cd "$(TOOLS)" && PATH="$(CURDIR)/.venv-weights/bin:$$PATH" npm install --silent --no-audit --no-fund
+	touch $@
+
 up: .venv/.made
 	$(BIN)/mistralctl up $(MODEL) --cloud local
 	@echo; echo '$$ mistralctl chat $(MODEL) -m "What is the capital of France?"'
@@ -56,10 +68,13 @@ up: .venv/.made
 down: .venv/.made
 	$(BIN)/mistralctl down --all
 
-test: test-deploy test-plugin test-e2e
+test: test-deploy test-weights test-plugin test-e2e
 
 test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy
+
+test-weights: .venv-weights/.made
+	cd tests/weights && PATH="$(CURDIR)/.venv-weights/bin:$$PATH" python -m pytest $(PYTEST_OPTIONS) .
 
 test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
@@ -84,8 +99,11 @@ schema: .venv/.made
 
 check: lint test
 
-bench: .venv/.made
-	for program in benchmarks/*.py; do $(BIN)/python "$$program"; done
+# Each program in the environment that it measures: the laptop's, vLLM's, the weights tool's.
+bench: .venv/.made .venv-node/.made .venv-weights/.made
+	$(BIN)/python benchmarks/cli_latency.py $(BENCH_OPTIONS)
+	for program in $(wildcard benchmarks/attention.py benchmarks/kv_blocks.py); do .venv-node/bin/python "$$program" $(BENCH_OPTIONS); done
+	for program in $(wildcard benchmarks/weights_pull.py); do .venv-weights/bin/python "$$program" $(BENCH_OPTIONS); done
 
 clean:
-	rm -rf .venv .venv-node build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-node .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

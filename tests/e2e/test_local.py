@@ -20,6 +20,8 @@ from mistralctl import state
 from mistralctl.endpoint import is_free
 from running import MODEL, Cli, down, share_node
 
+# Who is not root makes the namespaces inside a user namespace of their own.
+NAMESPACES = ["unshare"] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
 CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
 
 
@@ -220,14 +222,14 @@ def test_a_full_disk_is_named_before_anything_is_made(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     script = 'mount -t tmpfs -o size=64m none "$MISTRALCTL_HOME" && exec "$@"'
-    cli = Cli(small, ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "mistralctl"])
+    cli = Cli(small, [*NAMESPACES, "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "mistralctl"])
     error = cli("up", MODEL, "--cloud", "local", code=6).stderr
     assert error.startswith(f"mistralctl: {small}/node: 8.5 GiB are needed and 0.1 GiB are free; free some space or set ")
 
 
 def test_without_a_network_the_weights_are_named(cli: Cli) -> None:
     """In a network namespace without any interface; the environment is there already."""
-    cli.command = ["unshare", "--net", *cli.command]
+    cli.command = [*NAMESPACES, "--net", *cli.command]
     error = cli("up", MODEL, "--cloud", "local", "--name", "cut", "--weights", "hf://nobody/nothing", code=9).stderr
     assert error.count("mistralctl: ") == 1
     [last] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
