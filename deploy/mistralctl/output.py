@@ -64,7 +64,17 @@ def _option(option: Option) -> list[str]:
     without = "?" if fit is None else f"{fit.concurrency_without_window:.1f}"
     price, spot = ("-", "-") if option.cloud == LOCAL else (_dollars(option.price), _dollars(option.spot_price))
     where = option.region or "-"
-    return [option.cloud, option.label, option.instance_type or "-", where, price, spot, tokens, at_once, without]
+    return [
+        option.cloud,
+        option.label if option.accelerator else "CPU",
+        option.instance_type or "-",
+        where,
+        price,
+        spot,
+        tokens,
+        at_once,
+        without,
+    ]
 
 
 def plan_text(plan: Plan) -> str:
