@@ -57,6 +57,18 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
         assert got.gpu_memory_utilization == 0.92
 
 
+def test_weights_in_mistrals_own_format(tmp_path: Path) -> None:
+    for name in ("params.json", "consolidated.safetensors"):
+        (tmp_path / name).touch()
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}"})
+    got = parsed(flags.arguments(wanted, tmp_path))
+    assert (got.load_format, got.config_format) == ("mistral", "mistral")
+    for name in ("config.json", "model-00001-of-00003.safetensors"):  # v0.3 has both: one of them is enough
+        (tmp_path / name).touch()
+    got = parsed(flags.arguments(wanted, tmp_path))
+    assert (got.load_format, got.config_format) == ("safetensors", "hf")
+
+
 def test_an_adapter_brings_its_rank(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12}))
     wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), lora=(("sql", tmp_path),))

@@ -146,10 +146,11 @@ def test_a_body_without_a_length_ends_at_the_limit(guard: Guard) -> None:
 
 
 def test_requests_are_counted_also_when_the_application_fails(guard: Guard, behind: Behind) -> None:
-    ask(guard, "GET", "/v1/models", BEARER)
-    ask(guard, "GET", "/v1/models")
+    ask(guard, "POST", "/v1/completions", BEARER)
+    ask(guard, "POST", "/v1/completions")
+    ask(guard, "GET", "/v1/models", BEARER)  # polling is no work
     ask(guard, "GET", "/health")
-    assert behind.running == [1, 0]
+    assert behind.running == [1, 0, 0]
     count = behind.traffic.read()
     assert (count.served, count.running) == (1, 0)
 
@@ -158,8 +159,23 @@ def test_requests_are_counted_also_when_the_application_fails(guard: Guard, behi
 
     guard.app = broken
     with pytest.raises(RuntimeError):
-        ask(guard, "GET", "/v1/models", BEARER)
+        ask(guard, "POST", "/v1/completions", BEARER)
     assert (behind.traffic.read().served, behind.traffic.read().running) == (2, 0)
+
+
+def test_a_server_that_ends_takes_no_more_requests(guard: Guard, behind: Behind) -> None:
+    behind.traffic.drain()
+    assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 503
+    assert ask(guard, "POST", "/v1/completions")[0] == 401
+    assert ask(guard, "GET", "/health")[0] == 200
+    assert behind.reached == [("GET", "/health")]
+
+
+def test_a_base_model_has_no_chat(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_CHAT_TEMPLATE", "none")
+    guard = Guard(behind, run_dir)
+    assert ask(guard, "POST", "/v1/chat/completions", BEARER)[0] == 404
+    assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
 
 
 def test_a_short_or_missing_key_stops_the_server_from_starting(run_dir: Path, behind: Behind) -> None:

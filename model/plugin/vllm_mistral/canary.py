@@ -50,14 +50,28 @@ def forced_logprobs(url: str, key: str, model: str, prompt: list[int], forced: l
     return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
 
 
-def check(url: str, key: str, model: str, model_dir: Path, dtype: str) -> Verdict:
-    """The verdict on the running engine; LaunchError if it computes something else than the weights' own figures."""
+def stored_figures(folder: Path) -> dict[str, Any] | None:
+    """What is stored with the weights, None if nothing is; LaunchError if it is not what `reference --canary` writes."""
     try:
-        stored = json.loads((model_dir / FILE).read_text("utf-8"))
+        found: dict[str, Any] = json.loads((folder / FILE).read_text("utf-8"))
+        tokens = found["prompt_token_ids"] + found["forced_token_ids"]
+        if not all(isinstance(token, int) for token in tokens) or len(found["forced_token_ids"]) != len(found["logprobs"]):
+            raise ValueError("its lists do not fit")
+        return found
     except FileNotFoundError:
-        return _finite(url, key, model)
-    except (OSError, ValueError) as error:
-        raise LaunchError(Code.CANARY, f"{model_dir / FILE} cannot be read ({error}); pull the weights again") from error
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(Code.CANARY, f"{folder / FILE} is damaged ({error}); pull the weights again") from error
+
+
+def compare(url: str, key: str, model: str, folder: Path, dtype: str, max_model_len: int) -> Verdict:
+    """The verdict on the running engine; LaunchError if it computes something else than the weights' own figures.
+
+    Not verified where no figures are stored, or where their prompt is longer than what this deployment takes.
+    """
+    stored = stored_figures(folder)
+    if stored is None or len(stored["prompt_token_ids"]) + len(stored["forced_token_ids"]) >= max_model_len:
+        return Verdict("not verified")
     got = forced_logprobs(url, key, model, stored["prompt_token_ids"], stored["forced_token_ids"])
     difference = max(abs(a - b) for a, b in zip(got, stored["logprobs"], strict=True))
     allowed = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
@@ -70,11 +84,10 @@ def check(url: str, key: str, model: str, model_dir: Path, dtype: str) -> Verdic
     return Verdict("verified", round(difference, 6), allowed)
 
 
-def _finite(url: str, key: str, model: str) -> Verdict:
-    """Without stored figures: a completion with text and finite log-probabilities."""
+def answers(url: str, key: str, model: str) -> None:
+    """LaunchError unless a completion comes back with finite log-probabilities."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
     choice = _complete(url, key, body)["choices"][0]
     values = choice["logprobs"]["token_logprobs"]
     if not values or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
         raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
-    return Verdict("not verified")

@@ -114,6 +114,33 @@ def _strings(text: str) -> tuple[str, ...]:
     return tuple(data)
 
 
+# What decides who gets in, what code runs, or what the contract says already.
+OURS = (
+    "api-key api-server-count allowed-origins config config-format data-parallel-size dtype enable-lora grpc headless "
+    "hf-config-path hf-overrides host load-format logits-processors lora-modules max-lora-rank max-model-len "
+    "max-num-batched-tokens max-num-seqs middleware model model-impl model-tag port quantization root-path served-model-name shutdown-timeout "
+    "speculative-config ssl-certfile ssl-keyfile tensor-parallel-size tokenizer tokenizer-mode tool-parser-plugin "
+    "reasoning-parser-plugin trust-remote-code uds worker-cls worker-extension-cls"
+).split()
+SHORT = {"-tp", "-dp", "-q", "-O", "-cc"}
+
+
+def _arguments(text: str) -> tuple[str, ...]:
+    """Further arguments of `vllm serve`, without those that would undo the contract or the guard."""
+    found = _strings(text)
+    if found and not found[0].startswith("-"):
+        raise ValueError(f"should begin with an option, not with {found[0]!r}")
+    for item in found:
+        if not item.startswith("-"):
+            continue
+        option = re.split(r"[=.+]", item, maxsplit=1)[0]
+        name = option.lstrip("-").replace("_", "-")
+        # argparse takes any unambiguous beginning of an option for the option
+        if option in SHORT or (item.startswith("--") and any(ours == name or (name and ours.startswith(name)) for ours in OURS)):
+            raise ValueError(f"may not have {option}, which the deployment sets itself")
+    return found
+
+
 def _names(text: str) -> tuple[str, ...]:
     data = json.loads(text)
     if not isinstance(data, dict) or not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", key) for key in data):
@@ -159,7 +186,7 @@ def read(environ: Mapping[str, str]) -> Contract:
         "tokenizer_mode": get("TOKENIZER_MODE", _one_of("mistral", "hf")),
         "tool_parser": get("TOOL_PARSER", _matching(r"[a-z0-9_]+"), None),
         "chat": get("CHAT_TEMPLATE", _one_of("own", "none")) == "own",
-        "vllm_args": get("VLLM_ARGS", _strings, ()),
+        "vllm_args": get("VLLM_ARGS", _arguments, ()),
         "idle_minutes": get("IDLE_MINUTES", _number(1, 1 << 20), None),
         "ttl_minutes": get("TTL_MINUTES", _number(1, 1 << 20), None),
         "serving_id": environ.get("MISTRALCTL_SERVING_ID", ""),

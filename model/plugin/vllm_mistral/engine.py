@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import os
 import re
 import signal
 import subprocess
@@ -13,12 +13,16 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import IO
 
+import psutil
+
 from vllm_mistral import ARCHITECTURE, MODEL_CLASS
 from vllm_mistral.contract import Code, LaunchError
-from vllm_mistral.flags import DRAIN_SECONDS
+
+PR_SET_PDEATHSIG = 1
 
 NOISE = re.compile(r"^(\(\w+[^)]*\) )?(\w+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^]]*\] )?")
 
@@ -50,7 +54,9 @@ class Engine:
     def __init__(self, arguments: Sequence[str], environ: dict[str, str], host: str, port: int) -> None:
         self.url = f"http://{host}:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
-        self.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_die_with_the_launcher
+        )
         self.lines: deque[str] = deque(maxlen=2000)
         if self.process.stdout is None:
             raise RuntimeError("a pipe was asked for")
@@ -81,26 +87,53 @@ class Engine:
                 Code.ENGINE, f"vLLM ended with code {self.process.returncode}: {cause(self.lines)}; see mistralctl logs"
             )
 
-    def end(self) -> None:
-        """Asks vLLM to finish what runs (DRAIN_SECONDS at most) and waits until it is gone."""
+    def end(self, seconds: float) -> None:
+        """Ends vLLM and all its processes: it has so many seconds to do so by itself."""
+        started = self._tree()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(DRAIN_SECONDS + 10)
+                self.process.wait(seconds)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                self.hurry()
                 self.process.wait()
-        self._reader.join(timeout=5)
+        self._kill(started)
+        self._reader.join(timeout=5)  # ends when the last process that holds the pipe does
 
     def hurry(self) -> None:
-        """Ends the process now."""
+        """Ends vLLM and all its processes now."""
         if self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGKILL)
+            started = self._tree()
+            self.process.kill()
+            self._kill(started)
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    @staticmethod
+    def _kill(processes: Sequence[psutil.Process]) -> None:
+        for process in processes:  # each knows when it was started, so that a number used again is not hit
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
+
+
+def _die_with_the_launcher() -> None:
+    """In vLLM's process before it begins: Linux sends it SIGTERM should the launcher be killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def cause(lines: Sequence[str]) -> str:
-    """The line that names the first error of a traceback in vLLM's output; the last line if there is none."""
-    errors = [NOISE.sub("", line).strip() for line in lines]
-    named = [line for line in errors if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*", line)]
-    useful = [line for line in named if "Engine core initialization failed" not in line]
-    return next(iter(useful or named or [line for line in reversed(errors) if line]), "it said nothing")[:400]
+    """The line that names the first error in vLLM's output; the last line if there is none."""
+    said = [NOISE.sub("", line).strip() for line in lines]
+    named = [number for number, line in enumerate(said) if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*", line)]
+    useful = [number for number in named if "Engine core initialization failed" not in said[number]]
+    for number in (useful or named)[:1]:
+        if re.search(r"\d validation errors? for ", said[number]) and number + 1 < len(said):  # pydantic says it on the next line
+            return said[number + 1].removeprefix("Value error, ").split(" [type=")[0][:400]
+        return said[number][:400]
+    return next((line for line in reversed(said) if line), "it said nothing")[:400]

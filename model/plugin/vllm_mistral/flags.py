@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_mistral import ARCHITECTURE
 from vllm_mistral.contract import Contract
+from vllm_mistral.weights import is_consolidated
 
 GUARD = "vllm_mistral.guard.Guard"
 DRAIN_SECONDS = 25
@@ -21,11 +22,12 @@ def lora_rank(folder: Path) -> int:
 
 def arguments(contract: Contract, model_dir: Path) -> list[str]:
     """What follows `vllm serve`. Only safetensors are loaded, no code that comes with weights is run."""
+    formats = ("mistral", "mistral") if is_consolidated(model_dir) else ("safetensors", "hf")
     found = [
         str(model_dir),
         "--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]}),
-        "--load-format", "safetensors",
-        "--config-format", "hf",
+        "--load-format", formats[0],
+        "--config-format", formats[1],
         "--tokenizer-mode", "mistral" if contract.tokenizer_mode == "mistral" else "hf",
         "--served-model-name", contract.served_name,
         "--host", contract.host,

@@ -22,7 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = {("GET", "/health")}
-WITH_KEY = {("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
+CHAT = ("POST", "/v1/chat/completions")
+WITH_KEY = {("GET", "/v1/models"), CHAT, ("POST", "/v1/completions")}
 LARGEST_BODY = 32 << 20
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
 
@@ -47,6 +48,7 @@ class Guard:
         self.app = app
         self.authorization = b"Bearer " + read_key(folder)
         self.traffic = Traffic(folder)
+        self.chat = os.environ.get("MISTRALCTL_CHAT_TEMPLATE") != "none"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -61,7 +63,7 @@ class Guard:
         refusal = self._refusal(route, scope["headers"])
         if refusal is not None:
             await _answer(send, *refusal)
-        elif route in OPEN:
+        elif route[0] == "GET":  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
         else:
             self.traffic.begin()
@@ -81,6 +83,10 @@ class Guard:
             return 401, "the API key is missing or wrong"
         if route not in WITH_KEY:
             return 404, "this route is not served"
+        if route == CHAT and not self.chat:
+            return 404, "this is a base model, which has no chat; use /v1/completions"
+        if self.traffic.draining:
+            return 503, "the server is ending; try again later"
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
         if len(lengths) > 1 or (lengths and not lengths[0].isdigit()):
             return 400, "the content length is not a number"
@@ -114,7 +120,7 @@ class Guard:
 
 async def _answer(send: Send, status: int, message: str) -> None:
     """An error in the form of the OpenAI API."""
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
     body = json.dumps({"error": {"message": message, "type": kind, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:

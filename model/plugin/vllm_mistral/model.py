@@ -68,6 +68,16 @@ def window_of(config: Any, layer: int) -> int | None:
     return int(window) if window else None
 
 
+def refuse_other_models(config: Any) -> None:
+    """ValueError for a configuration that asks for a computation which is not in this file."""
+    extras = ("attention_bias", "mlp_bias", "llama_4_scaling", "moe", "ada_rms_norm_t_cond")
+    other = [name for name in extras if getattr(config, name, None)]
+    if getattr(config, "hidden_act", "silu") != "silu":
+        other.append("hidden_act")
+    if other:
+        raise ValueError(f"{', '.join(other)} in the configuration is not Mistral 7B's; serve this model with vLLM's own class")
+
+
 class MistralMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), [T, hidden] to [T, hidden]; gate and up are one matrix."""
 
@@ -222,6 +232,7 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = vllm_config.model_config.hf_text_config
+        refuse_other_models(config)
         self.model = MistralDecoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -251,6 +262,10 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         self.report.once()
         return self.logits_processor(self.lm_head, hidden_states)
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits over this GPU's part of the vocabulary, not gathered; vLLM can then sample in parts."""
+        return self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         tied = self.config.tie_word_embeddings

@@ -6,7 +6,6 @@ deployment's lifetime, or for vLLM to die. Exit codes: docs/contract.md.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -19,12 +18,15 @@ from typing import Any
 from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, weights
 from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.engine import Engine, check_installed
+from vllm_mistral.guard import read_key
 from vllm_mistral.phases import Status, say
 from vllm_mistral.traffic import Traffic
 
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
 POLL_SECONDS = 0.5
+# A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
+END_SECONDS, LEAST_END_SECONDS = 29.0, 3.0
 
 
 class _Signals:
@@ -32,12 +34,14 @@ class _Signals:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self.hurried = False
         self.engine: Engine | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: object) -> None:
         if self.asked.is_set() and self.engine is not None:
+            self.hurried = True
             self.engine.hurry()
         self.asked.set()
 
@@ -48,18 +52,20 @@ class _Asked(Exception):
 
 def wait_for_key(run_dir: Path, asked: threading.Event, seconds: float = SECRETS_SECONDS) -> str:
     """The API key, once the laptop has written it; LaunchError if it does not come or others can read it."""
-    file, deadline = run_dir / "secrets.json", time.monotonic() + seconds
-    while not file.exists():
+    file, deadline, problem = run_dir / "secrets.json", time.monotonic() + seconds, "no secrets came"
+    while True:
+        try:
+            if file.stat().st_mode & 0o077:
+                raise LaunchError(Code.SECRETS, f"{file} can be read by others; run chmod 600 on it")
+            return read_key(run_dir).decode()
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError):  # perhaps it is still being written
+            problem = f"{file} has no api_key of at least 16 characters"
         if time.monotonic() > deadline:
-            raise LaunchError(Code.SECRETS, f"no secrets came within {seconds:.0f} s; run mistralctl up again")
+            raise LaunchError(Code.SECRETS, f"{problem} within {seconds:.0f} s; run mistralctl up again")
         if asked.wait(POLL_SECONDS):
             raise _Asked
-    if file.stat().st_mode & 0o077:
-        raise LaunchError(Code.SECRETS, f"{file} can be read by others; run chmod 600 on it")
-    try:
-        return str(json.loads(file.read_text("utf-8"))["api_key"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LaunchError(Code.SECRETS, f"{file} has no api_key; run mistralctl up again") from error
 
 
 def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
@@ -103,12 +109,23 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
     return "it was asked to"
 
 
+def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
+    """Waits for the requests that run, DRAIN_SECONDS at most or until a second signal; new ones are refused."""
+    traffic.drain()
+    deadline = time.monotonic() + flags.DRAIN_SECONDS
+    while (count := traffic.read()).running and time.monotonic() < deadline and not signals.hurried:
+        status.set(requests={**asdict(count), "last_at": count.last_at or None})
+        time.sleep(0.1)
+    status.set(requests={**asdict(count), "last_at": count.last_at or None})
+
+
 def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     run_dir = wanted.run_dir
     (run_dir / inspection.FILE).unlink(missing_ok=True)
     traffic = Traffic(run_dir, fresh=True)
     key = wait_for_key(run_dir, signals.asked)
     engine: Engine | None = None
+    end_by: float | None = None
     try:
         with status.during("engine"):
             check_installed()
@@ -118,18 +135,20 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):
-            verdict = canary.check(engine.url, key, wanted.served_name, model_dir, wanted.dtype)
+            canary.answers(engine.url, key, wanted.served_name)
             facts = check_engine(wanted, run_dir)
+            verdict = canary.compare(engine.url, key, wanted.served_name, model_dir, facts["dtype"], wanted.max_model_len)
             engine.raise_if_dead()
             status.set(canary=asdict(verdict), engine=facts)
-        traffic = Traffic(run_dir, fresh=False)
         status.set(ready_at=say("ready", "end"), state="ready", phase="ready")
         why = _serve(wanted, engine, traffic, status, signals.asked)
         sys.stdout.write(f"ends because {why}\n")
         status.set(state="draining")
+        end_by = time.monotonic() + END_SECONDS
+        _drain(traffic, status, signals)
     finally:
         if engine is not None:
-            engine.end()
+            engine.end(max(LEAST_END_SECONDS, (end_by or time.monotonic() + END_SECONDS) - time.monotonic()))
     status.set(state="stopped", ended_because=why)
 
 

@@ -1,7 +1,7 @@
 """Requests served and running, shared by the guard (which counts, in vLLM's process) and the launcher (which reads).
 
-Sixteen bytes of counts and eight of time in a memory-mapped file: no route that a client could call, and nothing written to
-disk with each request.
+32 bytes in a memory-mapped file: two counts, a time, and the launcher's word that no more requests are taken. No route that a
+client could call, no call between processes, and nothing written to disk with each request.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 FILE = "traffic"
 LAYOUT = struct.Struct("<QQd")
+DRAINING = LAYOUT.size  # the byte behind the counts; the guard writes before it, the launcher only there
+SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,26 @@ class Traffic:
     def __init__(self, run_dir: Path, *, fresh: bool = False) -> None:
         path = run_dir / FILE
         if fresh or not path.exists():
-            path.write_bytes(bytes(LAYOUT.size))
+            path.write_bytes(bytes(SIZE))
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), LAYOUT.size)
+            self._map = mmap.mmap(file.fileno(), SIZE)
 
     def read(self) -> Count:
         """The counts now."""
-        return Count(*LAYOUT.unpack(self._map[:]))
+        return Count(*LAYOUT.unpack_from(self._map))
 
     def _change(self, served: int, running: int) -> None:
         now = self.read()
-        self._map[:] = LAYOUT.pack(now.served + served, max(0, now.running + running), time.time())
+        LAYOUT.pack_into(self._map, 0, now.served + served, max(0, now.running + running), time.time())
+
+    def drain(self) -> None:
+        """From now on the guard takes no more requests."""
+        self._map[DRAINING] = 1
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._map[DRAINING] == 1
 
     def begin(self) -> None:
         """A request began."""

@@ -13,12 +13,19 @@ from vllm_mistral.contract import Code, LaunchError
 CONVERTED = ".hf"
 
 
+def is_consolidated(folder: Path) -> bool:
+    """Whether the folder has weights in Mistral's own format only: consolidated*.safetensors with params.json."""
+    others = [file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")]
+    found = (folder / "params.json").is_file() and any(folder.glob("consolidated*.safetensors"))
+    return found and not (others and (folder / "config.json").is_file())
+
+
 def model_dir(folder: Path) -> Path:
     """The folder to serve; LaunchError if there is nothing that can be served in it."""
     if not folder.is_dir():
         raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
     if any(folder.glob("*.safetensors")):
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not is_consolidated(folder):
             raise LaunchError(Code.WEIGHTS, f"{folder}/config.json is missing; mirror the whole model, not only its tensors")
         return folder
     found = sorted(folder.rglob("*.gguf"))

@@ -60,6 +60,11 @@ class Arrival:
         self._hashing = False
         self._told_whole = False
 
+    @property
+    def in_order(self) -> bool:
+        """Whether ranges that come too early have to wait for their turn."""
+        return bool(self._digests)
+
     def bounds(self, index: int) -> tuple[int, int]:
         """The first byte of a range, and the byte after its last."""
         start = index * self._range_bytes

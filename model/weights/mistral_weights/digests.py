@@ -40,9 +40,7 @@ class _Crc32c:
         try:
             import google_crc32c
         except ImportError as error:
-            raise WeightsError(
-                Kind.MISSING, "crc32c needs the package google-crc32c; install mistral-weights[gs]"
-            ) from error
+            raise WeightsError(Kind.MISSING, "crc32c needs the package google-crc32c; install mistral-weights[gs]") from error
         self._sum = google_crc32c.Checksum()
 
     def update(self, data: memoryview) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import manifest as manifests
@@ -28,12 +28,16 @@ class Damage:
 
 @dataclass(frozen=True)
 class Installed:
-    """A set in a folder: its manifest, the address it was pulled from, and the stat of each file after its last check."""
+    """A set in a folder: its manifest, and the address it was pulled from.
+
+    `stats` has the stat of each file after its last check, `versions` the version that it had in the store.
+    """
 
     folder: Path
     manifest: Manifest
-    address: str
-    stats: dict[str, str]
+    address: str = ""
+    stats: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def find(folder: Path) -> Installed | None:
@@ -48,9 +52,10 @@ def find(folder: Path) -> Installed | None:
     manifest = manifests.read(path.read_bytes(), str(folder))
     try:
         state = json.loads((folder / names.STATE).read_bytes())
-        return Installed(folder, manifest, str(state["address"]), {str(k): str(v) for k, v in state["stats"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Installed(folder, manifest, "", {})
+        stats, versions = dict(state["stats"]), dict(state["versions"])
+        return Installed(folder, manifest, str(state["address"]), stats, versions)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Installed(folder, manifest)
 
 
 def stat_of(path: Path) -> str:
@@ -62,10 +67,12 @@ def stat_of(path: Path) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}" if path.is_file() and not path.is_symlink() else ""
 
 
-def write_state(folder: Path, address: str, manifest: Manifest) -> None:
+def write_state(installed: Installed) -> None:
     """Notes that every file was right just now."""
-    stats = {file.name: stat_of(folder / file.name) for file in manifest.files}
-    write_whole(folder / names.STATE, json.dumps({"address": address, "stats": stats}, indent=1).encode())
+    folder = installed.folder
+    stats = {file.name: stat_of(folder / file.name) for file in installed.manifest.files}
+    state = {"address": installed.address, "stats": stats, "versions": dict(installed.versions)}
+    write_whole(folder / names.STATE, json.dumps(state, indent=1).encode())
 
 
 def damages(installed: Installed, full: bool, advance: Callable[[int], None] = lambda size: None) -> tuple[Damage, ...]:
@@ -78,9 +85,7 @@ def damages(installed: Installed, full: bool, advance: Callable[[int], None] = l
         else:
             doubtful.append(file)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
-        found = workers.map(
-            lambda file: damage(installed.folder, file, installed.manifest.range_bytes, advance), doubtful
-        )
+        found = workers.map(lambda file: damage(installed.folder, file, installed.manifest.range_bytes, advance), doubtful)
         return tuple(one for one in found if one)
 
 

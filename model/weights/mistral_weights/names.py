@@ -75,7 +75,8 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
     if not form or form not in there:
         if any(_is(name.lower(), _PICKLES) for name in every):
             raise WeightsError(
-                Kind.REFUSED, "the source holds its weights only as pickles, which can run code; convert them to safetensors"
+                Kind.REFUSED,
+                "the source holds its weights only as pickles, which can run code; convert them to safetensors",
             )
         wanted = form or "safetensors or GGUF"
         raise WeightsError(Kind.NOT_FOUND, f"the source holds no {wanted} weights; look with `ls` at what it has")

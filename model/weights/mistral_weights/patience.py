@@ -7,19 +7,14 @@ from dataclasses import dataclass
 
 from .errors import Kind, WeightsError
 
-# worth another try: the network; a refused credential (it may have been renewed); a file that a cache cannot find yet;
-# a range that arrived damaged
-_TRIES: dict[Kind, str] = {
-    Kind.UNREACHABLE: "tries",
-    Kind.DENIED: "tries_refused",
-    Kind.NOT_FOUND: "tries_refused",
-    Kind.DAMAGED: "tries_refused",
-}
-
 
 @dataclass(frozen=True)
 class Patience:
-    """Times in seconds. A peer that sends fewer than `least_bytes` in `stall` seconds counts as dead."""
+    """Times in seconds. A peer that sends fewer than `least_bytes` in `stall` seconds counts as dead.
+
+    `tries` are for what passes by itself (the network, a busy server). `tries_refused` are for what may pass: a refused
+    credential that is being renewed, a file that a cache does not know yet, a range that arrived damaged.
+    """
 
     connect: float = 10.0
     stall: float = 30.0
@@ -32,8 +27,14 @@ class Patience:
 
     def wait(self, error: WeightsError, failures: int) -> float | None:
         """Seconds to wait after the `failures`-th failure in a row; None when it is enough."""
-        name = _TRIES.get(error.kind)
-        if name is None or failures >= getattr(self, name):
+        tries = {
+            Kind.UNREACHABLE: self.tries,
+            Kind.DENIED: self.tries_refused,
+            Kind.NOT_FOUND: self.tries_refused,
+            Kind.DAMAGED: self.tries_refused,
+        }
+        if failures >= tries.get(error.kind, 0):
             return None
-        backoff = min(self.longest_wait, self.first_wait * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        spread = random.uniform(0.5, 1.0)  # noqa: S311 (no secret: only so that many do not come back at once)
+        backoff = min(self.longest_wait, self.first_wait * 2.0 ** (failures - 1)) * spread
         return max(backoff, min(error.retry_after, self.longest_wait))

@@ -54,6 +54,11 @@ def sentence(event: Event) -> str:
             return ""
 
 
+def _say(line: str, out: TextIO) -> None:
+    out.write(line + "\n")
+    out.flush()
+
+
 class _Bar:
     def __init__(self, out: TextIO) -> None:
         from tqdm import tqdm
@@ -91,14 +96,14 @@ class _Lines:
             case FileRestarted(_, size, _):
                 self._done -= size
         if text := sentence(event):
-            print(text, file=self._out, flush=True)
+            _say(text, self._out)
         elif time.monotonic() - self._said >= LINE_SECONDS and self._total:
             self._said = time.monotonic()
             speed = self._done / max(self._said - self._begun, 1e-3)
             left = f", {(self._total - self._done) / speed:.0f} s left" if speed else ""
             percent = 100 * self._done // self._total
             text = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({percent} %), {speed / 1e6:.0f} MB/s{left}"
-            print(text, file=self._out, flush=True)
+            _say(text, self._out)
 
     def close(self) -> None:
         """Nothing to tidy."""
@@ -123,11 +128,17 @@ class _Events:
                 return
             case FileRestarted(_, size, _):
                 self._done -= size
-        names = {Begun: "begun", FileFinished: "file", FileRestarted: "restarted", Retrying: "retrying", Waiting: "waiting"}
+        names = {
+            Begun: "begun",
+            FileFinished: "file",
+            FileRestarted: "restarted",
+            Retrying: "retrying",
+            Waiting: "waiting",
+        }
         self._print({"event": names[type(event)], **asdict(event)})
 
     def _print(self, entry: dict[str, object]) -> None:
-        print(json.dumps(entry), file=self._out, flush=True)
+        _say(json.dumps(entry), self._out)
 
     def close(self) -> None:
         """Nothing to tidy."""

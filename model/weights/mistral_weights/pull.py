@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +15,12 @@ from .arrival import Wanted
 from .disk import explained, require_space, sync_folder, write_whole
 from .errors import Kind, WeightsError
 from .events import Advanced, Begun, FileFinished, FileRestarted, Report, silent
+from .http_reader import readers
 from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
 from .journal import Journal
 from .lock import locked
 from .manifest import RANGE_BYTES, Manifest, ManifestFile, render
 from .patience import Patience
-from .reader import PlainReader
 from .secrets import Secrets
 from .source import Source, look, renew
 from .stores import Opening, open_store
@@ -28,7 +29,11 @@ from .transfer import Conditions, Transfer
 
 @dataclass(frozen=True)
 class Pull:
-    """What to bring where. `connections` is the number of ranges (of `range_bytes`) that are fetched at once."""
+    """What to bring where. `connections` is the number of ranges (of `range_bytes`) that are fetched at once.
+
+    `direct` writes past the page cache where the file system can; `plain` reads through the store's SDK only; `full_check` hashes every byte of a
+    set that is there already.
+    """
 
     uri: str
     folder: Path
@@ -37,7 +42,8 @@ class Pull:
     form: str = "auto"
     connections: int = 12
     range_bytes: int = RANGE_BYTES
-    direct: bool = False
+    direct: bool = True
+    plain: bool = False
     full_check: bool = False
     patience: Patience = field(default_factory=Patience)
 
@@ -63,7 +69,7 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
     """Brings the set; at once when it is there already. Run again after any failure, it continues where it was."""
     begun = time.monotonic()
     address = parse(request.uri, request.revision)
-    folder = Path(os.path.abspath(request.folder))
+    folder = request.folder.expanduser().resolve()
     there = _there(folder, address, request.full_check)
     if isinstance(there, Pulled):
         return replace(there, seconds=time.monotonic() - begun)
@@ -78,8 +84,13 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
             _withdraw(folder, partial, there)
         with explained(partial):
             partial.mkdir(exist_ok=True)
-        manifest, tally = _bring(request, address, partial, report)
-        _publish(partial, folder, str(address), manifest)
+        try:
+            brought, tally = _bring(request, address, partial, report)
+        finally:
+            with suppress(OSError):
+                partial.rmdir()  # only when nothing came into it
+        _publish(brought, folder)
+    manifest = brought.manifest
     return _pulled(address, folder, manifest, time.monotonic() - begun, tally.fetched, tally.resumed, False)
 
 
@@ -111,20 +122,35 @@ def _require_same(installed: Installed, address: Address) -> None:
 def _refresh_state(installed: Installed) -> None:
     stats = {file.name: stat_of(installed.folder / file.name) for file in installed.manifest.files}
     if stats != installed.stats:
-        try:
-            write_state(installed.folder, installed.address, installed.manifest)
-        except WeightsError:
-            pass  # a folder that we may only read: the next check hashes again
+        with suppress(WeightsError):  # a folder that we may only read: the next check hashes again
+            write_state(installed)
 
 
 def _withdraw(folder: Path, partial: Path, wrong: tuple[Damage, ...]) -> None:
-    """Takes a damaged set out of sight; its right files stay for the repair."""
+    """Takes a damaged set out of sight, and notes what of it is right: only the rest is fetched again."""
     with explained(folder):
         if partial.exists():
-            partial.rename(partial.with_name(f"{partial.name}.{time.time_ns()}.old"))
+            shutil.rmtree(partial)
         folder.rename(partial)
-        for one in wrong:
-            (partial / one.name).unlink(missing_ok=True)
+        try:
+            installed = find(partial)
+        except WeightsError:
+            return  # without its manifest nothing is known to be right
+    if installed is None:
+        return
+    bad = {one.name for one in wrong}
+    journal = Journal(partial, installed.manifest.range_bytes)
+    for facts in installed.manifest.files:
+        version, path = installed.versions.get(facts.name, ""), partial / facts.name
+        if facts.name not in bad:
+            journal.file_complete(version, facts, "")
+        elif stat_of(path):
+            path.rename(path.with_name(f"{path.name}.partial"))
+            for index, blake3 in enumerate(facts.ranges):
+                journal.range_landed(facts.name, version, index, blake3)
+        else:
+            path.unlink(missing_ok=True)
+    journal.close()
 
 
 @dataclass
@@ -133,7 +159,7 @@ class _Tally:
     resumed: int = 0
 
 
-def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tuple[Manifest, _Tally]:
+def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tuple[Installed, _Tally]:
     tally = _Tally()
 
     def counted(event: object) -> None:
@@ -159,7 +185,7 @@ def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tu
             connections=request.connections,
             direct=request.direct,
             patience=patience,
-            new_reader=lambda: PlainReader(store),
+            new_reader=readers(store, patience, request.plain),
             renew=lambda wanted: renew(store, wanted, patience, report),
         )
 
@@ -170,11 +196,11 @@ def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tu
     finally:
         journal.close()
     files = tuple(facts[one.file.name] for one in source.wanted)
-    if source.manifest:
-        return source.manifest, tally
     created = datetime.now(UTC).isoformat(timespec="seconds")
     contents = source.contents
-    return Manifest(contents.source, contents.revision, contents.license, created, range_bytes, files), tally
+    manifest = source.manifest or Manifest(contents.source, contents.revision, contents.license, created, range_bytes, files)
+    versions = {one.file.name: one.file.version for one in source.wanted}
+    return Installed(partial, manifest, str(address), {}, versions), tally
 
 
 def _complete_already(
@@ -206,8 +232,9 @@ def _still_to_come(partial: Path, missing: list[Wanted]) -> int:
     return total
 
 
-def _publish(partial: Path, folder: Path, address: str, manifest: Manifest) -> None:
+def _publish(brought: Installed, folder: Path) -> None:
     """Clears what only the journey needed, and lets the set appear."""
+    partial, manifest = brought.folder, brought.manifest
     keep = {file.name for file in manifest.files}
     with explained(partial):
         for path in sorted(partial.rglob("*"), reverse=True):
@@ -216,8 +243,10 @@ def _publish(partial: Path, folder: Path, address: str, manifest: Manifest) -> N
                     path.rmdir()
             elif path.relative_to(partial).as_posix() not in keep:
                 path.unlink()
+        for parent in {(partial / name).parent for name in keep}:
+            sync_folder(parent)
         write_whole(partial / names.MANIFEST, render(manifest))
-        write_state(partial, address, manifest)
+        write_state(brought)
         partial.rename(folder)
         sync_folder(folder.parent)
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from . import manifest as manifests
 from . import names
 from .arrival import Wanted
 from .errors import Kind, WeightsError
-from .events import Report, Retrying
+from .events import Report
 from .patience import Patience
 from .reader import PlainReader
+from .retrying import tried
 from .stores import Contents, Store, StoredFile
 
-T = TypeVar("T")
 LARGEST_INDEX = 64 * 2**20
 
 
@@ -32,21 +29,6 @@ class Source:
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(one.file.size for one in self.wanted)
-
-
-def tried(what: str, patience: Patience, report: Report, call: Callable[[], T]) -> T:
-    """What `call` gives, tried again as often as its errors are worth it."""
-    failures = 0
-    while True:
-        try:
-            return call()
-        except WeightsError as error:
-            failures += 1
-            seconds = patience.wait(error, failures)
-            if seconds is None:
-                raise
-            report(Retrying(what, str(error), seconds))
-            time.sleep(seconds)
 
 
 def look(store: Store, where: str, form: str, patience: Patience, report: Report) -> Source:
@@ -120,4 +102,4 @@ def _whole(store: Store, file: StoredFile, patience: Patience, report: Report) -
 def _complete(where: str, index: bytes, chosen: tuple[str, ...]) -> None:
     missing = names.missing_shards(index, chosen)
     if missing:
-        raise WeightsError(Kind.DAMAGED, f"{where} lacks {', '.join(missing[:3])}, which its index names; use a whole copy")
+        raise WeightsError(Kind.DAMAGED, f"{where} lacks {missing[0]}, which its index names; use a whole copy")

@@ -23,7 +23,7 @@ from .manifest import ManifestFile
 from .patience import Patience
 from .stores import StoredFile
 
-RESTARTS: dict[Kind, int] = {Kind.CHANGED: 3, Kind.DAMAGED: 1}
+RESTARTS: dict[Kind, int] = {Kind.CHANGED: 3, Kind.DAMAGED: 2}
 
 
 class Reader(Protocol):
@@ -84,7 +84,8 @@ class Transfer:
                 self._begin(one)
             ranges = sum(arrival.count for arrival in self._arrivals)
             workers = max(1, min(self._conditions.connections, ranges))
-            for _ in range(min(max(1, ranges), workers + workers // 4)):
+            spare = workers // 4 if any(arrival.in_order for arrival in self._arrivals) else 0
+            for _ in range(min(max(1, ranges), workers + spare)):
                 self._buffers.put(page_aligned(self._conditions.range_bytes))
             self._run(workers)
         finally:
@@ -112,7 +113,7 @@ class Transfer:
             with self._changed:
                 while self._open and not self._stop.is_set():
                     self._changed.wait(0.5)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (an interrupt, too, must first stop the workers)
             self._fail(error)
         self._stop.set()
         for _ in threads:
@@ -143,20 +144,9 @@ class Transfer:
                 task = self._take()
                 if task is None:
                     return
-                arrival = self._arrivals[task[1]]
-                try:
-                    free, whole = self._one(reader, arrival, task[0], buffer)
-                    for one in free:
-                        self._buffers.put(one)
-                    if whole:
-                        self._finish(arrival)
-                except WeightsError as error:
-                    if error.kind not in RESTARTS:
-                        raise
-                    for one in self._restart(arrival, error):
-                        self._buffers.put(one)
-                    self._buffers.put(buffer)
-        except BaseException as error:
+                for free in self._one(reader, self._arrivals[task[1]], task[0], buffer):
+                    self._buffers.put(free)
+        except BaseException as error:  # noqa: BLE001 (raised again in the thread that called `run`)
             if not self._stop.is_set():
                 self._fail(error)
         finally:
@@ -170,21 +160,30 @@ class Transfer:
                 self._changed.wait(0.5)
             return None
 
-    def _one(self, reader: Reader, arrival: Arrival, index: int, buffer: memoryview) -> tuple[list[memoryview], bool]:
-        """One range from store or disk to its place."""
+    def _one(self, reader: Reader, arrival: Arrival, index: int, buffer: memoryview) -> list[memoryview]:
+        """One range from store or disk to its place; the buffers that are free again, each of them once."""
         if arrival.dead:
-            return [buffer], False
+            return [buffer]
         start, stop = arrival.bounds(index)
         view = buffer[: stop - start]
         blake3 = arrival.restore(index, view)
         resumed = bool(blake3)
         if not resumed:
-            blake3 = self._fetch(reader, arrival, index, start, view)
+            try:
+                blake3 = self._fetch(reader, arrival, index, start, view)
+            except WeightsError as error:
+                return [buffer, *self._restart(arrival, error)]
             if arrival.dead:
-                return [buffer], False
+                return [buffer]
             arrival.keep(index, view, blake3)
         self._report(Advanced(stop - start, resumed))
-        return arrival.land(index, buffer, view, blake3)
+        free, whole = arrival.land(index, buffer, view, blake3)
+        if whole:
+            try:
+                self._finish(arrival)
+            except WeightsError as error:
+                return [*free, *self._restart(arrival, error)]
+        return free
 
     def _fetch(self, reader: Reader, arrival: Arrival, index: int, start: int, view: memoryview) -> str:
         failures = 0
@@ -212,6 +211,8 @@ class Transfer:
 
     def _restart(self, arrival: Arrival, error: WeightsError) -> list[memoryview]:
         """The file has changed in the store, or arrived wrong: from the beginning, a few times at most."""
+        if error.kind not in RESTARTS:
+            raise error
         with self._changed:
             if arrival.dead:
                 return []

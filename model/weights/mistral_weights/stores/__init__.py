@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,13 @@ from ..secrets import Secrets
 
 # scheme -> module of this package; the extra of the distribution has the scheme's name
 STORES: dict[str, str] = {"hf": "hf", "s3": "s3", "gs": "gs", "az": "az", "file": "file", "pypi": "pypi"}
+
+
+Advance = Callable[[int], None]
+
+
+def unheard(size: int) -> None:
+    """Nobody listens to the progress of a write."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Link:
-    """A plain HTTP(S) GET that reads one file: its URL (may carry a signature: never show it) and headers."""
+    """A plain HTTP(S) GET that reads one file: its URL (may carry a signature: never show it) and headers.
+
+    `expect` are headers (small names) of an answer that is about this very version of the file.
+    """
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    expect: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,9 @@ class Opening:
 
 class Store(Protocol):
     """The functions of a store. Each raises WeightsError; the caller retries."""
+
+    right: str
+    """What somebody who is refused needs, as advice."""
 
     def list(self) -> Contents:
         """All files at the address."""
@@ -74,8 +88,8 @@ class Store(Protocol):
         """What the store itself promises about the file's bytes: kind of checksum -> hexadecimal digits."""
         ...
 
-    def write(self, name: str, path: Path, facts: ManifestFile | None) -> None:
-        """Puts the local file `path` there under `name`, as a whole or not at all."""
+    def write(self, name: str, path: Path, facts: ManifestFile | None, advance: Advance = unheard) -> None:
+        """Puts the local file `path` there under `name`, as a whole or not at all; tells of bytes as they go."""
         ...
 
     def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
@@ -89,12 +103,13 @@ class Store(Protocol):
 
 def open_store(address: Address, opening: Opening) -> Store:
     """The store for an address; a clear error when its SDK is not installed."""
-    module = importlib.import_module(f".{STORES[address.scheme]}", __name__)
     try:
+        module = importlib.import_module(f".{STORES[address.scheme]}", __name__)
         store: Store = module.open_store(address, opening)
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise WeightsError(
             Kind.MISSING,
-            f"{address.scheme}:// needs the package {error.name}; install mistral-weights[{address.scheme}]",
+            f"{address.scheme}:// needs the package {package}; install mistral-weights[{address.scheme}]",
         ) from error
     return store

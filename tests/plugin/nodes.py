@@ -1,0 +1,123 @@
+"""A node's folder with a contract and secrets, and the launcher in it as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+KEY = "sk-test-0123456789abcdef0123456789abcdef"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def variables(node_dir: Path, **changed: str) -> dict[str, str]:
+    """The contract of a small deployment called `test`; names without their MISTRALCTL_ in front."""
+    values = {
+        "NAME": "test", "NODE_DIR": str(node_dir), "ENGINE": "cpu", "PYTHON": "3.11", "ENV_ID": "cpu-0", "MODEL": "tiny",
+        "WEIGHTS": "file:///tiny", "REVISION": "", "WEIGHTS_ID": "tiny", "SERVED_NAME": "tiny", "HOST": "127.0.0.1",
+        "PORT": "8000", "MAX_MODEL_LEN": "3000", "MAX_NUM_SEQS": "8", "MAX_BATCHED_TOKENS": "256", "SLIDING_WINDOW": "128",
+        "TENSOR_PARALLEL": "1", "DTYPE": "float32", "QUANTIZATION": "", "MEMORY_UTILIZATION": "", "KV_CACHE_GIB": "1",
+        "TOKENIZER_MODE": "mistral", "TOOL_PARSER": "", "CHAT_TEMPLATE": "own", "LORA": "", "VLLM_ARGS": "",
+        "IDLE_MINUTES": "", "TTL_MINUTES": "", "SERVING_ID": "9c1a77e0b2d4",
+    }  # fmt: skip
+    return {f"MISTRALCTL_{name}": value for name, value in (values | changed).items()}
+
+
+def write_secrets(node_dir: Path, **fields: str) -> Path:
+    folder = node_dir / "run" / "test"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "secrets.json"
+    file.touch(0o600)
+    file.write_text(json.dumps({"api_key": KEY} | fields))
+    return file
+
+
+class Launcher:
+    """`python -m vllm_mistral.serve` with its output in a file."""
+
+    def __init__(self, node_dir: Path, environ: Mapping[str, str]) -> None:
+        self.run_dir = node_dir / "run" / "test"
+        self.log = node_dir / "log"
+        self.url = f"http://127.0.0.1:{environ['MISTRALCTL_PORT']}"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MISTRALCTL_"))}
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_mistral.serve"], env=kept | dict(environ), stdout=output, stderr=subprocess.STDOUT
+            )
+        self.children: list[psutil.Process] = []
+
+    def status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def until(self, state: str, seconds: float = 180) -> dict[str, Any]:
+        """The status once it has this state; fails with the log if the launcher ends before."""
+        deadline = time.monotonic() + seconds
+        while self.status().get("state") != state:
+            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"not {state} in {seconds} s:\n{self.log.read_text()[-4000:]}"
+            time.sleep(0.1)
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+        return self.status()
+
+    def ask(self, path: str, body: Any = None, *, key: str | None = KEY, method: str | None = None) -> tuple[int, bytes]:
+        """Status and body of one request."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def json(self, path: str, body: Any = None) -> Any:
+        code, answer = self.ask(path, body)
+        assert code == 200, answer
+        return json.loads(answer)
+
+    def phases(self) -> list[tuple[str, str]]:
+        lines = self.log.read_text().splitlines()
+        events = [json.loads(line.split(" ", 1)[1]) for line in lines if line.startswith("mistralctl-phase ")]
+        return [(event["phase"], event["event"]) for event in events]
+
+    def wait(self, seconds: float = 60) -> int:
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def launched(node_dir: Path, **changed: str) -> Iterator[Launcher]:
+    """A launcher that is gone afterwards, with all that it started."""
+    environ = variables(node_dir, **({"PORT": str(free_port())} | changed))
+    environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    launcher = Launcher(node_dir, environ)
+    try:
+        yield launcher
+    finally:
+        if launcher.process.poll() is None:
+            started = psutil.Process(launcher.process.pid).children(recursive=True)
+            launcher.process.send_signal(signal.SIGKILL)
+            for process in started:
+                if process.is_running():
+                    process.kill()
+            launcher.process.wait(10)

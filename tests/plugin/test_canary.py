@@ -1,0 +1,139 @@
+"""The canary against a real engine: right ones pass, each way to be wrong is caught, in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write
+from engines import engine, run
+from vllm_mistral import canary, reference
+from vllm_mistral.contract import Code, LaunchError
+
+SHAPE = {"sliding_window": 128, "max_position_embeddings": 4096, "num_hidden_layers": 3}
+LONGEST = 3000
+
+
+@contextmanager
+def over_http(llm: Any) -> Iterator[str]:
+    """The two requests that the canary makes, answered by an engine in this process in the form of vLLM's server."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = {name: body[name] for name in ("max_tokens", "prompt_logprobs", "logprobs") if name in body}
+            ids = body["prompt"] if isinstance(body["prompt"], list) else [5, 6, 7]
+            [one] = run(llm, [ids], **asked)
+            choice: dict[str, Any] = {}
+            if one.prompt_logprobs:
+                choice["prompt_logprobs"] = [
+                    step and {str(token): {"logprob": entry.logprob} for token, entry in step.items()}
+                    for step in one.prompt_logprobs
+                ]
+            if one.outputs[0].logprobs:
+                choice["logprobs"] = {"token_logprobs": [next(iter(step.values())).logprob for step in one.outputs[0].logprobs]}
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Quiet(HTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            pass
+
+    server = Quiet(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights with figures by the reference, computed in float32."""
+    folder = write(tmp_path_factory.mktemp("canary") / "weights", **SHAPE)
+    assert reference.main([str(folder), "--canary"]) == 0
+    return folder
+
+
+def verdict(figures: Path, served: Path, dtype: str, **options: Any) -> canary.Verdict:
+    """What the canary of one folder says of an engine with the weights of another."""
+    given = {"max_model_len": LONGEST, "max_num_batched_tokens": 512, "dtype": dtype} | options
+    with engine(served, **given) as llm, over_http(llm) as url:
+        canary.answers(url, "key", "tiny")
+        return canary.compare(url, "key", "tiny", figures, dtype, given["max_model_len"])
+
+
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+def test_a_right_engine_is_verified(weights: Path, dtype: str) -> None:
+    found = verdict(weights, weights, dtype)
+    assert found.state == "verified"
+    assert found.max_difference is not None
+    assert found.max_difference < canary.TOLERANCE[dtype] / 2
+    assert found.tolerance == canary.TOLERANCE[dtype]
+
+
+WRONG = {
+    "window off": {"hf_overrides": {"sliding_window": None}},
+    "window doubled": {"hf_overrides": {"sliding_window": 256}},
+    "window halved": {"hf_overrides": {"sliding_window": 64}},
+    "rope theta of another version": {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_engine_is_caught(weights: Path, how: str, dtype: str) -> None:
+    with pytest.raises(LaunchError, match="does not compute what the weights say") as caught:
+        verdict(weights, weights, dtype, **WRONG[how])
+    assert caught.value.code is Code.CANARY
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wrong_weights_are_caught(weights: Path, tmp_path: Path, dtype: str) -> None:
+    other = write(tmp_path / "other", seed=1, **SHAPE)
+    with pytest.raises(LaunchError, match="does not compute what the weights say"):
+        verdict(weights, other, dtype)
+
+
+def test_without_figures_or_room_for_them_nothing_is_verified(weights: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "bare", **SHAPE)
+    assert verdict(folder, folder, "float32").state == "not verified"
+    assert verdict(weights, weights, "float32", max_model_len=1000).state == "not verified"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"prompt_token_ids": [1], "forced_token_ids": [1, 2], "logprobs": [0.1]}'])
+def test_damaged_figures_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / canary.FILE).write_text(text)
+    with pytest.raises(LaunchError, match="is damaged") as caught:
+        canary.stored_figures(tmp_path)
+    assert caught.value.code is Code.CANARY
+
+
+def test_weights_with_a_nan_are_caught(weights: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = write(tmp_path / "broken", **SHAPE)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LaunchError) as caught:
+        verdict(broken, broken, "float32")
+    assert caught.value.code is Code.CANARY

@@ -1,0 +1,256 @@
+"""How the launcher fails and when it ends, without a server where one is not needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import vllm_mistral
+from checkpoints import mistral_tokenizer, write
+from nodes import KEY, Launcher, launched, variables, write_secrets
+from vllm_mistral import contract, engine, inspection, serve
+from vllm_mistral.contract import Code, LaunchError
+from vllm_mistral.phases import Status
+from vllm_mistral.traffic import Traffic
+
+
+@pytest.fixture
+def node_dir(tmp_path: Path) -> Path:
+    """A node with weights that can be served, and secrets."""
+    shape = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
+    mistral_tokenizer(write(tmp_path / "weights" / "tiny", **shape), "tokenizer.model.v1")
+    write_secrets(tmp_path)
+    return tmp_path
+
+
+def failed(launcher: Launcher, code: Code, says: str, seconds: float = 120) -> None:
+    """The launcher ends with this code, and says why in one line: in its log and in the status file."""
+    assert launcher.wait(seconds) == code, launcher.log.read_text()[-3000:]
+    lines = [line for line in launcher.log.read_text().splitlines() if line.startswith("mistralctl-phase ")]
+    event = json.loads(lines[-1].split(" ", 1)[1])
+    assert event["event"] == "fail"
+    assert says in event["message"]
+    assert len(event["message"]) < 700
+    status = launcher.status()
+    if code is not Code.CONTRACT:
+        assert (status["state"], status["error"]) == ("failed", {"code": int(code), "message": event["message"]})
+
+
+def test_a_bad_contract(tmp_path: Path) -> None:
+    with launched(tmp_path, DTYPE="int8") as launcher:
+        failed(launcher, Code.CONTRACT, "MISTRALCTL_DTYPE should be one of")
+        assert "Traceback" not in launcher.log.read_text()
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    write_secrets(tmp_path)
+    with launched(tmp_path) as launcher:
+        failed(launcher, Code.WEIGHTS, "weights/tiny is missing; run mistralctl up again")
+
+
+def test_a_plugin_that_does_not_load_is_named_with_its_true_cause(node_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = node_dir / "site" / "vllm_mistral"
+    shutil.copytree(Path(vllm_mistral.__file__).parent, broken)
+    (broken / "model.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.setenv("PYTHONPATH", str(node_dir / "site"))
+    with launched(node_dir) as launcher:
+        failed(launcher, Code.PLUGIN, "ModuleNotFoundError: No module named 'a_module_that_is_not_there'")
+
+
+def test_a_port_in_use_is_named(node_dir: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with launched(node_dir, PORT=str(other.getsockname()[1])) as launcher:
+            failed(launcher, Code.ENGINE, "Address already in use")
+
+
+def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:
+    with launched(node_dir, MAX_MODEL_LEN="5000") as launcher:
+        failed(launcher, Code.ENGINE, "max_model_len (5000) is greater than the derived max_model_len")
+
+
+def test_another_model_is_named_from_inside_the_engine(node_dir: Path) -> None:
+    config = node_dir / "weights" / "tiny" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    with launched(node_dir) as launcher:
+        failed(launcher, Code.ENGINE, "hidden_act in the configuration is not Mistral 7B's")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_ends_early_leaves_nothing(node_dir: Path, sign: signal.Signals) -> None:
+    with launched(node_dir) as launcher:
+        started: list[psutil.Process] = []
+        while not started:
+            started = psutil.Process(launcher.process.pid).children(recursive=True)
+            time.sleep(0.1)
+        time.sleep(3)
+        started = psutil.Process(launcher.process.pid).children(recursive=True)
+        launcher.process.send_signal(sign)
+        assert launcher.wait(40) == (0 if sign is signal.SIGTERM else -sign)
+        _, left = psutil.wait_procs(started, timeout=40)
+        assert not left
+        if sign is signal.SIGTERM:
+            assert launcher.status()["state"] == "stopped"
+
+
+def test_no_secrets_in_time(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="no secrets came within 0 s") as caught:
+        serve.wait_for_key(tmp_path, threading.Event(), seconds=0)
+    assert caught.value.code is Code.SECRETS
+    (tmp_path / "secrets.json").touch(0o600)
+    with pytest.raises(LaunchError, match="has no api_key of at least 16 characters within 0 s"):
+        serve.wait_for_key(tmp_path, threading.Event(), seconds=0)
+
+
+def test_secrets_that_others_can_read(tmp_path: Path) -> None:
+    write_secrets(tmp_path).chmod(0o640)
+    with pytest.raises(LaunchError, match="run chmod 600 on it") as caught:
+        serve.wait_for_key(tmp_path / "run" / "test", threading.Event())
+    assert caught.value.code is Code.SECRETS
+    assert KEY not in str(caught.value)
+
+
+def test_secrets_that_come_late_and_in_two_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "POLL_SECONDS", 0.02)
+    found: list[str] = []
+    waiter = threading.Thread(target=lambda: found.append(serve.wait_for_key(tmp_path, threading.Event(), seconds=10)))
+    waiter.start()
+    time.sleep(0.1)
+    file = tmp_path / "secrets.json"
+    file.touch(0o600)
+    file.write_text('{"api_k')
+    time.sleep(0.1)
+    file.write_text(json.dumps({"api_key": KEY}))
+    waiter.join(10)
+    assert found == [KEY]
+
+
+def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:
+    wanted = contract.read(variables(tmp_path))
+    facts = {"class": "vllm_mistral.model.MistralSWAForCausalLM", "architecture": "MistralSWAForCausalLM", "sliding_window": 128}
+    file = tmp_path / inspection.FILE
+
+    def refused(**changed: Any) -> str:
+        file.write_text(json.dumps(facts | changed))
+        with pytest.raises(LaunchError) as caught:
+            serve.check_engine(wanted, tmp_path)
+        assert caught.value.code is Code.CLASS
+        return str(caught.value)
+
+    stock = {"class": "vllm.x.MistralForCausalLM", "architecture": "MistralForCausalLM"}
+    assert "MistralForCausalLM, not MistralSWAForCausalLM" in refused(**stock)
+    assert "the window 4096, 128 was asked for" in refused(sliding_window=4096)
+    assert "the window None, 128 was asked for" in refused(sliding_window=None)
+    file.unlink()
+    with pytest.raises(LaunchError, match="its own class, not MistralSWAForCausalLM"):
+        serve.check_engine(wanted, tmp_path)
+    file.write_text(json.dumps(facts))
+    assert serve.check_engine(wanted, tmp_path) == facts
+
+
+class Alive:
+    """An engine that never dies."""
+
+    def raise_if_dead(self) -> None:
+        pass
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Waits as a ready launcher does, with times in minutes; gives why and after how many seconds it ended."""
+    monkeypatch.setattr(serve, "POLL_SECONDS", 0.02)
+    traffic = Traffic(tmp_path, fresh=True)
+
+    def wait(asked: threading.Event | None = None, **times: float) -> tuple[str, float]:
+        wanted = dataclasses.replace(contract.read(variables(tmp_path)), **times)
+        began = time.monotonic()
+        why = serve._serve(wanted, Alive(), traffic, Status(tmp_path / "status.json"), asked or threading.Event())  # type: ignore[arg-type]
+        return why, time.monotonic() - began
+
+    wait.traffic = traffic  # type: ignore[attr-defined]
+    return wait
+
+
+def test_it_ends_when_nobody_asks(ready: Any) -> None:
+    why, seconds = ready(idle_minutes=0.5 / 60)
+    assert "nobody asked anything" in why
+    assert 0.5 <= seconds < 2
+
+
+def test_a_request_puts_the_idle_end_off_and_a_running_one_holds_it(ready: Any) -> None:
+    def requests() -> None:
+        ready.traffic.begin()
+        time.sleep(1.0)
+        ready.traffic.end()
+
+    asker = threading.Thread(target=requests)
+    asker.start()
+    _, seconds = ready(idle_minutes=0.4 / 60)
+    assert 1.4 <= seconds < 3
+    asker.join()
+
+
+def test_its_lifetime_ends_also_with_requests(ready: Any) -> None:
+    ready.traffic.begin()
+    why, seconds = ready(ttl_minutes=0.5 / 60, idle_minutes=0.1)
+    assert "lifetime" in why
+    assert seconds < 2
+
+
+def test_a_signal_ends_it(ready: Any) -> None:
+    asked = threading.Event()
+    threading.Timer(0.2, asked.set).start()
+    assert ready(asked)[0] == "it was asked to"
+
+
+def test_draining_waits_for_what_runs_and_refuses_the_rest(tmp_path: Path) -> None:
+    traffic = Traffic(tmp_path, fresh=True)
+    guard_side = Traffic(tmp_path)
+    guard_side.begin()
+    threading.Timer(0.5, guard_side.end).start()
+    signals = type("Signals", (), {"hurried": False})()
+    status = Status(tmp_path / "status.json")
+    began = time.monotonic()
+    serve._drain(traffic, status, signals)
+    assert 0.4 < time.monotonic() - began < 2
+    assert guard_side.draining
+    assert status.fields["requests"]["running"] == 0
+    assert status.fields["requests"]["served"] == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (
+            [
+                "(EngineCore pid=7) ERROR 11-24 01:48:00 [core.py:9] ValueError: too small",
+                "RuntimeError: Engine core initialization failed. See root cause above.",
+            ],
+            "ValueError: too small",
+        ),
+        (["OSError: [Errno 98] Address already in use"], "OSError: [Errno 98] Address already in use"),
+        (
+            [
+                "pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "  Value error, max_model_len is too large [type=value_error, input_value=ArgsKwargs(())]",
+            ],
+            "max_model_len is too large",
+        ),
+        (["torch.OutOfMemoryError: CUDA out of memory."], "torch.OutOfMemoryError: CUDA out of memory."),
+        (["killed", ""], "killed"),
+        ([], "it said nothing"),
+    ],
+)
+def test_the_cause_in_vllms_output(lines: list[str], named: str) -> None:
+    assert engine.cause(lines) == named

@@ -1,0 +1,202 @@
+"""The launcher with a real vLLM: what it says, what it serves, how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import consolidated, mistral_tokenizer, write
+from nodes import KEY, Launcher, launched, write_secrets
+from test_model import adapter_of
+from vllm_mistral import reference
+
+TINY = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node with weights, the tokenizer of v0.1, and figures for the canary."""
+    node_dir = tmp_path_factory.mktemp("node")
+    folder = mistral_tokenizer(write(node_dir / "weights" / "tiny", **TINY), "tokenizer.model.v1")
+    assert reference.main([str(folder), "--canary"]) == 0
+    return node_dir
+
+
+@pytest.fixture(scope="module")
+def served(weights: Path) -> Iterator[Launcher]:
+    write_secrets(weights)
+    with launched(weights) as launcher:
+        launcher.until("ready")
+        yield launcher
+
+
+def test_ready_says_what_runs(served: Launcher) -> None:
+    status = served.status()
+    assert served.phases() == [("engine", "start"), ("engine", "end"), ("check", "start"), ("check", "end"), ("ready", "end")]
+    assert [phase["phase"] for phase in status["phases"]] == ["engine", "check"]
+    engine = status["engine"]
+    assert engine["class"] == "vllm_mistral.model.MistralSWAForCausalLM"
+    assert (engine["architecture"], engine["sliding_window"]) == ("MistralSWAForCausalLM", 128)
+    assert (engine["kv_cache_spec"], engine["attention_backend"], engine["vllm"]) == ("SlidingWindowSpec", "CPU_ATTN", "0.32.0")
+    assert engine["num_blocks"] > 0
+    assert engine["block_size"] > 0
+    assert engine["max_concurrency"] > 1
+    assert status["canary"]["state"] == "verified"
+    assert status["canary"]["max_difference"] < 1e-4
+
+
+def test_chat_over_http_is_tokenized_as_mistral_does(served: Launcher) -> None:
+    from mistral_common.protocol.instruct.messages import UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 2, "return_token_ids": True}
+    answer = served.json("/v1/chat/completions", body)
+    request = ChatCompletionRequest(messages=[UserMessage(content=messages[0]["content"])])
+    wanted = MistralTokenizer.v1().encode_chat_completion(request).tokens
+    assert answer["prompt_token_ids"] == wanted
+    assert wanted[1] == 733
+
+
+def routes(launcher: Launcher) -> list[tuple[str, str]]:
+    """Every route of the running app with each of its methods, as the app itself lists them in the log."""
+    found = re.findall(r"Route: (\S+), Methods: (.+)$", launcher.log.read_text(), re.MULTILINE)
+    return [(method.strip(), path) for path, methods in found for method in methods.split(",")]
+
+
+def test_every_route_of_the_app_is_closed_but_the_short_list(served: Launcher) -> None:
+    walked = routes(served)
+    assert len({path for _, path in walked}) > 20
+
+    def walk(method: str, path: str) -> tuple[int, ...]:
+        body = {} if method == "POST" else None
+        return tuple(served.ask(path, body, key=key, method=method)[0] for key in (None, "sk-wrong", KEY))
+
+    answers = {route: walk(*route) for route in walked}
+    let_in = {route: codes for route, codes in answers.items() if not set(codes) <= {401, 404}}
+    assert let_in == {
+        ("GET", "/health"): (200, 200, 200),
+        ("GET", "/v1/models"): (401, 401, 200),
+        ("POST", "/v1/completions"): (401, 401, 400),  # let in, and refused by vLLM for its empty body
+        ("POST", "/v1/chat/completions"): (401, 401, 400),
+    }
+    assert served.ask("/health", key=None)[1] == b""
+
+
+def stream(served: Launcher, tokens: int) -> Iterator[str]:
+    """The pieces of a streamed completion, as they come."""
+    host, port = served.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    body = {"model": "tiny", "prompt": "Once", "max_tokens": tokens, "stream": True, "ignore_eos": True, "temperature": 0}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    assert response.status == 200
+    for line in response:
+        if line.startswith(b"data: "):
+            yield line.decode().strip().removeprefix("data: ")
+
+
+def test_requests_are_counted_and_refusals_are_not(served: Launcher) -> None:
+    time.sleep(1.2)  # two looks of the launcher at the counts
+    before = served.status()["requests"]["served"]
+    served.json("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
+    assert served.ask("/v1/completions", {"model": "tiny", "prompt": "a"}, key="sk-wrong")[0] == 401
+    assert served.ask("/health", key=None)[0] == 200
+    served.json("/v1/models")
+    deadline = time.monotonic() + 5
+    while served.status()["requests"]["served"] == before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.7)
+    assert served.status()["requests"]["served"] == before + 1
+
+
+def test_a_stream_in_flight_ends_well_and_new_requests_are_refused(served: Launcher) -> None:
+    """The last test of this server."""
+    pieces: list[str] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        for piece in stream(served, 900):
+            pieces.append(piece)
+            if len(pieces) > 3:
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(30)
+    served.process.send_signal(signal.SIGTERM)
+    time.sleep(0.6)
+    refused: Any = served.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
+    assert reader.is_alive(), "the stream was too short for this test"
+    assert refused[0] == 503
+    assert served.status()["state"] == "draining"
+    reader.join(40)
+    assert pieces[-1] == "[DONE]"
+    assert json.loads(pieces[-2])["choices"][0]["finish_reason"] == "length"
+    assert served.wait() == 0
+    assert served.status()["state"] == "stopped"
+    assert served.status()["requests"]["running"] == 0
+    assert not [child for child in served.children if child.is_running() and child.status() != "zombie"]
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Weights in Mistral's own format with v0.3's tokenizer, an adapter, bfloat16, no window."""
+    node_dir = tmp_path_factory.mktemp("second")
+    source = write(node_dir / "source", vocab_size=32768, hidden_size=64, sliding_window=None, max_position_embeddings=4096)
+    (node_dir / "weights").mkdir()
+    mistral_tokenizer(consolidated(source, node_dir / "weights" / "tiny"), "mistral_instruct_tokenizer_240323.model.v3")
+    adapter_of(source, node_dir / "run" / "test" / "lora" / "sql", ["q_proj", "v_proj"])
+    write_secrets(node_dir)
+    changed = {"SLIDING_WINDOW": "", "DTYPE": "bfloat16", "LORA": '{"sql": "file:///sql"}', "TOOL_PARSER": "mistral"}
+    with launched(node_dir, **changed) as launcher:
+        launcher.until("ready")
+        yield launcher
+
+
+def test_consolidated_weights_with_an_adapter(second: Launcher) -> None:
+    status = second.status()
+    assert (status["engine"]["sliding_window"], status["engine"]["kv_cache_spec"]) == (None, "FullAttentionSpec")
+    assert status["engine"]["dtype"] == "bfloat16"
+    assert status["canary"] == {"state": "not verified", "max_difference": None, "tolerance": None}
+    assert [model["id"] for model in second.json("/v1/models")["data"]] == ["tiny", "sql"]
+    body = {"prompt": [1, 5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    texts = [second.json("/v1/completions", body | {"model": name})["choices"][0] for name in ("tiny", "sql")]
+    assert texts[0]["logprobs"]["token_logprobs"] != texts[1]["logprobs"]["token_logprobs"]
+
+
+def test_a_second_signal_ends_it_at_once_and_leaves_nothing(second: Launcher) -> None:
+    """The last test of this server."""
+    pieces: list[str] = []
+    broken = threading.Event()
+
+    def read() -> None:
+        try:
+            pieces.extend(stream(second, 2900))
+        except OSError:
+            broken.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    time.sleep(1)
+    second.process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert second.status()["state"] == "draining"
+    second.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert second.wait(20) == 0
+    assert time.monotonic() - began < 10
+    reader.join(5)
+    assert pieces[-1:] != ["[DONE]"]
+    time.sleep(1)
+    assert not [child for child in second.children if child.is_running() and child.status() != "zombie"]

