@@ -65,7 +65,7 @@ def engine_config(layer_types: list[str], **options: Any) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = CONFIG | {"num_hidden_layers": len(layer_types), "layer_types": layer_types}
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        given = {
+        given: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "dtype": "bfloat16",
@@ -114,7 +114,8 @@ class Bench:
             for parameter in layers.parameters():
                 initialize_single_dummy_weight(parameter)
             process_weights_after_loading(layers, vllm_config.model_config, torch.device("cpu"))
-        caches = {}
+        caches: dict[str, torch.Tensor] = {}
+        layer: Any
         for layer in layers:
             attention = layer.self_attn.attn
             attention.process_weights_after_loading(self.dtype)

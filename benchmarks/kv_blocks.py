@@ -62,7 +62,7 @@ def held_by_one_request(lengths: list[int], window: int | None) -> dict[int, lis
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG | TINY | {"sliding_window": window, "vocab_size": 512}))
-        llm = LLM(
+        llm: Any = LLM(
             folder, skip_tokenizer_init=True, load_format="dummy", enforce_eager=True, max_model_len=max(lengths) + 128,
             max_num_seqs=2, block_size=BLOCK, num_gpu_blocks_override=2 * (max(lengths) // BLOCK + 2),
             max_num_batched_tokens=2048,
@@ -229,7 +229,7 @@ def main() -> None:
     )
     for row in figures:
         about = f"window {row['window']}{', asynchronous' * row['async_scheduling']}" if row["window"] else "no window"
-        relative = report["prefill"]["relative_speed"][str(row["chunk"])]  # type: ignore[index]
+        relative = report["prefill"]["relative_speed"][str(row["chunk"])]
         measured = "" if row["async_scheduling"] or not row["window"] else f", prefill {relative:.2f} of that with 2048"
         print(
             f"  {about:25} chunk {row['chunk']:5d}: {row['max_concurrency']:6.2f} ({row['blocks_per_request']} blocks each of "

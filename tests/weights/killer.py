@@ -31,10 +31,10 @@ def kept(folder: Path) -> int:
     ranges: dict[tuple[str, int], str] = {}
     whole: dict[str, int] = {}
     for line in journal.read_bytes().split(b"\n") if journal.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
+        text, _, checksum = line.rpartition(b"\t")
+        if blake3(text).hexdigest()[:16].encode() != checksum:
             continue
+        entry = json.loads(text)
         if "range" in entry:
             ranges[entry["name"], entry["range"]] = entry["blake3"]
         elif "whole" in entry:

@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import hub as hubs
@@ -131,6 +133,23 @@ def test_a_bar_on_a_terminal(stores: dict[str, Place], tmp_path: Path) -> None:
     assert b"is complete: 7 files" in done.stdout
     assert b"100%|" in seen
     assert b"B/s" in seen
+
+
+def test_an_interrupt_is_one_line_and_the_next_pull_continues(stores: dict[str, Place], tmp_path: Path) -> None:
+    uri = stores["s3"].new()
+    stores["s3"].put(uri, sets.a_set())
+    command = [sys.executable, "-m", "mistral_weights", "pull", uri, str(tmp_path / "set")]
+    stores["s3"].proxy.delay = 5.0
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".set.partial" / "journal.jsonl").exists():
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert (running.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "mistral_weights: interrupted; run the same command again: it continues where it was"
+    assert "Traceback" not in err
+    stores["s3"].proxy.delay = 0.0
+    assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_fault_that_stays_is_one_clear_line_and_later_it_continues(
     place = stores[kind]
     files, uri = sets.a_set(), place.new()
     place.put(uri, files)
-    request = Pull(uri, tmp_path / "set", range_bytes=sets.RANGE, connections=4, patience=patience)
+    request = Pull(uri, tmp_path / "set", range_bytes=sets.RANGE, connections=1, patience=patience)
     place.proxy.plan(fault, after=8)
     with pytest.raises(WeightsError) as caught:
         pull(request)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sets
+from mistral_weights import manifest as manifests
+from mistral_weights.errors import WeightsError
 from mistral_weights.mirror import Mirror, mirror
 from mistral_weights.patience import Patience
+from mistral_weights.pull import Pull, pull
 from places import Place
 from test_pull import contents
 
@@ -50,6 +56,33 @@ def test_a_pull_that_is_killed_again_and_again(kind: str, stores: dict[str, Plac
         rounds += 1
         assert rounds < 40
     assert kills == KILLS // 2
+
+
+def test_no_damage_of_a_journal_is_believed(stores: dict[str, Place], tmp_path: Path, patience: Patience) -> None:
+    """Every line of it spoilt in turn, the digits of hashes and sizes among them: the manifest is right all the same."""
+    files, uri, dice = sets.a_set(shard=100 * sets.KIB), stores["hf"].new(), random.Random(5)
+    stores["hf"].put(uri, files)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    request = Pull(uri, tmp_path / "set", range_bytes=32 * sets.KIB, connections=1, patience=replace(patience, tries=1))
+    stores["hf"].proxy.plan("500", after=8)
+    with pytest.raises(WeightsError):
+        pull(request)
+    partial = tmp_path / ".set.partial"
+    lines = (partial / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    stores["hf"].proxy.plan("")
+    assert any(b'"whole"' in line for line in lines)
+    for number in range(len(lines)):
+        spoilt = bytearray(lines[number])
+        spoilt[dice.randrange(len(spoilt))] ^= 1
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(partial, tmp_path / f".{copy.name}.partial", copy_function=shutil.copy2)
+        (tmp_path / f".{copy.name}.partial" / "journal.jsonl").write_bytes(
+            b"".join([*lines[:number], bytes(spoilt), *lines[number + 1 :]])
+        )
+        pull(replace(request, folder=copy))
+        assert contents(copy) == files
+        manifest = manifests.read((copy / "mistral-weights.json").read_bytes(), "here")
+        assert {file.name: file.sha256 for file in manifest.files} == hashes
 
 
 _PULL = """

@@ -17,7 +17,7 @@ from vllm_mistral.reference import RECYCLED, BlockTable
 
 WINDOW, BLOCK, CHUNK, LENGTH = 6, 4, 4, 20
 SEEN, REACHED, FREE, BEHIND, INK = "#2a6f97", "#a9d6e5", "#ffffff", "#e3e3e3", "#333333"
-STYLE = {"svg.hashsalt": "mistral", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+STYLE: Any = {"svg.hashsalt": "mistral", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
 
 def cell(axis: Any, x: float, y: float, colour: str, text: str = "", width: float = 1.0) -> None:
@@ -52,9 +52,9 @@ def draw_window() -> None:
             cell(axis, key, query + 1, SEEN if seen else REACHED if reached else BEHIND if distance > 0 else FREE)
     axis.text(0, 0.6, "key 0, 1, 2, ...", fontsize=9)
     notes = [
-        (SEEN, f"distance 0 to W - 1: seen by a layer (W = {WINDOW})"),
-        (REACHED, "reached through the layer below"),
-        (BEHIND, "distance W and more: masked,\nits block is skipped and recycled"),
+        (SEEN, f"distance below W: seen by the layer (W = {WINDOW})"),
+        (REACHED, "masked, but reached through\nwhat the layer below has seen"),
+        (BEHIND, "masked, out of reach of two layers"),
         (FREE, "later than the query: masked"),
     ]
     for i, (colour, text) in enumerate(notes):

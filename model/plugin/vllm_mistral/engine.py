@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,14 @@ def check_installed() -> None:
     """LaunchError if vLLM would not find our plugin at all."""
     if not any(point.name == "mistral_swa" for point in entry_points(group="vllm.general_plugins")):
         raise LaunchError(Code.PLUGIN, "the plugin vllm-mistral is not installed on this node; run mistralctl up again")
+
+
+def check_port(host: str, port: int) -> None:
+    """LaunchError if another program has the port, whose answers would be taken for vLLM's."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise LaunchError(Code.ENGINE, f"{host}:{port} cannot be used: {error.strerror}; choose another --port") from error
 
 
 def check_class() -> None:

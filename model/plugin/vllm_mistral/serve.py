@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, weights
 from vllm_mistral.contract import Code, Contract, LaunchError
-from vllm_mistral.engine import Engine, check_installed
+from vllm_mistral.engine import Engine, check_installed, check_port
 from vllm_mistral.guard import read_key
 from vllm_mistral.phases import Status, say
 from vllm_mistral.traffic import Traffic
@@ -129,6 +129,7 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     try:
         with status.during("engine"):
             check_installed()
+            check_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = flags.environment(wanted, os.environ)
             engine = Engine(flags.arguments(wanted, model_dir), environ, wanted.host, wanted.port)

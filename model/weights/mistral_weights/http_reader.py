@@ -94,6 +94,13 @@ class HttpReader:
             self._hang_up()
             self._links.use_plain(file)
             self._plain.read_into(file, start, buffer)
+        except ssl.SSLCertVerificationError as error:
+            self._hang_up()
+            raise WeightsError(
+                Kind.REFUSED,
+                f"the certificate of {urlsplit(link.url).hostname} is not trusted ({error.verify_message}); "
+                "name its authority in SSL_CERT_FILE, or check that this is the right server",
+            ) from error
         except (_StalledError, BlockingIOError, TimeoutError):
             self._hang_up()
             raise _unreachable(file, f"the server sent next to nothing for {self._patience.stall:g} s") from None

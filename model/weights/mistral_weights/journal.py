@@ -1,7 +1,8 @@
 """The journal of a set on its way: which ranges have landed, so that a later run continues there.
 
-A line is believed only after the bytes on the disk have been hashed again and agree with it. So nothing needs to be
-synced here: a line that a crash tore off costs one range, and a line that came too early is found out.
+A line ends in a checksum of itself, and of a range it is believed only after the bytes on the disk have been hashed again
+and agree with it. So nothing needs to be synced here: a line that a crash tore off costs one range, and a line that came
+too early is found out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .digests import blake3_of
 from .disk import explained
 from .manifest import ManifestFile
 
@@ -70,11 +72,15 @@ class Journal:
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self._lock, explained(self._path):
             if self._handle >= 0:
-                os.write(self._handle, (json.dumps(entry, separators=(",", ":")) + "\n").encode())
+                line = json.dumps(entry, separators=(",", ":")).encode()
+                os.write(self._handle, line + b"\t" + _checksum(line) + b"\n")
 
     def _read(self, data: bytes, range_bytes: int) -> None:
         fits = False
-        for line in data.split(b"\n"):
+        for written in data.split(b"\n"):
+            line, _, checksum = written.rpartition(b"\t")
+            if checksum != _checksum(line):
+                continue  # torn or damaged: what it spoke of is fetched again
             try:
                 entry = json.loads(line)
                 if "range_bytes" in entry:
@@ -90,4 +96,8 @@ class Journal:
                     at = self.landed(str(entry["name"]), str(entry["version"]))
                     at.ranges[int(entry["range"])] = str(entry["blake3"])
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # a torn line: what it spoke of is fetched again
+                continue  # of another version of this program
+
+
+def _checksum(line: bytes) -> bytes:
+    return blake3_of(line)[:16].encode()

@@ -40,7 +40,7 @@ class Pull:
     revision: str = ""
     secrets: Secrets = field(default_factory=Secrets)
     form: str = "auto"
-    connections: int = 12
+    connections: int = 10
     range_bytes: int = RANGE_BYTES
     direct: bool = True
     plain: bool = False

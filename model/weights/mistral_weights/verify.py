@@ -29,7 +29,7 @@ class Verify:
     revision: str = ""
     secrets: Secrets = field(default_factory=Secrets)
     form: str = "auto"
-    connections: int = 12
+    connections: int = 10
     patience: Patience = field(default_factory=Patience)
 
 
