@@ -10,7 +10,7 @@ Figures are processor time of one thread, so that a shared machine's other work 
 Products of queries and keys alone allow a ratio of L^2/2 / (W L - W^2/2) for a prompt of L tokens, 2.29 at 16k and 4.27 at 32k:
 `arithmetic` in the output. More than that can only come from caches that hold a window's keys, but not a prompt's.
 
-    python benchmarks/attention.py [--quick] [--end-to-end] [-o json] [--plot attention.png]
+    python benchmarks/attention.py [--quick] [--end-to-end] [--no-amx] [-o json] [--plot attention.png]
 
 `--end-to-end` measures whole decoder layers (dummy weights) instead: there the matrices, which no window makes smaller, dilute
 the ratio. Needs the node's environment; the plot needs matplotlib besides.
@@ -62,6 +62,8 @@ def engine_config(layer_types: list[str], **options: Any) -> Iterator[Any]:
 
     vllm_mistral.register()
     current_platform.import_kernels()
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # asks Linux for the tiles of newer processors, as oneDNN's matrices do in a whole model
     with tempfile.TemporaryDirectory() as folder:
         config = CONFIG | {"num_hidden_layers": len(layer_types), "layer_types": layer_types}
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -285,7 +287,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to draw; needs matplotlib")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    parser.add_argument("--no-amx", action="store_true", help="vLLM's vector kernel also where the processor has AMX")
     options = parser.parse_args()
+    if options.no_amx:
+        torch.cpu._is_amx_tile_supported = lambda: False  # what vLLM chooses its kernel by
+    kernel = "AMX" if torch.cpu._is_amx_tile_supported() else "vector"
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     layers = (1 if options.quick else options.layers) if options.end_to_end else 0
@@ -304,6 +310,7 @@ def main() -> None:
         "arithmetic": None if layers else found["prefill"][judged]["arithmetic"],
         "what": f"time of a prompt of {judged} tokens, {what}: no window / window {WINDOW}", "flat": flat, "flat_goal": FLAT_GOAL,
         "quick": options.quick, "rounds": rounds, "chunk": CHUNK, "threads": options.threads, "layers": layers,
+        "kernel": kernel,
         "seconds": round(time.perf_counter() - began, 1), **{phase: found[phase] for phase in ("prefill", "decode")},
         "flat_by_clock": found["flat"],
         "samples": {
@@ -314,7 +321,7 @@ def main() -> None:
     if options.output == "json":
         print(json.dumps(report))
         return
-    print(f"{what}: processor time without the window / with window {WINDOW} = ratio (by the wall clock)")
+    print(f"{what}, {kernel} kernel: processor time without the window / with window {WINDOW} = ratio (by the wall clock)")
     for phase, digits, key in (("prefill", 2, "s"), ("decode", 3, "ms")):
         for length in lengths:
             wall, cpu = found[phase][str(length)]["wall"], found[phase][str(length)]["cpu"]

@@ -166,7 +166,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     middle.set_title(f"requests of 32k at once, {CACHE_GIB} GiB, asynchronous")
     relative = report["prefill"]["relative_speed"]
     right.plot([int(chunk) for chunk in relative], list(relative.values()), "o-", color="#2a6f97")
-    right.set_title("prefill speed on this CPU, 1 = chunks of 2048")
+    right.set_title("prefill speed (1: chunks of 2048)")
     for axis in (middle, right):
         axis.set_xscale("log", base=2)
         axis.set_xlabel("max_num_batched_tokens")

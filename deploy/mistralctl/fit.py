@@ -22,7 +22,9 @@ QUANTIZED_CAPABILITY = {"fp8": (8, 0), "awq": (7, 5), "gptq": (7, 5), "bitsandby
 
 MEMORY_UTILIZATION = 0.92
 OVERHEAD_BYTES = GIB  # activations of one step, CUDA context and graphs
-MAX_BATCHED_TOKENS = 2048  # tokens of one scheduler step, the prefill chunk
+# Tokens of one scheduler step, the prefill chunk. With a window a request holds a chunk or two beside its window, and 1024 admit
+# a third more long requests than 2048; benchmarks/kv_blocks.py found them not slower (1.01 of it), 512 a little (0.98).
+CHUNK, WINDOWED_CHUNK = 2048, 1024
 STEPS_IN_FLIGHT = {"cuda": 2, "cpu": 1}  # on a GPU vLLM schedules a step while it still computes the one before
 BLOCK_SIZE = {"cuda": 16, "cpu": 128}
 
@@ -61,17 +63,23 @@ def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
-def blocks_per_request(max_model_len: int, window: int | None, engine: str, max_batched_tokens: int = MAX_BATCHED_TOKENS) -> int:
+def max_batched_tokens(window: int | None) -> int:
+    """Tokens of one scheduler step for a model with this window (tokens; None: without one)."""
+    return WINDOWED_CHUNK if window else CHUNK
+
+
+def blocks_per_request(max_model_len: int, window: int | None, engine: str, chunk: int | None = None) -> int:
     """Most blocks that one request of `max_model_len` tokens holds at any time.
 
     >>> blocks_per_request(32768, None, "cuda"), blocks_per_request(32768, 4096, "cuda")
-    (2048, 513)
+    (2048, 385)
     """
     block_size = BLOCK_SIZE[engine]
     if window is None:
         return cdiv(max_model_len, block_size)
     # The 1 is the block that the window's edge cuts; vLLM counts it also where the whole request is shorter.
-    return cdiv(min(window - 1 + STEPS_IN_FLIGHT[engine] * max_batched_tokens, max_model_len), block_size) + 1
+    in_flight = STEPS_IN_FLIGHT[engine] * (chunk or max_batched_tokens(window))
+    return cdiv(min(window - 1 + in_flight, max_model_len), block_size) + 1
 
 
 def fit(

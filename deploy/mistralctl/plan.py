@@ -80,6 +80,7 @@ class Plan:
 
 def deployment_name(spec: DeploymentSpec, model: Model) -> str:
     """The name of the deployment: the one given, or the model's with what clouds refuse replaced by hyphens."""
+    window = model.shape.sliding_window if model.shape else None
     slug = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:40].strip("-")
     return spec.name or (slug if re.match(r"[a-z]", slug) else f"m-{slug}"[:40].strip("-"))
 
@@ -331,6 +332,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
     node_bytes = machine.memory_bytes if local and machine else SMALLEST_CPU_NODE[1] * GIB
     weights = spec.weights or model.weights
     revision = model.revision if weights == model.weights else ""
+    window = model.shape.sliding_window if model.shape else None
     slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40]
     return Plan(
         name=deployment_name(spec, model),
@@ -343,8 +345,8 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         served_model_name=spec.served_model_name or model.name,
         max_model_len=draft.max_model_len,
         max_num_seqs=spec.max_concurrency or DEFAULT_SEQS[engine],
-        max_batched_tokens=memory.MAX_BATCHED_TOKENS,
-        sliding_window=model.shape.sliding_window if model.shape else None,
+        max_batched_tokens=memory.max_batched_tokens(window),
+        sliding_window=window,
         dtype=dtype,
         tensor_parallel=max(1, fitting[0].count) if engine == "cuda" else 1,
         kv_cache_gib=max(1, _cpu_cache_gib(draft, node_bytes)) if engine == "cpu" else 0,

@@ -131,10 +131,10 @@ def test_plan_as_a_person_reads_it(mistralctl: Run) -> None:
     assert lines == [
         "mistral-7b-instruct-v0-1: mistral-7b-instruct-v0.1, 32768 tokens, bfloat16",
         "weights 13.49 GiB and 131,072 B of cache a token on each GPU",
-        "one request holds at most 8,208 tokens of cache (window 4096); with full attention 32,768",
+        "one request holds at most 6,160 tokens of cache (window 4096); with full attention 32,768",
         "",
         "CLOUD  MACHINE      TYPE                      REGION  USD/H  SPOT  CACHE TOKENS  REQUESTS  WITHOUT WINDOW",
-        "azure  A100-80GB:1  Standard_NC24ads_A100_v4  eastus  3.67   0.44  477,824       58.2      14.6",
+        "azure  A100-80GB:1  Standard_NC24ads_A100_v4  eastus  3.67   0.44  477,824       77.6      14.6",
         "",
         "prices: a snapshot of 2026-11-23, cheapest region; SkyPilot's own catalog decides at launch",
     ]

@@ -45,6 +45,11 @@ def test_blocks_that_one_request_holds(length: int, window: int | None, engine: 
     assert fit.blocks_per_request(length, window, engine, chunk) == blocks
 
 
+def test_with_a_window_chunks_are_smaller_and_more_long_requests_fit() -> None:
+    assert (fit.max_batched_tokens(4096), fit.max_batched_tokens(None)) == (1024, 2048)
+    assert fit.blocks_per_request(32768, 4096, "cuda") == fit.blocks_per_request(32768, 4096, "cuda", 1024) == 385
+
+
 def test_tensor_parallel_divides_weights_and_heads() -> None:
     one, two = (
         fit.fit(V01, memory_bytes=20 * GIB, max_model_len=32768, dtype="bfloat16", quantization=None, engine="cuda", gpus=n)
