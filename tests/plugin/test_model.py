@@ -185,11 +185,12 @@ def test_quantized_weights(tmp_path: Path, measured: Measured) -> None:
     plain = write(tmp_path / "plain")
     (tmp_path / "rounded.safetensors").replace(plain / "model.safetensors")
     wanted = of_tokens(log_probabilities(hugging_face(plain), ids), ids)
-    with engine(folder) as llm:
+    with engine(folder, dtype="bfloat16") as llm:
         method = type(runner(llm).model.model.layers[0].self_attn.qkv_proj.quant_method).__name__
         assert "CompressedTensors" in method
         [found] = prompt_logprobs(llm, [ids])
-    # The weights are the same; what differs is the rounding of activations to int8 in each layer.
+    # The weights are the same; what differs is the rounding of activations to int8 in each layer, and to bfloat16 between
+    # them: vLLM's kernel for processors with AMX takes no float32.
     measured("int8 weights and activations, mean over positions", float((found - wanted).abs().mean()), 0.2)
 
 
