@@ -169,8 +169,11 @@ def up(
     from mistralctl import progress
     from mistralctl.commands import up as up_command
 
+    def confirm(question: str) -> bool:
+        return yes or (sys.stdin.isatty() and typer.confirm(f"{question}. Do it?", err=True))
+
     with progress.shown(quiet=output is not Form.text) as on_phase:
-        result = up_command.run(sourced, on_phase)
+        result = up_command.run(sourced, on_phase, confirm)
     _say(result, output, "up_text")
 
 
@@ -222,6 +225,29 @@ def logs(
 
     for text in logs_command.run(name, follow=follow, lines=lines):
         typer.echo(text, nl=False)
+
+
+@app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")
+def connect(name: DeployedName, output: Output = Form.text) -> None:
+    """Open the tunnel to a deployment on a cloud again, on the same port."""
+    from mistralctl.commands import env as env_command
+    from mistralctl.commands import launch
+
+    launch.connect(name)
+    _say(env_command.run(name), output, "connect_text")
+
+
+@app.command(context_settings={"ignore_unknown_options": True}, epilog="Example: mistralctl ssh mistral nvidia-smi")
+def ssh(
+    name: DeployedName,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", help="a command to run there")] = None,
+) -> None:
+    """Open a shell on a deployment's machine, or run a command there."""
+    from mistralctl.runtime import ssh as node
+
+    command = node.command(name, *([] if words else ["-t"]), node.HOST, *(words or []))
+    sys.stdout.flush()
+    os.execvp(command[0], command)  # noqa: S606 - no shell, which is what we want
 
 
 @app.command(epilog='Example: eval "$(mistralctl env smollm2-135m-instruct)"')
@@ -308,8 +334,8 @@ def _options(
     pass
 
 
-def _end(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"mistralctl: {' '.join(message.split())}\n")
+def _end(message: str, code: int, details: str = "") -> NoReturn:
+    sys.stderr.write(f"mistralctl: {' '.join(message.split())}\n{details}{chr(10) if details else ''}")
     raise SystemExit(code)
 
 
@@ -331,7 +357,7 @@ def main() -> NoReturn:
         if debug:
             raise
         if isinstance(error, UserError):
-            _end(str(error), error.code)
+            _end(str(error), error.code, error.details)
         if hasattr(error, "format_message"):  # what typer says of the words on the command line
             _end(f"{error.format_message().replace('Value error, ', '')} (mistralctl --help)", Exit.USAGE)
         if isinstance(error, OSError) and error.strerror:

@@ -22,8 +22,9 @@ class Exit(IntEnum):
 
 
 class UserError(Exception):
-    """What is wrong and what to do, in one line; `code` is the exit code that goes with it."""
+    """What is wrong and what to do, in one line; `code` is the exit code that goes with it, `details` a table below it."""
 
-    def __init__(self, message: str, code: Exit = Exit.USAGE) -> None:
+    def __init__(self, message: str, code: Exit = Exit.USAGE, details: str = "") -> None:
         super().__init__(" ".join(message.split()))
         self.code = code
+        self.details = details

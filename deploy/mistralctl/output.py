@@ -149,11 +149,12 @@ def status_text(results: list[Status]) -> str:
     if not results:
         return "nothing is known; mistralctl up brings a model up"
     rows = [
-        [r.name, r.state, r.cloud, r.model, r.base_url or "-", _minutes(r.uptime_minutes), _minutes(r.idle_left),
-         _minutes(r.ttl_left)]
+        [r.name, r.state, " ".join(part for part in (r.cloud, r.region, r.machine) if part), r.model, r.base_url or "-",
+         _minutes(r.uptime_minutes), "-" if r.cost is None else f"{r.cost:.2f}", _minutes(r.idle_left), _minutes(r.ttl_left)]
         for r in results
     ]  # fmt: skip
-    lines = [table(["NAME", "STATE", "CLOUD", "MODEL", "ENDPOINT", "UP", "IDLE LEFT", "TTL LEFT"], rows)]
+    head = ["NAME", "STATE", "WHERE", "MODEL", "ENDPOINT", "UP", "USD SO FAR", "IDLE LEFT", "TTL LEFT"]
+    lines = [table(head, rows)]
     lines += [f"{r.name}: {r.why}" for r in results if r.why]
     for engine in ((r.launcher or {}).get("engine") for r in results if len(results) == 1):
         if engine:
@@ -168,6 +169,11 @@ def env_text(client: Client) -> str:
         f"export {key}={shlex.quote(value)}"
         for key, value in (("OPENAI_BASE_URL", client.base_url), ("OPENAI_API_KEY", client.api_key))
     )
+
+
+def connect_text(client: Client) -> str:
+    """One line."""
+    return f"{client.name} answers at {client.base_url}"
 
 
 def models_text(models: list[Model]) -> str:

@@ -9,6 +9,10 @@ from typing import Literal
 
 MARK = "mistralctl-phase "
 WORDS = {
+    "optimize": "choice of machine",
+    "provision": "machine",
+    "node": "SkyPilot's runtime on it",
+    "files": "files",
     "environment": "environment of vLLM",
     "weights": "weights",
     "engine": "engine",
@@ -46,6 +50,42 @@ def parse(line: str) -> PhaseEvent | None:
     except (ValueError, KeyError, TypeError):
         return None
     return event if event.event in ("start", "end", "fail") else None
+
+
+# What SkyPilot prints when it comes to each of these. Where a version says it otherwise, the phases before it are one.
+SKYPILOT = (("provision", "Launching on"), ("node", "is up."), ("files", "Syncing files"))
+
+
+class Milestones:
+    """Events of SkyPilot's phases, from the lines of its log: optimize, provision, node. Ended by the first line of our own set-up."""
+
+    def __init__(self) -> None:
+        self._now: str | None = None
+
+    def begin(self, at: float) -> Iterator[PhaseEvent]:
+        """The first phase starts."""
+        self._now = "optimize"
+        yield PhaseEvent("optimize", "start", at)
+
+    def read(self, line: str, at: float) -> Iterator[PhaseEvent]:
+        """The events that a line of the log stands for."""
+        event = parse(line)
+        if event is not None:
+            yield from self.finish(at)
+            yield event
+            return
+        order = ["optimize", *(phase for phase, _ in SKYPILOT)]
+        for phase, mark in SKYPILOT:
+            if self._now is not None and mark in line and order.index(phase) == order.index(self._now) + 1:
+                yield PhaseEvent(self._now, "end", at)
+                yield PhaseEvent(phase, "start", at)
+                self._now = phase
+
+    def finish(self, at: float) -> Iterator[PhaseEvent]:
+        """The phase that still runs ends."""
+        if self._now is not None:
+            yield PhaseEvent(self._now, "end", at)
+            self._now = None
 
 
 def durations(events: Iterable[PhaseEvent]) -> Iterator[Phase]:

@@ -80,7 +80,6 @@ class Plan:
 
 def deployment_name(spec: DeploymentSpec, model: Model) -> str:
     """The name of the deployment: the one given, or the model's with what clouds refuse replaced by hyphens."""
-    window = model.shape.sliding_window if model.shape else None
     slug = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:40].strip("-")
     return spec.name or (slug if re.match(r"[a-z]", slug) else f"m-{slug}"[:40].strip("-"))
 

@@ -18,7 +18,11 @@ State = Literal["starting", "up", "down"]
 
 @dataclass(frozen=True)
 class Record:
-    """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine."""
+    """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine.
+
+    On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `setup_id` and
+    `resources_id` are hashes of what its set-up and the machine itself were made from.
+    """
 
     name: str
     cloud: str
@@ -34,6 +38,13 @@ class Record:
     pid_started: float | None = None
     phases: tuple[dict[str, Any], ...] = ()
     task: dict[str, Any] = field(default_factory=dict)
+    cluster: str = ""
+    region: str = ""
+    machine: str = ""
+    spot: bool = False
+    price: float | None = None
+    setup_id: str = ""
+    resources_id: str = ""
 
     @property
     def run_dir(self) -> Path:

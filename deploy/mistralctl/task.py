@@ -79,6 +79,23 @@ def environment_id(engine: str, python: str) -> str:
     return f"{engine}-{digest([python, _tree(package_dir('model') / 'node' / f'vllm-{engine}')])}"
 
 
+# What a node's set-up is made from; everything else is the server's alone.
+_SETUP = (
+    "MISTRALCTL_NODE_DIR", "MISTRALCTL_ENV_ID", "MISTRALCTL_WEIGHTS", "MISTRALCTL_REVISION", "MISTRALCTL_WEIGHTS_ID",
+    "MISTRALCTL_LORA",
+)  # fmt: skip
+
+
+def setup_id(task: Task) -> str:
+    """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
+    return digest([*(task["envs"][name] for name in _SETUP), _tree(package_dir("model"))])
+
+
+def resources_id(task: Task) -> str:
+    """The hash, in the machine's labels, of what cannot change without another machine; empty for this machine."""
+    return str(task["resources"].get("labels", {}).get("mistralctl-resources", ""))
+
+
 def _text_or_empty(value: object) -> str:
     return "" if value is None else str(value)
 

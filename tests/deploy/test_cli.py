@@ -66,13 +66,6 @@ def test_max_price_becomes_the_limit_of_the_task(mistralctl: Run) -> None:
     assert task["resources"]["max_hourly_cost"] == 1.5
 
 
-def test_a_cloud_is_not_launched_half_way(mistralctl: Run, home: Path) -> None:
-    done = mistralctl("up", "--cloud", "aws")
-    assert done.returncode == 8
-    assert done.stderr.startswith("mistralctl: launching on a cloud is not part of this version yet; ")
-    assert not list(home.iterdir())
-
-
 def test_the_file_in_the_folder_is_read(mistralctl: Run, tmp_path: Path) -> None:
     (tmp_path / "cwd" / "mistralctl.yaml").write_text("model: mistral-7b-v0.3\nname: mine\n")
     assert yaml.safe_load(mistralctl("up", "--dry-run").stdout)["name"] == "mine"

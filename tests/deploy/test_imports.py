@@ -16,9 +16,10 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 # Top to bottom; a module imports its own tier and the tiers above.
 TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "models", "gpus", "clouds", "prices", "durations"),
-    "pure": ("machine", "spec", "config", "fit", "plan", "task", "phases"),
-    "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "runtime.local"),
-    "commands": ("commands.plan", "commands.up", "commands.down", "commands.status", "commands.logs", "commands.env",
+    "pure": ("machine", "spec", "config", "fit", "plan", "task", "phases", "refusals"),
+    "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "clouds.aws", "runtime.local", "runtime.ssh", "runtime.tunnel",
+                "runtime.sky"),
+    "commands": ("commands.plan", "commands.launch", "commands.up", "commands.down", "commands.status", "commands.logs", "commands.env",
                  "commands.chat", "commands.tables", "commands.doctor"),
     "cli": ("progress", "output", "cli"),
 }  # fmt: skip

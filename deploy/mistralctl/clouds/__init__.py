@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 LOCAL = "local"
 
@@ -70,3 +72,25 @@ CLOUDS = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something in a cloud that bears our labels: a `machine` or a `disk`, by the cloud's own listing. `created` is in seconds."""
+
+    cloud: str
+    kind: str
+    id: str
+    place: str
+    state: str
+    size: str
+    created: float
+    labels: dict[str, str]
+
+
+def listing(cloud: str) -> ModuleType | None:
+    """The module that asks a cloud what of ours it has; None where there is none yet."""
+    try:
+        return import_module(f"mistralctl.clouds.{cloud}")
+    except ModuleNotFoundError:
+        return None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mistralctl import endpoint, state
+from mistralctl.clouds import listing
 from mistralctl.errors import Exit, UserError
+from mistralctl.state import Record
+from mistralctl.task import owner
+
+GONE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,35 @@ class DownResult:
 
     name: str
     was: str
+
+
+def _gone(record: Record) -> None:
+    """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come."""
+    module = listing(record.cloud)
+    if module is None:
+        return
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := module.ours(owner(os.environ), record.name, [record.region] if record.region else None):
+        if time.monotonic() > deadline:
+            rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
+            raise UserError(
+                f"{record.name}: {record.cloud} still lists {len(left)} of it after {GONE_SECONDS / 60:.0f} minutes; run down again, "
+                "or delete them by hand",
+                Exit.CLOUD, rows,
+            )  # fmt: skip
+        time.sleep(2)
+
+
+def _cloud(record: Record) -> DownResult:
+    from mistralctl.runtime import sky, ssh
+
+    ssh.end_tunnel(record.pid, record.pid_started)
+    there = sky.down(record.cluster, state.folder(record.name) / "down.log")
+    if there or record.state != "down":
+        _gone(record)
+    state.save(replace(record, state="down", pid=None, pid_started=None))
+    ssh.config_file(record.name).unlink(missing_ok=True)
+    return DownResult(record.name, "up" if there else "down")
 
 
 def _one(name: str) -> DownResult:
@@ -26,6 +62,8 @@ def _one(name: str) -> DownResult:
     try:
         with FileLock(state.folder(name) / "lock", timeout=60):
             record = state.known(name)
+            if record.cluster:
+                return _cloud(record)
             living = local.alive(record.pid, record.pid_started)
             rest = local.members(record.pid) if record.pid is not None and not living and record.state != "down" else []
             if record.pid is not None and (living or rest):

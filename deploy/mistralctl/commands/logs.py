@@ -7,8 +7,25 @@ from collections.abc import Iterator
 
 from mistralctl import state
 from mistralctl.errors import Exit, UserError
+from mistralctl.state import Record
 
 BLOCK = 1 << 16
+
+
+def _cloud(record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
+    """What SkyPilot and set-up wrote, then the server's log from the machine; what is left here of it when that is gone."""
+    from mistralctl.runtime import sky
+
+    folder = state.folder(record.name)
+    if lines is None and (folder / "up.log").exists():
+        yield (folder / "up.log").read_text("utf-8", "replace")
+    try:
+        yield from sky.job_log(record.cluster, follow=follow, lines=lines)
+    except UserError:
+        if not (folder / "serve.log").exists():
+            raise
+        kept = (folder / "serve.log").read_text("utf-8", "replace").splitlines(keepends=True)
+        yield "".join(kept[-lines:] if lines else kept)
 
 
 def run(name: str, *, follow: bool, lines: int | None) -> Iterator[str]:
@@ -16,6 +33,9 @@ def run(name: str, *, follow: bool, lines: int | None) -> Iterator[str]:
     from mistralctl.runtime import local
 
     record = state.known(name)
+    if record.cluster:
+        yield from _cloud(record, follow=follow, lines=lines)
+        return
     path = state.folder(name) / "up.log"
     if not path.exists():
         raise UserError(f"{name} has no log yet; run mistralctl up first", Exit.NOT_FOUND)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistralctl import readiness, state
+from mistralctl.errors import UserError
+from mistralctl.state import Record
+
+if TYPE_CHECKING:
+    from mistralctl.runtime.sky import Cluster
 
 
 @dataclass(frozen=True)
 class Status:
-    """A deployment now. `state` is `up`, `starting`, `down`, or `lost` (it ended without `down`: idle, ttl or a crash).
+    """A deployment now. `state` is `up`, `starting`, `stopped`, `failed`, `down`, or `lost` (it ended without `down`).
 
     `idle_left` and `ttl_left` are minutes; None where there is no limit or nothing runs. `launcher` is its status.json.
+    `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine.
     """
 
     name: str
@@ -26,6 +35,10 @@ class Status:
     ttl_left: float | None
     why: str
     launcher: dict[str, Any] | None
+    region: str = ""
+    machine: str = ""
+    price: float | None = None
+    cost: float | None = None
 
 
 def _left(limit: str, since: float | None) -> float | None:
@@ -58,6 +71,74 @@ def _one(name: str) -> Status:
     )  # fmt: skip
 
 
+def _machines(records: Sequence[Record]) -> dict[str, Cluster]:
+    """What the clouds say of these deployments' machines, in one question."""
+    names = [record.cluster for record in records if record.cluster and record.state != "down"]
+    if not names:
+        return {}
+    from mistralctl.runtime import sky
+
+    return sky.clusters(names, refresh=True)
+
+
+def _launcher(record: Record) -> dict[str, Any] | None:
+    from mistralctl.runtime import ssh
+
+    try:
+        found = json.loads(ssh.read_status(record.name))
+    except (UserError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _cloud(record: Record, machine: Cluster | None) -> Status:
+    """A deployment on a cloud: the cloud's word on the machine, the launcher's on the server."""
+    launcher = _launcher(record) if machine is not None and machine.status == "UP" else None
+    said = str((launcher or {}).get("state") or "")
+    why, now = "", str(record.state)
+    if record.state == "down":
+        pass
+    elif machine is None:
+        taken = (
+            "the cloud took its spot machine away" if record.spot else "its machine is gone (idle, lifetime, or by other hands)"
+        )
+        now, why = "lost", f"{taken}; run up again, or down to forget it"
+    elif machine.status == "STOPPED":
+        now, why = "stopped", "its machine is stopped and its disk still costs; run up again, or down"
+    elif machine.status == "INIT":
+        now, why = "starting", "its machine is half made; run up again to go on, or down"
+    elif said in ("failed", "stopped"):
+        error = (launcher or {}).get("error") or {}
+        now = "failed" if said == "failed" else "lost"
+        why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
+    elif said == "ready" and not readiness.answers(record.base_url, state.api_key(record.name)):
+        why = f"its tunnel is not open; run mistralctl connect {record.name}"
+    elif said and said != "ready":
+        now = "starting"
+    up = machine is not None
+    envs = record.task.get("envs", {})
+    last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
+    since = machine.launched_at if machine is not None else record.created_at
+    hours = (time.time() - since) / 3600
+    price = machine.price if machine is not None else None
+    return Status(
+        record.name, now, record.cloud, record.model, record.base_url if up else None, round(hours * 60, 1) if up else None,
+        _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
+        _left(envs.get("MISTRALCTL_TTL_MINUTES", ""), since) if up else None,
+        why, launcher,
+        region=(machine.zone or machine.region) if machine is not None else record.region,
+        machine=f"{record.machine}{' spot' if record.spot else ''}", price=price,
+        cost=round(price * hours, 3) if price is not None else None,
+    )  # fmt: skip
+
+
 def run(name: str | None) -> list[Status]:
-    """One deployment, or all that are known."""
-    return [_one(one) for one in ([name] if name is not None else state.names())]
+    """One deployment, or all that are known; the clouds are asked once for all of them."""
+    records = [state.known(one) for one in ([name] if name is not None else state.names())]
+    machines = _machines(records)
+    with ThreadPoolExecutor(16) as pool:
+        return list(
+            pool.map(
+                lambda record: _cloud(record, machines.get(record.cluster)) if record.cluster else _one(record.name), records
+            )
+        )

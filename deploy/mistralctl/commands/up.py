@@ -63,6 +63,10 @@ def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None])
     from mistralctl.runtime import local
 
     old = state.read(plan.name)
+    if old is not None and old.cluster and old.state != "down":
+        raise UserError(
+            f"{plan.name} runs on {old.cloud}; run mistralctl down {plan.name}, or give another --name", Exit.CONFLICT
+        )
     running = old is not None and old.cloud == LOCAL and local.alive(old.pid, old.pid_started)
     place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
     port = endpoint.choose_port(plan.spec.port, old.port if old else None, _others_ports(plan.name), place=place, ours=running)
@@ -115,21 +119,28 @@ def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None])
     return _result(record, plan, action, answer)
 
 
-def run(sourced: Sourced, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
-    """Brings the deployment up; UserError, and nothing left behind, if that fails."""
+def _cloud(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool]) -> UpResult:
+    from mistralctl.commands import launch
+
+    done = launch.run(sourced, plan, _secrets(plan.name), _others_ports(plan.name), on_phase, confirm)
+    record, action, answer = done
+    return _result(record, plan, action, answer)
+
+
+def run(sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool]) -> UpResult:
+    """Brings the deployment up; UserError if that fails, and then on this machine nothing is left behind.
+
+    `confirm` is asked before a machine is replaced by another one.
+    """
     from filelock import FileLock, Timeout
 
     plan = plan_command.run(sourced)
-    if plan.chosen.cloud != LOCAL:
-        raise UserError(
-            "launching on a cloud is not part of this version yet; write the task with --dry-run > task.yaml and give it to "
-            "sky launch, or use --cloud local",
-            Exit.CLOUD,
-        )
     folder = state.folder(plan.name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with FileLock(folder / "lock", timeout=0):
-            return _local(sourced, plan, on_phase)
+            if plan.chosen.cloud == LOCAL:
+                return _local(sourced, plan, on_phase)
+            return _cloud(sourced, plan, on_phase, confirm)
     except Timeout:
         raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

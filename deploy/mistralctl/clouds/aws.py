@@ -1,0 +1,72 @@
+"""What of ours AWS has, by its own API: without SkyPilot's database or any file of this laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mistralctl.clouds import Part
+from mistralctl.errors import Exit, UserError
+
+GONE = "terminated"
+TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
+
+
+def _client(service: str, region: str) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise UserError("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
+    return boto3.client(service, region_name=region, config=Config(**TIMEOUTS, retries={"mode": "standard", "max_attempts": 6}))
+
+
+def _tags(of: dict[str, Any]) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in of.get("Tags", [])}
+
+
+def _filters(owner: str | None, name: str | None) -> list[dict[str, Any]]:
+    wanted = {"mistralctl-owner": owner, "mistralctl-name": name}
+    found = [{"Name": f"tag:{key}", "Values": [value]} for key, value in wanted.items() if value]
+    return found or [{"Name": "tag-key", "Values": ["mistralctl-name"]}]
+
+
+def _region(region: str, owner: str | None, name: str | None) -> Iterator[Part]:
+    ec2 = _client("ec2", region)
+    for page in ec2.get_paginator("describe_instances").paginate(Filters=_filters(owner, name)):
+        for reservation in page["Reservations"]:
+            for one in reservation["Instances"]:
+                if one["State"]["Name"] == GONE:
+                    continue
+                yield Part(
+                    "aws", "machine", one["InstanceId"], one["Placement"]["AvailabilityZone"], one["State"]["Name"],
+                    one["InstanceType"], one["LaunchTime"].timestamp(), _tags(one),
+                )  # fmt: skip
+    for page in ec2.get_paginator("describe_volumes").paginate(Filters=_filters(owner, name)):
+        for one in page["Volumes"]:
+            if one["State"] == "available":  # one that is attached goes with its machine
+                yield Part(
+                    "aws", "disk", one["VolumeId"], one["AvailabilityZone"], one["State"], f"{one['Size']} GiB",
+                    one["CreateTime"].timestamp(), _tags(one),
+                )  # fmt: skip
+
+
+def regions() -> list[str]:
+    """The regions that this account may use."""
+    return sorted(one["RegionName"] for one in _client("ec2", "us-east-1").describe_regions()["Regions"])
+
+
+def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's. UserError if AWS refuses."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        places = list(within) if within is not None else regions()
+        with ThreadPoolExecutor(8) as pool:
+            return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        raise UserError(f"AWS refused to list what is there ({code} in {error.operation_name})", Exit.CLOUD) from error
+    except BotoCoreError as error:
+        raise UserError(f"AWS cannot be asked: {error}", Exit.CLOUD) from error

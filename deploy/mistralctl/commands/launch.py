@@ -1,0 +1,280 @@
+"""`mistralctl up` on a cloud: convergent, so that it goes on wherever an earlier one was left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from mistralctl import endpoint, phases, readiness, state
+from mistralctl.clouds import LOCAL
+from mistralctl.commands import plan as plan_command
+from mistralctl.config import Sourced
+from mistralctl.errors import Exit, UserError
+from mistralctl.phases import Milestones, PhaseEvent
+from mistralctl.plan import Plan
+from mistralctl.runtime import ssh
+from mistralctl.runtime.local import alive
+from mistralctl.state import Record
+from mistralctl.task import Task, resources_id, setup_id
+
+START_SECONDS = 2400.0
+TUNNEL_SECONDS = 60.0
+SECRETS_SECONDS = 120.0
+
+OnPhase = Callable[[PhaseEvent], None]
+Confirm = Callable[[str], bool]
+
+
+def cluster_name(name: str) -> str:
+    """SkyPilot's name of a deployment's machine, apart from the user's own clusters."""
+    return f"mctl-{name}"
+
+
+@dataclass
+class _Progress:
+    """What was heard so far, passed on as it comes."""
+
+    on_phase: OnPhase
+    milestones: Milestones = field(default_factory=Milestones)
+    events: list[PhaseEvent] = field(default_factory=list)
+    failure: str = ""
+    last: str = ""
+
+    def hear(self, event: PhaseEvent) -> None:
+        self.events.append(event)
+        if event.event == "fail":
+            self.failure = event.message
+        self.on_phase(event)
+
+    def line(self, line: str) -> None:
+        """Takes a line of SkyPilot's or of the job's log."""
+        if phases.parse(line) is None and line.strip():
+            self.last = line.strip()
+        for event in self.milestones.read(line, time.time()):
+            self.hear(event)
+
+    @property
+    def ready(self) -> bool:
+        return any(event.phase == "ready" for event in self.events)
+
+
+def _learn(record: Record) -> Record:
+    """The record with what SkyPilot knows of the machine by now; its SSH address is kept for later."""
+    from mistralctl.runtime import sky
+
+    found = sky.clusters([record.cluster], refresh=False).get(record.cluster)
+    if found is None:
+        return record
+    if found.address is not None:
+        ssh.remember(record.name, found.address)
+    return replace(
+        record, cloud=found.cloud or record.cloud, region=found.region, machine=found.instance_type, spot=found.spot,
+        price=found.price,
+    )  # fmt: skip
+
+
+class _SecretsSender:
+    """Writes the secrets to the node as soon as its set-up runs; `finish` says whether that went well."""
+
+    def __init__(self, record: Record, secrets: Mapping[str, str]) -> None:
+        self._record, self._secrets = record, secrets
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._send, daemon=True)
+            self._thread.start()
+
+    def _send(self) -> None:
+        deadline = time.monotonic() + SECRETS_SECONDS
+        while True:
+            try:
+                _learn(self._record)
+                ssh.write_secrets(self._record.name, self._secrets)
+                self._error = None
+                return
+            except UserError as error:
+                self._error = error
+            if time.monotonic() > deadline:
+                return
+            time.sleep(1)
+
+    def finish(self) -> None:
+        """Waits for the secrets to be there; UserError if they could not be written."""
+        self.begin()
+        if self._thread is not None:
+            self._thread.join(SECRETS_SECONDS + 10)
+        if self._error is not None:
+            raise self._error
+
+
+def _connect(record: Record) -> Record:
+    """The record with a tunnel that works; UserError if the server cannot be reached through one."""
+    ssh.end_tunnel(record.pid, record.pid_started)
+    record = replace(record, pid=None, pid_started=None)
+    state.save(record)  # the tunnel reads its port there
+    pid, started = ssh.start_tunnel(record.name)
+    record = replace(record, pid=pid, pid_started=started)
+    state.save(record)
+    key, deadline = state.api_key(record.name), time.monotonic() + TUNNEL_SECONDS
+    while not readiness.answers(record.base_url, key):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{record.name}: its server cannot be reached through SSH at 127.0.0.1:{record.port} (log: "
+                f"{state.folder(record.name) / 'tunnel.log'}); mistralctl status {record.name} says whether it runs",
+                Exit.NETWORK,
+            )
+        time.sleep(0.3)
+    return record
+
+
+def connect(name: str) -> Record:
+    """Opens the tunnel of a deployment again, on the same port; the record."""
+    record = state.known(name)
+    if not record.cluster:
+        raise UserError(f"{name} runs on this machine: {record.base_url} needs no tunnel", Exit.CONFLICT)
+    if record.state == "down":
+        raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
+    _free(record)
+    if not endpoint.is_free(record.port) and not alive(record.pid, record.pid_started):
+        raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
+    return _connect(_learn(record))
+
+
+def _free(record: Record) -> None:
+    """Waits until the port that a tunnel of ours had is free again."""
+    ssh.end_tunnel(record.pid, record.pid_started)
+    deadline = time.monotonic() + 5
+    while not endpoint.is_free(record.port) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _unchanged(old: Record | None, task: Task) -> Record | None:
+    """The record if the deployment is up with this very task, by asking it, which needs neither a cloud nor SkyPilot."""
+    if old is None or old.state != "up" or not old.cluster:
+        return None
+    if old.serving_id != task["envs"]["MISTRALCTL_SERVING_ID"] or old.resources_id != resources_id(task):
+        return None
+    key = state.api_key(old.name)
+    if readiness.answers(old.base_url, key):
+        return old
+    return None
+
+
+def _replaced_machine(old: Record, task: Task, confirm: Confirm) -> bool:
+    """Whether a machine has to go first, after a yes; UserError if that was not said."""
+    if not old.cluster or old.state == "down" or old.resources_id == resources_id(task):
+        return False
+    machine = f"{old.machine or 'its machine'} in {old.region or old.cloud}"
+    question = f"{old.name}: what was changed needs another machine; {machine} and what is on its disk go away"
+    if not confirm(question):
+        raise UserError(f"{question}; say --yes to do that, or give the new one another --name", Exit.CONFLICT)
+    return True
+
+
+def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str, str], progress: _Progress) -> tuple[Record, str]:
+    """Brings machine, set-up and job into being, as far as they are not there; the record and what was done."""
+    from mistralctl.runtime import sky
+
+    log = state.folder(record.name) / "up.log"
+    there = sky.clusters([record.cluster], refresh=old is not None).get(record.cluster)
+    living = there is not None and there.status == "UP"
+    job_name = task["name"]
+    jobs = sky.running_jobs(record.cluster) if living else {}
+    if living and old is not None and old.setup_id == record.setup_id:
+        record = _learn(record)
+        ssh.write_secrets(record.name, secrets)
+        same = [job for job, name in jobs.items() if name == job_name]
+        job = same[-1] if same else sky.replace_job(task, record.cluster, log, progress.line)
+        action = "replaced" if jobs and not same else "started"
+    else:
+        if jobs:
+            sky.cancel_jobs(record.cluster)
+        sender = _SecretsSender(record, secrets)
+
+        def line(text: str) -> None:
+            progress.line(text)
+            if any(event.phase in ("environment", "weights") for event in progress.events):
+                sender.begin()
+
+        for event in progress.milestones.begin(time.time()):
+            progress.hear(event)
+        try:
+            job = sky.launch(task, record.cluster, log, line)
+        except UserError as error:
+            if progress.failure:
+                raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error
+            raise
+        for event in progress.milestones.finish(time.time()):
+            progress.hear(event)
+        record = _learn(record)
+        state.save(record)
+        sender.finish()
+        action = "replaced" if jobs else "started"
+    if not sky.follow(
+        record.cluster, job, state.folder(record.name) / "serve.log", progress.line, START_SECONDS, lambda: progress.ready
+    ):
+        why = progress.failure or f"its job ended: {progress.last[:300]}"
+        raise UserError(
+            f"{why} (log: {state.folder(record.name) / 'serve.log'}; the machine goes by itself in a few minutes, or at once with "
+            f"mistralctl down {record.name})",
+            Exit.SERVER,
+        )
+    return record, action
+
+
+def run(
+    sourced: Sourced, plan: Plan, secrets: Mapping[str, str], reserved: set[int], on_phase: OnPhase, confirm: Confirm
+) -> tuple[Record, str, str]:
+    """The record of a deployment that answers, what was done (`started`, `replaced`, `unchanged`), and its answer."""
+    old = state.read(plan.name)
+    if old is not None and old.cloud == LOCAL and old.state != "down":
+        raise UserError(
+            f"{plan.name} runs on this machine; run mistralctl down {plan.name}, or give another --name", Exit.CONFLICT
+        )
+    tunnelled = old is not None and alive(old.pid, old.pid_started)
+    place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
+    port = endpoint.choose_port(plan.spec.port, old.port if old else None, reserved, place=place, ours=tunnelled)
+    task = plan_command.render_plan(plan)
+    task["name"] = f"{plan.name}-{task['envs']['MISTRALCTL_SERVING_ID']}"
+    if (same := _unchanged(old, task)) is not None and same.port == port:
+        return same, "unchanged", ""
+    from mistralctl.runtime import sky
+
+    record = Record(
+        plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port,
+        task["envs"]["MISTRALCTL_NODE_DIR"], task["envs"]["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task,
+        cluster=cluster_name(plan.name), setup_id=setup_id(task), resources_id=resources_id(task),
+    )  # fmt: skip
+    for name in ("up.log", "serve.log"):
+        (state.folder(plan.name) / name).write_bytes(b"")
+    if old is not None and old.cluster and old.state != "down":
+        ssh.end_tunnel(old.pid, old.pid_started)
+        if _replaced_machine(old, task, confirm):
+            sky.down(old.cluster, state.folder(plan.name) / "up.log")
+            old = None
+        else:
+            record = replace(record, created_at=old.created_at)
+    state.save(record)
+    progress = _Progress(on_phase)
+    try:
+        record, action = _start(record, task, old, secrets, progress)
+        state.save(record)
+        record = _connect(record)
+        answer = readiness.complete(record.base_url, state.api_key(record.name), record.served_model_name)
+    except KeyboardInterrupt:
+        raise UserError(
+            f"interrupted; {plan.name} may have a machine by now: mistralctl up goes on with it, mistralctl down {plan.name} takes "
+            "it away",
+            Exit.INTERRUPTED,
+        ) from None
+    except UserError as error:
+        if error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False):
+            state.save(replace(record, state="down"))
+        raise
+    record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(progress.events)))
+    state.save(record)
+    return record, action, answer

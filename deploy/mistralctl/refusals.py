@@ -1,0 +1,117 @@
+"""Why clouds refused a machine: read from SkyPilot's exception and, where that does not say, from its log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mistralctl.errors import Exit, UserError
+
+Kind = Literal["capacity", "quota", "permission", "other"]
+
+# The clouds' own codes. AWS: API reference of EC2, error codes; GCP: Compute Engine, error messages; Azure: Resource Manager, common
+# deployment errors.
+CODES: dict[str, Kind] = {
+    "InsufficientInstanceCapacity": "capacity",
+    "InsufficientHostCapacity": "capacity",
+    "SpotMaxPriceTooLow": "capacity",
+    "Unsupported": "capacity",
+    "ZONE_RESOURCE_POOL_EXHAUSTED": "capacity",
+    "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS": "capacity",
+    "UNSUPPORTED_OPERATION": "capacity",
+    "SkuNotAvailable": "capacity",
+    "ZonalAllocationFailed": "capacity",
+    "AllocationFailed": "capacity",
+    "OverconstrainedAllocationRequest": "capacity",
+    "VcpuLimitExceeded": "quota",
+    "MaxSpotInstanceCountExceeded": "quota",
+    "InstanceLimitExceeded": "quota",
+    "QUOTA_EXCEEDED": "quota",
+    "QuotaExceeded": "quota",
+    "OperationNotAllowed": "quota",
+    "UnauthorizedOperation": "permission",
+    "AccessDenied": "permission",
+    "AuthFailure": "permission",
+    "InvalidClientTokenId": "permission",
+    "AuthorizationFailed": "permission",
+    "PERMISSION_DENIED": "permission",
+    "forbidden": "permission",
+}
+_CODE = re.compile(r"\b(" + "|".join(sorted(CODES, key=len, reverse=True)) + r")\b")
+_ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])\b")
+_REGION = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d|[a-z]+-[a-z]+\d+)\b")
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|<rich_[^>]*>|</rich_[^>]*>")
+_QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|(standard\w+Family)")
+ADVICE: dict[Kind, str] = {
+    "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
+    "quota": "ask the cloud for a larger quota, or use another --region",
+    "permission": "give the identity the right that is named",
+    "other": "see the log",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One refusal: where, of what kind, by which code of the cloud, in whose words."""
+
+    place: str
+    kind: Kind
+    code: str
+    detail: str
+
+
+def plain(text: str) -> str:
+    """Text without a terminal's colours."""
+    return _COLOURS.sub("", text)
+
+
+def _of(text: str) -> Refusal | None:
+    code = _CODE.search(text)
+    if code is None:
+        return None
+    zone, region = _ZONE.search(text), _REGION.search(text)
+    quota = _QUOTA.search(text)
+    place = zone or region
+    kind = CODES[code[1]]
+    named = next((group for group in quota.groups() if group), "") if quota and kind == "quota" else ""
+    operation = re.search(r"calling the (\w+) operation|perform[:\s]+([\w:.]+)", text)
+    if kind == "permission" and operation:
+        named = operation[1] or operation[2]
+    return Refusal(place[1] if place else "", kind, code[1], named)
+
+
+def read(texts: Iterable[str]) -> list[Refusal]:
+    """What was refused, each place and code once, in the order in which it was said."""
+    found: dict[tuple[str, str], Refusal] = {}
+    near = ""  # SkyPilot names the zone that it tries in a line of its own
+    for text in texts:
+        for line in plain(text).splitlines():
+            tried = re.search(r"Launching on .*?\(([^)]+)\)|Launching on \S+ (\S+?)[.(]", line)
+            if tried:
+                near = (tried[1] or tried[2] or "").split(",")[0]
+            refusal = _of(line)
+            if refusal is not None:
+                place = refusal.place or near
+                found.setdefault((place, refusal.code), Refusal(place, refusal.kind, refusal.code, refusal.detail))
+    return list(found.values())
+
+
+def refused(message: str, history: Sequence[BaseException], log: Path) -> UserError:
+    """The error that says it: one line, and a table of what each place refused."""
+    try:
+        logged = log.read_text("utf-8", "replace")
+    except OSError:
+        logged = ""
+    rows = read([*(str(error) for error in history), logged])
+    if not rows:
+        first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
+        return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)
+    kinds = [kind for kind in ADVICE if any(row.kind == kind for row in rows)]
+    advice = "; ".join(f"{kind}: {ADVICE[kind]}" for kind in kinds)
+    table = "\n".join(
+        f"  {row.place or '?':18} {row.kind:10} {row.code}{': ' + row.detail if row.detail else ''}" for row in rows
+    )
+    return UserError(f"no cloud gave a machine, {len(rows)} refused; {advice} (log: {log})", Exit.CLOUD, details=table)

@@ -1,0 +1,287 @@
+"""The task on a cloud, through SkyPilot's SDK: the one module that imports it.
+
+SkyPilot's own output goes into a log file; what it says of its progress becomes phases of ours, and its exceptions become one line.
+No cloud's credentials are copied to a node, unless the user's own configuration names an identity for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mistralctl import refusals, state
+from mistralctl.clouds import CLOUDS
+from mistralctl.errors import Exit, UserError
+from mistralctl.runtime.ssh import Address
+from mistralctl.task import Task
+
+OnLine = Callable[[str], None]
+
+LAUNCH_SECONDS = 3600.0
+QUICK_SECONDS = 120.0
+DOWN_SECONDS = 900.0
+CANCEL_SECONDS = 60.0  # a drain is at most 25 s, and SkyPilot kills after 30 s
+COPIES_KEYS = ("LOCAL_CREDENTIALS", None)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A machine as the cloud has it. `status` is SkyPilot's: INIT, UP or STOPPED; prices in USD an hour."""
+
+    name: str
+    status: str
+    cloud: str
+    region: str
+    zone: str | None
+    instance_type: str
+    spot: bool
+    price: float | None
+    launched_at: float
+    labels: dict[str, str]
+    address: Address | None
+    name_on_cloud: str
+
+
+class _Lines(io.TextIOBase):
+    """A stream that keeps everything in a file and passes whole lines on."""
+
+    def __init__(self, path: Path, on_line: OnLine) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = path.open("a", encoding="utf-8", errors="replace")
+        self._on_line = on_line
+        self._rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        self._file.flush()
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._on_line(line)
+        return len(text)
+
+
+def configuration(existing: Mapping[str, Any], users: Mapping[str, Any]) -> dict[str, Any]:
+    """The project configuration for SkyPilot: the folder's own (`existing`), and no key of a cloud goes to a node.
+
+    An identity that the user's configuration (`users`) or the folder's names for a cloud is kept.
+    """
+    found: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in existing.items()}
+    for cloud in (*CLOUDS, "kubernetes"):
+        section = found.setdefault(cloud, {})
+        named = section.get("remote_identity", (users.get(cloud) or {}).get("remote_identity"))
+        if named in COPIES_KEYS:
+            section["remote_identity"] = "NO_UPLOAD"
+    return found
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: SkyPilot's configuration cannot be read ({error}); mend it", Exit.CLOUD) from error
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _sdk() -> Iterator[Any]:
+    """The module `sky`, with our configuration over the user's; its exceptions become one line."""
+    ours = state.home() / "skypilot.yaml"
+    project = Path(os.environ.get("SKYPILOT_PROJECT_CONFIG") or ".sky.yaml").expanduser()
+    users = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
+    existing = {} if project == ours else _read_yaml(project)
+    state.write_private(ours, yaml.safe_dump(configuration(existing, _read_yaml(users))))
+    os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
+    os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            import sky
+    except ImportError as error:
+        raise UserError(
+            "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
+        ) from error
+    try:
+        yield sky
+    except UserError:
+        raise
+    except Exception as error:
+        raise _in_our_words(sky, error) from error
+
+
+def _in_our_words(sky: Any, error: Exception) -> UserError:
+    """SkyPilot's exceptions as one line with a way out."""
+    kind, text = type(error).__name__, refusals.plain(str(error))
+    first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
+    if isinstance(error, sky.exceptions.NoCloudAccessError):
+        return UserError("SkyPilot has no access to any cloud; mistralctl doctor says what is missing", Exit.CLOUD)
+    if isinstance(error, sky.exceptions.ApiServerConnectionError):
+        return UserError(f"SkyPilot's API server does not answer ({first}); run: sky api start", Exit.CLOUD)
+    if "API server and client version mismatch" in text or kind == "APIVersionMismatchError":
+        return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
+    if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
+        return UserError(f"this machine belongs to another identity of the cloud: {first}", Exit.CLOUD)
+    return UserError(f"SkyPilot: {first[:400]} ({kind})", Exit.CLOUD)
+
+
+def _bounded(sky: Any, request: Any, seconds: float, log: Path, on_line: OnLine) -> Any:
+    """The result of a request, its output into the log; cancelled when it takes too long or we are interrupted."""
+    outcome: list[Any] = []
+    lines = _Lines(log, on_line)
+
+    def wait() -> None:
+        try:
+            outcome.append((True, sky.stream_and_get(request, output_stream=lines)))
+        except Exception as error:  # noqa: BLE001 - passed on to the caller below
+            outcome.append((False, error))
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    try:
+        waiter.join(seconds)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            sky.get(sky.api_cancel([request]))
+        raise
+    if not outcome:
+        with contextlib.suppress(Exception):
+            sky.get(sky.api_cancel([request]))
+        raise UserError(f"SkyPilot was not done after {seconds / 60:.0f} minutes; see the log {log}", Exit.CLOUD)
+    good, value = outcome[0]
+    if not good:
+        raise value
+    return value
+
+
+def _address(found: Any) -> Address | None:
+    handle, credentials = found.handle, found.credentials or {}
+    hosts = getattr(handle, "cached_external_ips", None) or []
+    ports = getattr(handle, "cached_external_ssh_ports", None) or []
+    if not hosts or not {"ssh_private_key", "ssh_private_key_content"} & set(credentials):
+        return None
+    key = Path(str(credentials.get("ssh_private_key") or "")).expanduser()
+    content = credentials.get("ssh_private_key_content")
+    if content and not key.is_file():  # the API server runs elsewhere
+        key = state.home() / "ssh" / f"{found.name}.key"
+        state.write_private(key, content)
+    user = str(getattr(handle, "ssh_user", None) or credentials.get("ssh_user") or "ubuntu")
+    return Address(str(hosts[0]), int(ports[0]) if ports else 22, user, str(key), credentials.get("ssh_proxy_command") or "")
+
+
+def _cluster(found: Any) -> Cluster:
+    launched = getattr(found.handle, "launched_resources", None)
+    price = None
+    if launched is not None:
+        with contextlib.suppress(Exception):  # a type that the catalog does not know any more
+            price = round(float(launched.get_cost(3600)), 4)
+    labels = found.labels or dict(getattr(launched, "labels", None) or {})
+    return Cluster(
+        found.name, found.status.value, str(found.cloud or getattr(launched, "cloud", "")).lower(),
+        str(found.region or getattr(launched, "region", "") or ""), getattr(launched, "zone", None),
+        str(getattr(launched, "instance_type", "") or ""), bool(getattr(launched, "use_spot", False)), price,
+        float(found.launched_at), labels, _address(found), str(getattr(found.handle, "cluster_name_on_cloud", "") or ""),
+    )  # fmt: skip
+
+
+def clusters(names: Sequence[str] | None, *, refresh: bool) -> dict[str, Cluster]:
+    """The machines of these names (None: all), by name; with `refresh`, what the cloud itself says now."""
+    with _sdk() as sky:
+        mode = sky.StatusRefreshMode.FORCE if refresh else sky.StatusRefreshMode.NONE
+        request = sky.status(list(names) if names is not None else None, refresh=mode, _include_credentials=True)
+        found = sky.get(request)
+        return {one.name: _cluster(one) for one in found}
+
+
+def launch(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
+    """Provisions a machine for the task (or goes on with the one that is there), sets it up, starts its job; the job's id."""
+    with _sdk() as sky:
+        try:
+            request = sky.launch(sky.Task.from_yaml_config(task), cluster_name=cluster)
+            job, _ = _bounded(sky, request, LAUNCH_SECONDS, log, on_line)
+        except sky.exceptions.ResourcesUnavailableError as error:
+            raise refusals.refused(str(error), error.failover_history, log) from error
+        if job is None:
+            raise UserError(f"SkyPilot started no job; see the log {log}", Exit.CLOUD)
+        return int(job)
+
+
+def replace_job(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
+    """Ends the running jobs of a machine, which drain first, and starts the task's `run` on it; the job's id."""
+    cancel_jobs(cluster)
+    with _sdk() as sky:
+        job, _ = _bounded(sky, sky.exec(sky.Task.from_yaml_config(task), cluster), QUICK_SECONDS, log, on_line)
+        if job is None:
+            raise UserError(f"SkyPilot started no job; see the log {log}", Exit.CLOUD)
+        return int(job)
+
+
+def running_jobs(cluster: str) -> dict[int, str]:
+    """The names of the jobs that run or wait on a machine, by id."""
+    with _sdk() as sky:
+        return {job.job_id: job.job_name for job in sky.get(sky.queue(cluster, skip_finished=True))}
+
+
+def cancel_jobs(cluster: str) -> None:
+    """Ends the jobs of a machine and waits until they have drained."""
+    with _sdk() as sky:
+        sky.get(sky.cancel(cluster, all=True))
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while sky.get(sky.queue(cluster, skip_finished=True)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+def follow(cluster: str, job: int, log: Path, on_line: OnLine, seconds: float, until: Callable[[], bool]) -> bool:
+    """Passes the lines of a job's log on until `until` says so (True) or the job has ended (False)."""
+    with _sdk() as sky:
+        lines = _Lines(log, on_line)
+        failure: list[Exception] = []
+
+        def read() -> None:
+            try:
+                sky.tail_logs(cluster, job, follow=True, output_stream=lines)
+            except Exception as error:  # noqa: BLE001 - passed on to the caller below
+                failure.append(error)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        deadline = time.monotonic() + seconds
+        while not until():
+            if not reader.is_alive():
+                if failure:
+                    raise failure[0]
+                return until()
+            if time.monotonic() > deadline:
+                raise UserError(f"not ready after {seconds / 60:.0f} minutes; see the log {log}", Exit.SERVER)
+            time.sleep(0.1)
+        return True
+
+
+def job_log(cluster: str, *, follow: bool, lines: int | None) -> Iterator[str]:
+    """Pieces of the log of a machine's last job."""
+    with _sdk() as sky:
+        pieces = sky.tail_logs(cluster, None, follow=follow, tail=lines or 0, preload_content=False)
+        for piece in pieces:
+            if piece is not None:
+                yield piece
+
+
+def down(cluster: str, log: Path) -> bool:
+    """Takes a machine away; False if SkyPilot knows of none."""
+    with _sdk() as sky:
+        try:
+            _bounded(sky, sky.down(cluster), DOWN_SECONDS, log, lambda line: None)
+        except sky.exceptions.ClusterDoesNotExist:
+            return False
+        return True

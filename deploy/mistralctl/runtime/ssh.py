@@ -1,0 +1,126 @@
+"""A node over SSH: its address and key, commands on it, secrets to it, and the tunnel to its server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from mistralctl import state
+from mistralctl.errors import Exit, UserError
+from mistralctl.runtime.local import alive
+
+HOST = "node"
+CONNECT_SECONDS = 15
+# SkyPilot's machines are new each time and their host keys are not published anywhere, so there is nothing to compare with.
+OPTIONS = {
+    "IdentitiesOnly": "yes",
+    "StrictHostKeyChecking": "no",
+    "UserKnownHostsFile": "/dev/null",
+    "GlobalKnownHostsFile": "/dev/null",
+    "LogLevel": "ERROR",
+    "BatchMode": "yes",
+    "ConnectTimeout": str(CONNECT_SECONDS),
+    "ServerAliveInterval": "15",
+    "ServerAliveCountMax": "3",
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a node's SSH server is, and what to say to it. `proxy_command` is the way into a private network."""
+
+    host: str
+    port: int
+    user: str
+    key_file: str
+    proxy_command: str = ""
+
+
+def config_file(name: str) -> Path:
+    """The SSH configuration of a deployment's node, for `ssh -F`."""
+    return state.folder(name) / "ssh_config"
+
+
+def remember(name: str, address: Address) -> None:
+    """Writes the SSH configuration; the key itself stays where SkyPilot keeps it."""
+    given = {"HostName": address.host, "Port": str(address.port), "User": address.user, "IdentityFile": f'"{address.key_file}"'}
+    if address.proxy_command:
+        given["ProxyCommand"] = address.proxy_command
+    lines = [f"Host {HOST}", *(f"  {key} {value}" for key, value in (given | OPTIONS).items())]
+    state.write_private(config_file(name), "\n".join(lines) + "\n")
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    """`ssh` to the node of a deployment; UserError if none is known."""
+    if not config_file(name).exists():
+        raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
+    return ["ssh", "-F", str(config_file(name)), *arguments]
+
+
+def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
+    """What a shell script printed on the node; UserError if it cannot be reached or the script fails."""
+    try:
+        done = subprocess.run(
+            [*command(name), HOST, script], input=given, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{name}: its machine did not answer over SSH within {seconds:.0f} s", Exit.NETWORK) from None
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
+        raise UserError(f"{name}: its machine cannot be reached over SSH ({why[0]})", Exit.NETWORK)
+    return done.stdout
+
+
+def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
+    """Puts the secrets into the node's file of mode 0600, over standard input, so that they are in no argument and no log."""
+    folder = f"$HOME/.mistralctl/run/{name}"
+    script = f'umask 077; mkdir -p "{folder}" && cat > "{folder}/.secrets" && mv "{folder}/.secrets" "{folder}/secrets.json"'
+    run(name, script, given=json.dumps(dict(secrets)))
+
+
+def read_status(name: str, *, seconds: float = 20) -> str:
+    """The launcher's status.json on the node, empty where there is none yet."""
+    return run(name, f'cat "$HOME/.mistralctl/run/{name}/status.json" 2> /dev/null || true', seconds=seconds)
+
+
+def tunnel_command(name: str, port: int, node_port: int) -> list[str]:
+    """`ssh` that only forwards 127.0.0.1:port to the node's server, and ends when it cannot."""
+    forward = f"127.0.0.1:{port}:127.0.0.1:{node_port}"
+    return command(name, "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward, HOST)
+
+
+def start_tunnel(name: str) -> tuple[int, float]:
+    """Starts the tunnel of a deployment in the background; its process id and when it was started."""
+    log = state.folder(name) / "tunnel.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mistralctl.runtime.tunnel", name], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
+            env={k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "HF_TOKEN")},
+        )  # fmt: skip
+    return process.pid, psutil.Process(process.pid).create_time()
+
+
+def end_tunnel(pid: int | None, started: float | None) -> None:
+    """Ends a tunnel and its ssh, if it is that very process."""
+    if pid is None or not alive(pid, started):
+        return
+    try:
+        process = psutil.Process(pid)
+        every: Sequence[psutil.Process] = [*process.children(recursive=True), process]
+    except psutil.Error:
+        return
+    for one in every:
+        try:
+            one.terminate()
+        except psutil.Error:
+            continue
+    for one in psutil.wait_procs(every, timeout=5)[1]:
+        one.kill()

@@ -1,0 +1,56 @@
+"""The tunnel to a node's server, kept alive: `python -m mistralctl.runtime.tunnel NAME`, in the background.
+
+It dials again whenever the connection ends, and ends itself when the deployment is down, belongs to another tunnel, or has
+not been reachable for an hour.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+from mistralctl import state
+from mistralctl.runtime import ssh
+from mistralctl.task import NODE_PORT
+
+PAUSE_SECONDS = (0.5, 1, 2, 5, 10, 30)
+GIVE_UP_SECONDS = 3600.0
+GOOD_SECONDS = 20.0  # a connection that lasted so long was one
+
+
+def _wanted(name: str, port: int) -> bool:
+    record = state.read(name)
+    return record is not None and record.state != "down" and record.port == port and bool(record.cluster)
+
+
+def keep(name: str) -> int:
+    """Dials until it is not wanted any more; the process's exit code."""
+    record = state.read(name)
+    if record is None:
+        return 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    failures, last_good = 0, time.monotonic()
+    while _wanted(name, record.port) and time.monotonic() - last_good < GIVE_UP_SECONDS:
+        began = time.monotonic()
+        process = subprocess.Popen(ssh.tunnel_command(name, record.port, NODE_PORT), stdin=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if not _wanted(name, record.port):
+                    break
+        finally:
+            process.terminate()
+            process.wait()
+        lasted = time.monotonic() - began
+        if lasted > GOOD_SECONDS:
+            failures, last_good = 0, time.monotonic()
+        else:
+            failures += 1
+        time.sleep(PAUSE_SECONDS[min(failures, len(PAUSE_SECONDS) - 1)])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(keep(sys.argv[1]))
