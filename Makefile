@@ -19,7 +19,7 @@ UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
 
-.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e check lint format schema bench clean
+.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e simcloud-packages check lint format schema bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -81,8 +81,17 @@ test-weights: .venv-weights/.made
 test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
 
-test-e2e: .venv/.made
+test-e2e: .venv/.made simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/e2e
+
+# The Debian packages that the simulated clouds of tests/e2e need: installed if one is missing, by root on Debian's kind.
+SIMCLOUD_PACKAGES := tests/e2e/simcloud/packages.txt
+simcloud-packages:
+	@command -v dpkg-query apt-get > /dev/null && [ "$$(id -u)" = 0 ] || exit 0; \
+	packages=$$(grep -v '^#' $(SIMCLOUD_PACKAGES)); \
+	if [ "$$(dpkg-query -W -f '$${db:Status-Abbrev}\n' $$packages 2> /dev/null | grep -c '^ii')" != "$$(wc -w <<< "$$packages")" ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages; \
+	fi
 
 lint: .venv/.made
 	$(BIN)/ruff check .

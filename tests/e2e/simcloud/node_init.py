@@ -1,0 +1,112 @@
+"""node_init.py JSON: the first process of a simulated machine, in namespaces of its own: lays out the system, starts sshd.
+
+It ends when the machine is powered off (status 0: a signal from `shutdown` inside), and everything on the machine with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from simcloud import linux
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+METADATA_ADDRESS = "169.254.169.254"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a cloud tells a machine when it boots. `keys`: user name to the public keys that may sign in."""
+
+    id: str
+    address: str
+    hostname: str
+    image: str
+    folder: str
+    keys: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    hosts: dict[str, str] = field(default_factory=dict)
+    boot_seconds: float = 0
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def lay_out(machine: Machine) -> Path:
+    """The machine's file system, mounted: its disk (kept over a stop) over the image, and what a kernel and a boot make."""
+    folder = Path(machine.folder)
+    root, work = folder / "root", folder / "work"
+    shutil.rmtree(work, ignore_errors=True)  # what `volatile` left there would forbid a second boot
+    for made in (root, work, folder / "upper", folder / "tmp"):
+        made.mkdir(exist_ok=True)
+    (folder / "tmp").chmod(0o1777)
+    linux.overlay(root, machine.image, folder / "upper", work, ",volatile")
+    linux.mount("proc", root / "proc", "proc")
+    linux.mount("sysfs", root / "sys", "sysfs", linux.READ_ONLY)
+    linux.minimal_devices(root / "dev")
+    linux.mount("tmpfs", root / "run", "tmpfs", linux.NO_SUID, "mode=755")
+    for made in (root / "run" / "sshd", root / "run" / "lock"):
+        made.mkdir()
+    linux.bind(folder / "tmp", root / "tmp")
+    etc = root / "etc"
+    (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in machine.environment.items()))
+    (etc / "hostname").write_text(f"{machine.hostname}\n")
+    names = {"127.0.0.1": "localhost", machine.address: machine.hostname} | machine.hosts
+    (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in names.items()))
+    (etc / "resolv.conf").unlink(missing_ok=True)
+    (etc / "resolv.conf").touch()
+    subprocess.run(["hostname", machine.hostname], check=True)
+    return root
+
+
+def let_in(root: Path, user: str, keys: str) -> None:
+    """What cloud-init does: a user who may do everything, and the keys to sign in with."""
+    inside = ["chroot", str(root)]
+    if subprocess.run([*inside, "id", user], capture_output=True).returncode:
+        subprocess.run([*inside, "useradd", "-m", "-s", "/bin/bash", user], check=True)
+        (root / "etc/sudoers.d" / f"90-{user}").write_text(f"{user} ALL=(ALL) NOPASSWD:ALL\n")
+    ssh = root / "home" / user / ".ssh"
+    ssh.mkdir(mode=0o700, exist_ok=True)
+    (ssh / "authorized_keys").write_text(keys)
+    (ssh / "authorized_keys").chmod(0o600)
+    subprocess.run([*inside, "chown", "-R", f"{user}:{user}", f"/home/{user}/.ssh"], check=True)
+
+
+def main() -> None:
+    machine = Machine(**json.loads(sys.argv[1]))
+
+    def power_off(_: int, __: FrameType | None) -> None:
+        os._exit(0)
+
+    signal.signal(signal.SIGUSR1, power_off)
+    os.environ["PATH"] = PATH
+    linux.loopback_up()
+    subprocess.run(["ip", "address", "add", f"{METADATA_ADDRESS}/32", "dev", "lo"], check=True)
+    root = lay_out(machine)
+    for user, keys in machine.keys.items():
+        let_in(root, user, keys)
+    time.sleep(machine.boot_seconds)
+    key = root / "etc/ssh/ssh_host_ed25519_key"
+    if not key.exists():
+        subprocess.run(
+            ["chroot", root, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/etc/ssh/ssh_host_ed25519_key"], check=True
+        )
+    subprocess.Popen(["chroot", root, "/usr/sbin/sshd", "-D", "-e"], env={"PATH": PATH}, cwd="/")
+    while True:  # a first process buries the orphans
+        try:
+            os.wait()
+        except ChildProcessError:
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()
