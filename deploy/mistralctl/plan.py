@@ -158,6 +158,9 @@ def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Of
     )  # fmt: skip
 
 
+SMALL_PARAMETERS = 1_000_000_000
+
+
 @dataclass(frozen=True)
 class _Draft:
     """What is settled before machines are looked at."""
@@ -291,6 +294,16 @@ def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> Use
     return UserError(f"{given}{draft.model.name} does not fit: {what}" + "".join(f"; {h}" for h in hints), Exit.NO_FIT)
 
 
+def _auto_dtype(model: Model, on_cpu: bool) -> str:
+    """What --dtype auto means: bfloat16, but float32 for a small model on a CPU.
+
+    There memory is plenty, few processors compute in bfloat16 at all, and those that do round so differently that SmolLM2-135M answers
+    "What is the capital of France?" rightly with vLLM's vector kernel and wrongly with its AMX kernel (log-probabilities 0.2 apart).
+    """
+    small = model.shape is not None and model.shape.parameters <= SMALL_PARAMETERS
+    return "float32" if on_cpu and small else "bfloat16"
+
+
 def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
     """The plan for a spec. `machine` is needed for `--cloud local` only. UserError when nothing fits."""
     spec = sourced.spec
@@ -301,7 +314,10 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
             f"{sourced.place('model')}: the size of {model.name} is only known on the node; add --accelerators, or give a "
             "row of the table and the URI as --weights"
         )
-    dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+    on_cpu = model.runs_on_cpu and spec.accelerators is None and spec.tensor_parallel is None
+    if local:
+        on_cpu = machine is not None and not machine.gpus
+    dtype = _auto_dtype(model, on_cpu) if spec.dtype == "auto" else spec.dtype
     draft = _Draft(spec, model, dtype, _context(sourced, model))
     if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
         raise UserError(
@@ -315,7 +331,6 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         fitting, refused = ([], [option]) if option.reason else ([option], [])
         engine = "cuda" if machine.gpus else "cpu"
     else:
-        on_cpu = model.runs_on_cpu and spec.accelerators is None and spec.tensor_parallel is None
         engine = "cpu" if on_cpu else "cuda"
         every = [o for cloud in spec.cloud or CLOUDS for o in _options(draft, sourced, cloud, on_cpu)]
         every.sort(key=lambda o: (_price(o, spec), o.cloud, o.label))

@@ -86,7 +86,7 @@ def test_labels_obey_the_strictest_cloud() -> None:
 def test_the_serving_hash_changes_with_any_option_of_serving() -> None:
     base = load({"model": "smollm2-135m-instruct"}, {}, None)
     seen = set()
-    for change in ({}, {"max_model_len": 512}, {"idle": "never"}, {"vllm_args": ("--seed=7",)}, {"dtype": "float32"}):
+    for change in ({}, {"max_model_len": 512}, {"idle": "never"}, {"vllm_args": ("--seed=7",)}, {"dtype": "bfloat16"}):
         spec = base.spec.model_copy(update=change)
         made = plan.make(type(base)(spec, {}), checkpoints.resolve(base), None)
         seen.add(task.render(made, owner="x")["envs"]["MISTRALCTL_SERVING_ID"])

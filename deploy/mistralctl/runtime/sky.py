@@ -97,6 +97,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What SkyPilot prints by itself while it is called goes nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
 def _sdk() -> Iterator[Any]:
     """The module `sky`, with our configuration over the user's; its exceptions become one line."""
     ours = state.home() / "skypilot.yaml"
@@ -107,7 +114,7 @@ def _sdk() -> Iterator[Any]:
     os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _quiet():
             import sky
     except ImportError as error:
         raise UserError(
@@ -208,7 +215,8 @@ def launch(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
     """Provisions a machine for the task (or goes on with the one that is there), sets it up, starts its job; the job's id."""
     with _sdk() as sky:
         try:
-            request = sky.launch(sky.Task.from_yaml_config(task), cluster_name=cluster)
+            with _quiet():
+                request = sky.launch(sky.Task.from_yaml_config(task), cluster_name=cluster)
             job, _ = _bounded(sky, request, LAUNCH_SECONDS, log, on_line)
         except sky.exceptions.ResourcesUnavailableError as error:
             raise refusals.refused(str(error), error.failover_history, log) from error
@@ -221,7 +229,9 @@ def replace_job(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
     """Ends the running jobs of a machine, which drain first, and starts the task's `run` on it; the job's id."""
     cancel_jobs(cluster)
     with _sdk() as sky:
-        job, _ = _bounded(sky, sky.exec(sky.Task.from_yaml_config(task), cluster), QUICK_SECONDS, log, on_line)
+        with _quiet():
+            request = sky.exec(sky.Task.from_yaml_config(task), cluster)
+        job, _ = _bounded(sky, request, QUICK_SECONDS, log, on_line)
         if job is None:
             raise UserError(f"SkyPilot started no job; see the log {log}", Exit.CLOUD)
         return int(job)

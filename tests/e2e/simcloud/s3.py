@@ -62,4 +62,5 @@ def put(folder: Path, url: str) -> int:
 
 if __name__ == "__main__":
     _, do, source, target = sys.argv
-    sys.stdout.write(f"{put(Path(source), target)}\n")
+    if not put(Path(source), target):
+        raise SystemExit(f"{source} has no files that the laptop can see")
