@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -90,7 +89,6 @@ def main() -> None:
 
     signal.signal(signal.SIGUSR1, power_off)
     os.environ["PATH"] = PATH
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1048576))  # Ubuntu's
     linux.loopback_up()
     subprocess.run(["ip", "address", "add", f"{METADATA_ADDRESS}/32", "dev", "lo"], check=True)
     root = lay_out(machine)
