@@ -111,6 +111,42 @@ def test_the_node_has_the_environment_that_the_task_names(sim: SimCloud) -> None
     assert (environment / ".complete").exists()
 
 
+def launch_by_hand(sim: SimCloud, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["aws", "ec2", "run-instances", "--image-id", "ami-0e6842148a3d9982b", "--instance-type", "g6.xlarge", *options]
+    return sim.run(command, check=False, timeout=60, env={"AWS_MAX_ATTEMPTS": "1"})
+
+
+def test_faults_have_the_codes_of_amazon(sim: SimCloud) -> None:
+    spot = ["--instance-market-options", "MarketType=spot"]
+    for kind, options, code in (
+        ("capacity", [], "InsufficientInstanceCapacity"), ("quota", [], "VcpuLimitExceeded"),
+        ("quota", spot, "MaxSpotInstanceCountExceeded"), ("permission", [], "UnauthorizedOperation"),
+        ("throttle", [], "RequestLimitExceeded"), ("credentials", [], "AuthFailure"),
+    ):  # fmt: skip
+        sim.fault("aws", kind, instance_type=None if kind == "credentials" else "g6.*", count=1)
+        refused = launch_by_hand(sim, *options)
+        assert refused.returncode != 0
+        assert f"({code})" in refused.stderr
+        assert sim.instances("aws") == []
+        sim.clear_faults()
+
+
+def test_spot_is_taken_back_and_hardware_dies(sim: SimCloud) -> None:
+    for options in (["--instance-market-options", "MarketType=spot"], []):
+        assert launch_by_hand(sim, *options).returncode == 0
+    spot, other = sorted(sim.instances("aws"), key=lambda one: not one.spot)
+    assert (spot.spot, other.spot) == (True, False)
+    sim.preempt(spot.id)
+    sim.kill_node(other.id)
+    assert [(one.id, one.state) for one in sim.instances("aws")] == [(other.id, "running")]
+    sim.run(["aws", "ec2", "terminate-instances", "--instance-ids", other.id])
+    assert sim.instances("aws") == []
+    assert [event["event"] for event in sim.journal("aws") if event["event"] in ("preempt", "kill_node")] == [
+        "preempt",
+        "kill_node",
+    ]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""enter.py PID FOLDER COMMAND...: runs a command inside the namespaces of process PID, in FOLDER; for it, signals pass through.
+"""enter.py PID KINDS FOLDER COMMAND...: runs a command inside namespaces of process PID, in FOLDER. KINDS: say, ipc,net,pid,mnt.
 
 A process cannot move itself into a namespace of processes, only its children: so there are two, of which the outer one
 passes on each signal, ends as the inner one ended, and takes it along when it is killed.
@@ -19,8 +19,8 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 
 
 def main() -> None:
-    pid, folder, command = sys.argv[1], sys.argv[2], sys.argv[3:]
-    handles = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("ipc", "net", "pid", "mnt")]
+    pid, kinds, folder, command = sys.argv[1], sys.argv[2].split(","), sys.argv[3], sys.argv[4:]
+    handles = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in kinds]
     for handle in handles:
         linux.setns(handle)
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)

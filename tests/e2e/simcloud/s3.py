@@ -57,6 +57,8 @@ def put(folder: Path, url: str) -> int:
             key = "/".join(part for part in (where.path.strip("/"), path.relative_to(folder).as_posix()) if part)
             client.upload_file(str(path), where.netloc, key)
             count += 1
+    if not count:
+        raise SystemExit(f"{folder}: there is no file in it")
     return count
 
 
