@@ -72,6 +72,7 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
     assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
     assert one["launcher"]["engine"]["class"] == CLASS
+    assert one["launcher"]["canary"]["state"] == "verified"
     assert one["price"] > 0
     assert 0 < one["cost"] < one["price"]
     assert instance.tags["mistralctl-name"] == "served"

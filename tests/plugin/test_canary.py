@@ -137,3 +137,19 @@ def test_weights_with_a_nan_are_caught(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(LaunchError) as caught:
         verdict(broken, broken, "float32")
     assert caught.value.code is Code.CANARY
+
+
+def test_figures_of_this_package_are_taken_for_the_very_weights_that_they_are_of(tmp_path: Path) -> None:
+    [shipped] = canary.SHIPPED.glob("smollm2*.json")
+    figures = json.loads(shipped.read_text())
+    served, pulled = tmp_path / "set.hf", tmp_path / "set"
+    for folder in (served, pulled):
+        folder.mkdir()
+    assert canary.stored_figures(served) is None
+    manifest = {"files": [{"name": "a.gguf", "sha256": figures["weights_sha256"]}]}
+    (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
+    assert canary.stored_figures(served) == figures
+    assert len(figures["prompt_token_ids"]) > 2048
+    manifest["files"][0]["sha256"] = "0" * 64
+    (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
+    assert canary.stored_figures(served) is None

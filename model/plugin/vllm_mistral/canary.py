@@ -13,6 +13,8 @@ from typing import Any, Literal
 from vllm_mistral.contract import Code, LaunchError
 
 FILE = "mistralctl-canary.json"
+MANIFEST = "mistral-weights.json"
+SHIPPED = Path(__file__).parent / "canaries"  # the same figures and `weights_sha256`, the hash of the model's file
 # Largest difference of a log-probability that rounding explains, by the engine's dtype, against figures in float32.
 TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
 PROMPT = "The capital of France is"
@@ -50,16 +52,35 @@ def forced_logprobs(url: str, key: str, model: str, prompt: list[int], forced: l
     return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
 
 
-def stored_figures(folder: Path) -> dict[str, Any] | None:
-    """What is stored with the weights, None if nothing is; LaunchError if it is not what `reference --canary` writes."""
+def _shipped_figures(folder: Path) -> str | None:
+    """The figures that this package has of these very weights, by the hashes in their manifest."""
     try:
-        found: dict[str, Any] = json.loads((folder / FILE).read_text("utf-8"))
+        manifest = json.loads((folder.with_name(folder.name.removesuffix(".hf")) / MANIFEST).read_text("utf-8"))
+        hashes = {str(file["sha256"]) for file in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for path in sorted(SHIPPED.glob("*.json")):
+        text = path.read_text("utf-8")
+        if json.loads(text)["weights_sha256"] in hashes:
+            return text
+    return None
+
+
+def stored_figures(folder: Path) -> dict[str, Any] | None:
+    """What is stored with the weights, or else here for them; None if nothing is.
+
+    LaunchError if it is not what `reference --canary` writes.
+    """
+    try:
+        path = folder / FILE
+        text = path.read_text("utf-8") if path.exists() else _shipped_figures(folder)
+        if text is None:
+            return None
+        found: dict[str, Any] = json.loads(text)
         tokens = found["prompt_token_ids"] + found["forced_token_ids"]
         if not all(isinstance(token, int) for token in tokens) or len(found["forced_token_ids"]) != len(found["logprobs"]):
             raise ValueError("its lists do not fit")
         return found
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LaunchError(Code.CANARY, f"{folder / FILE} is damaged ({error}); pull the weights again") from error
 
