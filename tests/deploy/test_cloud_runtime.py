@@ -1,0 +1,89 @@
+"""What goes to SkyPilot, to ssh and to AWS, without a machine; tests/e2e has the machines."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistralctl.clouds import CLOUDS, aws, listing
+from mistralctl.errors import UserError
+from mistralctl.runtime import ssh
+from mistralctl.runtime.sky import configuration
+from mistralctl.runtime.ssh import Address
+
+
+@pytest.mark.parametrize("clouds", [{}, {"aws": {"remote_identity": "LOCAL_CREDENTIALS"}}])
+def test_no_key_of_a_cloud_goes_to_a_node(clouds: dict[str, Any]) -> None:
+    made = configuration({}, clouds)
+    assert {cloud: made[cloud]["remote_identity"] for cloud in CLOUDS} == dict.fromkeys(CLOUDS, "NO_UPLOAD")
+
+
+def test_the_users_own_identity_and_network_are_kept() -> None:
+    made = configuration({"gcp": {"vpc_name": "mine"}}, {"aws": {"remote_identity": "my-role"}, "gcp": None})
+    assert made["gcp"] == {"vpc_name": "mine", "remote_identity": "NO_UPLOAD"}
+    assert "remote_identity" not in made["aws"]  # what the user's file says holds
+
+
+def test_skypilot_accepts_the_configuration() -> None:
+    import sky.utils.common_utils
+    import sky.utils.schemas
+
+    common_utils: Any = sky.utils.common_utils
+    schemas: Any = sky.utils.schemas
+    common_utils.validate_schema(configuration({}, {}), schemas.get_config_schema(), "refused: ", skip_none=False)
+
+
+def test_ssh_reads_what_was_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    ssh.remember("mine", Address("192.0.2.7", 2222, "ubuntu", "/a key/with space", "nc jump %p"))
+    file = ssh.config_file("mine")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    read = subprocess.run([*ssh.command("mine", "-G"), ssh.HOST], capture_output=True, text=True, check=True).stdout.splitlines()
+    for line in ("hostname 192.0.2.7", "port 2222", "user ubuntu", "identityfile /a key/with space", "proxycommand nc jump %p",
+                 "batchmode yes", "identitiesonly yes"):  # fmt: skip
+        assert line in read
+    assert ssh.tunnel_command("mine", 8001, 8000)[-3:] == ["-L", "127.0.0.1:8001:127.0.0.1:8000", "node"]
+
+
+def test_a_machine_that_is_not_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no machine is known"):
+        ssh.command("mine")
+
+
+def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+    from moto import mock_aws
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with mock_aws():
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        made = []
+        for owner, name in (("a1", "one"), ("a1", "two"), ("b2", "one"), ("", "")):
+            tags = [{"Key": f"mistralctl-{k}", "Value": v} for k, v in (("owner", owner), ("name", name)) if v]
+            given: dict[str, Any] = {"TagSpecifications": [{"ResourceType": "instance", "Tags": tags}]} if tags else {}
+            [one] = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="m6i.large", **given)["Instances"]
+            made.append(one["InstanceId"])
+        volume = ec2.create_volume(
+            AvailabilityZone="us-west-2a", Size=8,
+            TagSpecifications=[{"ResourceType": "volume", "Tags": [{"Key": "mistralctl-owner", "Value": "a1"}]}],
+        )["VolumeId"]  # fmt: skip
+        within = ["us-west-2", "us-east-1"]
+        assert [part.id for part in aws.ours("a1", "one", within)] == made[:1]
+        assert [(part.id, part.kind) for part in aws.ours("a1", None, within)] == [
+            (made[0], "machine"), (made[1], "machine"), (volume, "disk"),
+        ]  # fmt: skip
+        assert [part.id for part in aws.ours(None, None, within)] == made[:3]
+        ec2.terminate_instances(InstanceIds=[made[0]])
+        assert aws.ours("a1", "one", within) == []
+        assert "us-west-2" in aws.regions()
+
+
+def test_a_cloud_without_a_listing_has_none() -> None:
+    assert listing("aws") is aws
+    assert listing("nowhere") is None

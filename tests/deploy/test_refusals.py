@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mistralctl import refusals
+from mistralctl.errors import Exit
+from mistralctl.refusals import Refusal, read, refused
+
+AWS = (
+    "\x1b[0m⚙︎ Launching on AWS us-east-1\x1b[0m (us-east-1a,us-east-1b).\n"
+    "botocore.exceptions.ClientError: An error occurred (InsufficientInstanceCapacity) when calling the RunInstances operation: "
+    "We currently do not have sufficient g6.xlarge capacity in the Availability Zone you requested (us-east-1a).\n"
+    "An error occurred (VcpuLimitExceeded) when calling the RunInstances operation: You have requested more vCPU capacity than "
+    "your current vCPU limit of 0 allows in us-west-2\n"
+    "An error occurred (UnauthorizedOperation) when calling the RunInstances operation: You are not authorized.\n"
+)
+
+
+def test_each_place_and_code_once_with_what_is_missing() -> None:
+    assert read([AWS, AWS]) == [
+        Refusal("us-east-1a", "capacity", "InsufficientInstanceCapacity", ""),
+        Refusal("us-west-2", "quota", "VcpuLimitExceeded", ""),
+        Refusal("us-east-1a", "permission", "UnauthorizedOperation", "RunInstances"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "Got return code 'QUOTA_EXCEEDED' in us-central1-a: Quota 'NVIDIA_L4_GPUS' exceeded. Limit: 0.0 in region us-central1.",
+            Refusal("us-central1-a", "quota", "QUOTA_EXCEEDED", "NVIDIA_L4_GPUS"),
+        ),
+        ("Got return code 'ZONE_RESOURCE_POOL_EXHAUSTED' in us-east4-c", Refusal("us-east4-c", "capacity", "ZONE_RESOURCE_POOL_EXHAUSTED", "")),
+        ("(OperationNotAllowed) Operation could not be completed: standardNCADSA100v4Family Cores quota",
+         Refusal("", "quota", "OperationNotAllowed", "standardNCADSA100v4Family")),
+        ("(SkuNotAvailable) The requested VM size is not available", Refusal("", "capacity", "SkuNotAvailable", "")),
+    ],
+)  # fmt: skip
+def test_the_codes_of_other_clouds(line: str, expected: Refusal) -> None:
+    assert read([line]) == [expected]
+
+
+def test_the_error_is_one_line_and_a_table(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    log.write_text(AWS)
+    error = refused("Failed to acquire resources", [RuntimeError("nothing to see")], log)
+    assert error.code == Exit.CLOUD
+    assert str(error) == (
+        "no cloud gave a machine, 3 refused; capacity: try again later, or allow more: --cloud, another --region, --accelerators, "
+        "--no-spot; quota: ask the cloud for a larger quota, or use another --region; permission: give the identity the right that "
+        f"is named (log: {log})"
+    )
+    assert error.details.splitlines()[0] == "  us-east-1a         capacity   InsufficientInstanceCapacity"
+    assert len(error.details.splitlines()) == 3
+
+
+def test_without_a_code_skypilots_own_words_are_passed_on(tmp_path: Path) -> None:
+    error = refused("\n  Catalog does not contain any instances\nmore", [], tmp_path / "none")
+    assert str(error) == f"no cloud gave a machine: Catalog does not contain any instances (log: {tmp_path / 'none'})"
+    assert error.details == ""
+
+
+def test_every_kind_has_its_advice() -> None:
+    assert set(refusals.CODES.values()) <= set(refusals.ADVICE)
