@@ -113,6 +113,7 @@ check: lint test
 # Each program in the environment that it measures: the laptop's, vLLM's, the weights tool's.
 bench: .venv/.made .venv-node/.made .venv-weights/.made
 	$(BIN)/python benchmarks/cli_latency.py $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/setup_overlap.py $(BENCH_OPTIONS)
 	for program in $(wildcard benchmarks/attention.py benchmarks/kv_blocks.py); do .venv-node/bin/python "$$program" $(BENCH_OPTIONS); done
 	for program in $(wildcard benchmarks/weights_pull.py); do .venv-weights/bin/python "$$program" $(BENCH_OPTIONS); done
 

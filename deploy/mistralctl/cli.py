@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
@@ -19,6 +19,7 @@ from mistralctl.errors import Exit, UserError
 
 if TYPE_CHECKING:
     from mistralctl.config import Sourced
+    from mistralctl.rights import Right
 
 app = typer.Typer(
     name="mistralctl",
@@ -64,6 +65,28 @@ def _say(result: Any, form: Form, text: str) -> None:
     from mistralctl import output
 
     typer.echo(output.dumped(result, form.value, getattr(output, text)))
+
+
+def _say_task(task: dict[str, Any], form: Form) -> None:
+    """Prints a SkyPilot task as YAML, or as JSON."""
+    if form is Form.json:
+        from mistralctl.output import as_json
+
+        typer.echo(as_json(task))
+        return
+    from mistralctl.task import dump
+
+    typer.echo(dump(task), nl=False)
+
+
+def _note_rights(rights: Sequence[Right]) -> None:
+    """Says on standard error which right a node lacks to use a bucket; the task itself stays alone on standard output."""
+    missing = [right for right in rights if right.has != "yes"]
+    if missing:
+        from mistralctl.output import rights_lines
+
+        for line in rights_lines(missing):
+            sys.stderr.write(f"note: {line}\n")
 
 
 def _spec_options(
@@ -151,20 +174,16 @@ def up(
     sourced: Sourced,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="do not ask the hub first whether it lets you at the model")] = False,
     output: Output = Form.text,
 ) -> None:
     """Bring a model up and wait until it answers."""
     if dry_run:
         from mistralctl.commands import plan as plan_command
-        from mistralctl.task import dump
 
-        task = plan_command.render(sourced)
-        if output is Form.json:
-            from mistralctl.output import as_json
-
-            typer.echo(as_json(task))
-        else:
-            typer.echo(dump(task), nl=False)
+        planned = plan_command.run(sourced)
+        _say_task(plan_command.render_plan(planned), output)
+        _note_rights(planned.rights)
         return
     from mistralctl import progress
     from mistralctl.commands import up as up_command
@@ -173,7 +192,7 @@ def up(
         return yes or (sys.stdin.isatty() and typer.confirm(f"{question}. Do it?", err=True))
 
     with progress.shown(quiet=output is not Form.text) as on_phase:
-        result = up_command.run(sourced, on_phase, confirm)
+        result = up_command.run(sourced, on_phase, confirm, offline=offline)
     _say(result, output, "up_text")
 
 
@@ -316,6 +335,108 @@ def doctor(output: Output = Form.text) -> None:
     from mistralctl.commands import doctor as doctor_command
 
     _say(doctor_command.run(), output, "doctor_text")
+
+
+weights_app = typer.Typer(
+    help="Weights: pulled, mirrored to a bucket of yours, verified to the last bit.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(weights_app, name="weights")
+Revision = Annotated[str, typer.Option(metavar="COMMIT", help="commit, tag or branch of a hub's repository")]
+Weights = Annotated[
+    str, typer.Argument(metavar="URI", help="hf:// s3:// gs:// az:// file:// pypi://, or a row of `mistralctl models`")
+]
+
+
+def _say_result(result: Any, form: Form) -> None:
+    """Prints the result of a command that told its progress: with JSON, as the last of its lines."""
+    from mistralctl import output
+
+    if form is Form.json:
+        typer.echo(output.event(result))
+    else:
+        _say(result, form, "weights_text")
+
+
+@weights_app.command(
+    "mirror",
+    epilog="Examples: mistralctl weights mirror mistral-7b-instruct-v0.1 s3://bucket/v01 --here; "
+    "mistralctl weights mirror hf://mistralai/Mistral-7B-v0.1 gs://bucket/base --dry-run",
+)
+def weights_mirror(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a URI, or a row of `mistralctl models`")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="s3:// gs:// az:// or file://")],
+    revision: Revision = "",
+    here: Annotated[bool, typer.Option("--here", help="on this machine, by way of its disk")] = False,
+    stage: Annotated[Path | None, typer.Option(metavar="DIR", help="with --here: a folder with room for the set, kept")] = None,
+    region: Annotated[str | None, typer.Option(help="region of the target's bucket, for the machine near it")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
+    output: Output = Form.text,
+) -> None:
+    """Bring weights from one place to another: on a cheap machine near the bucket, or --here."""
+    from mistralctl import mirror
+
+    spec = mirror.make(source, target, revision, region)
+    if here and (dry_run or region):
+        raise UserError(f"--here: means nothing with {'--dry-run' if dry_run else '--region'}; leave one of the two out")
+    if stage and not here:
+        raise UserError("--stage: is a folder of this machine; add --here")
+    from mistralctl.commands import weights
+
+    if dry_run:
+        _say_task(weights.render(spec), output)
+        _note_rights(mirror.rights(spec))
+        return
+    if not here:
+        weights.mirror_there(spec)
+        return
+    from mistralctl import progress
+
+    with progress.of_bytes(output.value) as report:
+        result = weights.mirror_here(spec, stage, report)
+    _say_result(result, output)
+
+
+@weights_app.command("pull", epilog="Example: mistralctl weights pull s3://bucket/v01 weights/v01")
+def weights_pull(
+    uri: Weights,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="appears when the set is complete and right")],
+    revision: Revision = "",
+    full: Annotated[bool, typer.Option("--full", help="hash every byte of a set that is there already")] = False,
+    output: Output = Form.text,
+) -> None:
+    """Bring weights into a folder; run again after any failure, it continues."""
+    from mistralctl import progress
+    from mistralctl.commands import weights
+
+    with progress.of_bytes(output.value) as report:
+        result = weights.pull(uri, folder, revision, report, full=full)
+    _say_result(result, output)
+
+
+@weights_app.command(
+    "verify", epilog="Examples: mistralctl weights verify s3://bucket/v01; mistralctl weights verify weights/v01"
+)
+def weights_verify(
+    where: Annotated[str, typer.Argument(metavar="URI|DIR", help="a URI, or a folder of this machine")],
+    revision: Revision = "",
+    output: Output = Form.text,
+) -> None:
+    """Read every byte of a set and hold it against its manifest."""
+    from mistralctl import progress
+    from mistralctl.commands import weights
+
+    with progress.of_bytes(output.value) as report:
+        result = weights.verify(where, revision, report)
+    _say_result(result, output)
+    weights.check(result)
+
+
+@weights_app.command("ls", epilog="Example: mistralctl weights ls hf://mistralai/Mistral-7B-Instruct-v0.1")
+def weights_ls(uri: Weights, revision: Revision = "", output: Output = Form.text) -> None:
+    """List what lies at a place, what a pull brings of it, and whether you may read it."""
+    from mistralctl.commands import weights
+
+    _say(weights.ls(uri, revision), output, "weights_text")
 
 
 def _version(wanted: bool) -> None:

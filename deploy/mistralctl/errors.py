@@ -18,6 +18,7 @@ class Exit(IntEnum):
     NETWORK = 7
     CLOUD = 8
     SERVER = 9
+    WEIGHTS = 10
     INTERRUPTED = 130
 
 

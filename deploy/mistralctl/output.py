@@ -19,6 +19,7 @@ from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
 from mistralctl.prices import SNAPSHOT_DATE
+from mistralctl.rights import Right
 
 
 def plain(result: Any) -> Any:
@@ -97,6 +98,8 @@ def plan_text(plan: Plan) -> str:
     if plan.refused:
         lines += ["", "refused:"]
         lines += [f"  {option.cloud} {option.label}: {option.reason}" for option in plan.refused]
+    if plan.rights:
+        lines += ["", "reading the weights:", *(f"  {line}" for line in rights_lines(plan.rights))]
     if plan.chosen.cloud != LOCAL:
         lines += [
             "",
@@ -203,6 +206,29 @@ def doctor_text(doctor: Doctor) -> str:
     made = "" if doctor.node.exists else " (made by the first mistralctl up --cloud local)"
     lines = [table(["", "CHECK", "FOUND", "NEEDED FOR", "TO MEND IT"], rows), ""]
     return "\n".join([*lines, f"laptop: {doctor.laptop.python}", f"node:   {doctor.node.python}{made}"])
+
+
+def weights_text(result: Any) -> str:
+    """What the weights tool itself says of a pull, a mirror, a check or a list."""
+    from mistralctl import weights
+
+    return weights.text(result)
+
+
+def event(result: Any) -> str:
+    """The last of the JSON lines of a command that told its progress in such lines."""
+    return json.dumps({"event": "result", **plain(result)}, ensure_ascii=False)
+
+
+def rights_lines(rights: Sequence[Right]) -> list[str]:
+    """Who must be allowed what so that a node can use a bucket; nothing where no bucket is used."""
+    lines = []
+    for right in rights:
+        verb = {"yes": "has it", "grant": "MUST BE GIVEN IT", "no": "CANNOT HAVE IT"}[right.has]
+        lines.append(f"{right.uri} from {right.cloud}: needs {right.needs}; {verb}: {right.why}")
+        if right.mend:
+            lines[-1] += f" ({right.mend})" if right.has == "yes" else f"; {right.mend}"
+    return lines
 
 
 Render = Callable[[Any], str]

@@ -16,6 +16,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB, GPUS, Gpu
 from mistralctl.machine import Machine
 from mistralctl.models import Model, Shape
+from mistralctl.rights import Right, rights
 from mistralctl.spec import DeploymentSpec, parse_accelerators
 
 # A fall-back that costs more than this many times the cheapest machine is not taken unless --max-price allows it.
@@ -51,7 +52,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not."""
+    """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not.
+
+    `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options.
+    """
 
     name: str
     model: Model
@@ -72,6 +76,12 @@ class Plan:
     ttl_minutes: int | None
     options: tuple[Option, ...]
     refused: tuple[Option, ...]
+    rights: tuple[Right, ...] = ()
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """(URI, revision) of the weights and of every adapter."""
+        return ((self.weights, self.revision), *((uri, "") for uri in self.spec.lora.values()))
 
     @property
     def chosen(self) -> Option:
@@ -368,4 +378,5 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         ttl_minutes=minutes(spec.ttl),
         options=tuple(fitting),
         refused=tuple(refused),
+        rights=tuple(rights((weights, *spec.lora.values()), (option.cloud for option in fitting))),
     )

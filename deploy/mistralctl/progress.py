@@ -5,12 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from mistralctl.phases import WORDS, PhaseEvent
+
+if TYPE_CHECKING:
+    from mistralctl.weights import Report
 
 
 def _seconds(began: dict[str, float], event: PhaseEvent) -> str:
     return f" {event.at - began[event.phase]:.1f} s" if event.phase in began else ""
+
+
+@contextmanager
+def of_bytes(form: str) -> Iterator[Report]:
+    """A function to pass the weights tool's events to: a bar or lines; with json, one JSON object a line on standard output."""
+    if form == "yaml":
+        yield lambda event: None
+        return
+    from mistralctl import weights
+
+    with weights.progress(form) as report:
+        yield report
 
 
 @contextmanager

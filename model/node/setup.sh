@@ -11,24 +11,9 @@ env_dir=$node_dir/envs/$MISTRALCTL_ENV_ID
 umask 022
 # shellcheck source=model/node/once.sh
 . "$here/once.sh"
+# shellcheck source=model/node/weights.sh
+. "$here/weights.sh"
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
-
-phase() { # PHASE EVENT [MESSAGE]
-  local message=${3:-}
-  message=${message//\\/\\\\}
-  message=$(printf '%s' "${message//\"/\\\"}" | tr -d '\000-\037')
-  printf 'mistralctl-phase {"phase": "%s", "event": "%s", "at": %s%s}\n' "$1" "$2" "${EPOCHREALTIME:-$(date +%s)}" \
-    "${message:+, \"message\": \"$message\"}"
-}
-
-find_uv() {
-  local candidate
-  for candidate in uv "$HOME/.local/bin/uv" "$node_dir/envs/uv/bin/uv"; do
-    if command -v "$candidate" > /dev/null; then command -v "$candidate"; return; fi
-  done
-  { python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet uv; } 1>&2
-  echo "$node_dir/envs/uv/bin/uv"
-}
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
   "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
@@ -52,30 +37,24 @@ make_byte_code() {
     touch "$env_dir/.byte-code"
 }
 
-install_weights_tool() { # SCHEME...
-  "$uv" venv --quiet --python "$MISTRALCTL_PYTHON" "$weights_env" || return
-  local scheme options=()
-  for scheme in "$@"; do options+=(--extra "$scheme"); done
-  attempts "$uv" pip install --quiet --python "$weights_env/bin/python" --requirement "$model_dir/weights/pyproject.toml" \
-    ${options[@]+"${options[@]}"}
-}
-
 pull() { # URI FOLDER [REVISION]
-  PYTHONPATH=$model_dir/weights "$weights_env/bin/python" -m mistral_weights pull "$1" "$2" ${3:+--revision "$3"} \
-    --secrets "$run_dir/secrets.json"
+  local n
+  case $1 in
+    hf://*) # the laptop sends the hub's token as soon as it sees this set-up run; by hand there may be none
+      for ((n = 0; n < 240; n++)); do
+        [ -e "$run_dir/secrets.json" ] && break
+        sleep 0.25
+      done ;;
+  esac
+  mistral_weights pull "$1" "$2" ${3:+--revision "$3"}
 }
 
 pull_weights() {
-  local uri=${MISTRALCTL_WEIGHTS/#file:\/\/\~/file://$HOME} adapters schemes adapter source
+  local uri=${MISTRALCTL_WEIGHTS/#file:\/\/\~/file://$HOME} adapters adapter source
   phase weights start
   adapters=$(printf '%s' "${MISTRALCTL_LORA:-}" | tr -d '{}" ' | tr ',' '\n')  # names and URIs hold none of these
-  schemes=$(printf '%s\n%s\n' "$uri" "$(printf '%s' "$adapters" | sed 's/^[^:]*://')" | sed -n 's#://.*##p' | { grep -v '^file$' || true; } | sort -u)
-  weights_env=$node_dir/envs/weights-$(cat "$model_dir/weights/pyproject.toml" - <<< "$MISTRALCTL_PYTHON $schemes" | cksum | tr ' ' -)
-  # shellcheck disable=SC2086 # one argument for each scheme
-  once "$weights_env" install_weights_tool $schemes || {
-    echo "what reads ${schemes//$'\n'/, } could not be installed; check the network, then run up again" >&2
-    return 1
-  }
+  # shellcheck disable=SC2046 # one argument for each adapter
+  weights_tool "$uri" $(printf '%s\n' "$adapters" | sed 's/^[^:]*://') || return
   pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" || return
   while IFS=: read -r adapter source; do
     [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return

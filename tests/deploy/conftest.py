@@ -27,7 +27,7 @@ def mistralctl(home: Path, tmp_path: Path) -> Run:
     folder.mkdir()
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("MISTRALCTL_")}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MISTRALCTL_", "HF_"))}
         env = kept | {"HOME": str(home), "MISTRALCTL_OWNER": "tests", "COLUMNS": "120", **variables}
         command = [sys.executable, "-m", "mistralctl", *arguments]
         return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)

@@ -84,7 +84,7 @@ def keys(data: object) -> object:
 
 PLAN_KEYS = ["name", "model", "spec", "engine", "weights", "revision", "weights_id", "served_model_name", "max_model_len",
              "max_num_seqs", "max_batched_tokens", "sliding_window", "dtype", "tensor_parallel", "kv_cache_gib",
-             "idle_minutes", "ttl_minutes", "options", "refused"]  # fmt: skip
+             "idle_minutes", "ttl_minutes", "options", "refused", "rights"]  # fmt: skip
 OPTION_KEYS = ["cloud", "accelerator", "count", "instance_type", "region", "price", "spot_price", "fit", "reason"]
 FIT_KEYS = ["weight_bytes", "kv_bytes_per_token", "cache_bytes", "cache_tokens", "request_tokens",
             "request_tokens_without_window", "concurrency", "concurrency_without_window", "reason"]  # fmt: skip
@@ -135,7 +135,7 @@ def test_plan_as_a_person_reads_it(mistralctl: Run) -> None:
 
 def test_help_and_completion(mistralctl: Run) -> None:
     overview = mistralctl("--help").stdout
-    for command in ("up", "plan", "down", "status", "logs", "env", "chat", "models", "gpus", "doctor"):
+    for command in ("up", "plan", "down", "status", "logs", "env", "chat", "models", "gpus", "doctor", "weights"):
         assert f"\n  {command}" in overview
         assert mistralctl(command, "--help").returncode == 0
     assert "Examples:" in mistralctl("up", "--help").stdout

@@ -15,16 +15,32 @@ from mistralctl.task import package_dir
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 # Top to bottom; a module imports its own tier and the tiers above.
 TIERS: dict[str, tuple[str, ...]] = {
-    "facts": ("errors", "models", "gpus", "clouds", "prices", "durations"),
-    "pure": ("machine", "spec", "config", "fit", "plan", "task", "phases", "refusals"),
-    "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "clouds.aws", "runtime.local", "runtime.ssh", "runtime.tunnel",
-                "runtime.sky"),
+    "facts": ("errors", "models", "gpus", "clouds", "prices", "durations", "rights"),
+    "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
+    "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "weights", "clouds.aws", "runtime.local", "runtime.ssh",
+                "runtime.tunnel", "runtime.sky"),
     "commands": ("commands.plan", "commands.launch", "commands.up", "commands.down", "commands.status", "commands.logs", "commands.env",
-                 "commands.chat", "commands.tables", "commands.doctor"),
+                 "commands.chat", "commands.tables", "commands.doctor", "commands.weights"),
     "cli": ("progress", "output", "cli"),
 }  # fmt: skip
 RANK = {module: rank for rank, modules in enumerate(TIERS.values()) for module in modules}
-HEAVY = ("sky", "torch", "vllm", "boto3", "google", "azure", "openai", "httpx", "psutil", "rich", "huggingface_hub", "numpy")
+HEAVY = (
+    "sky",
+    "torch",
+    "vllm",
+    "boto3",
+    "google",
+    "azure",
+    "openai",
+    "httpx",
+    "psutil",
+    "rich",
+    "huggingface_hub",
+    "numpy",
+    "mistral_weights",
+    "blake3",
+    "tqdm",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -79,9 +95,21 @@ def test_laptop_and_node_never_import_each_other() -> None:
         assert not {name for name in names if name.split(".")[0] == "mistralctl"}, path
 
 
+def test_one_module_imports_the_weights_tool() -> None:
+    for module, path in modules().items():
+        if module != "weights":
+            assert "mistral_weights" not in path.read_text("utf-8"), module
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("up", "--help"), ("up", "--dry-run"), ("up", "smollm2-135m-instruct", "--cloud", "aws", "--dry-run")],
+    [
+        ("--help",),
+        ("up", "--help"),
+        ("up", "--dry-run"),
+        ("up", "smollm2-135m-instruct", "--cloud", "aws", "--dry-run"),
+        ("weights", "--help"),
+    ],
 )
 def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
     code = (

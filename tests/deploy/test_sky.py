@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from mistralctl import checkpoints, plan, task
 from mistralctl.config import load
+from test_mirror import CASES as MIRRORS
+from test_mirror import rendered as mirror_rendered
 from test_task import CASES
 
 CLOUD_CASES = [name for name in CASES if name != "local"]
@@ -29,9 +31,12 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         made = plan.make(sourced, checkpoints.resolve(sourced), None)
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(task.dump(task.render(made, owner="0123456789ab")), "utf-8")
-    files.append(folder / "serve.yaml")
-    template = task.package_dir("task_templates") / "serve.yaml"
-    files[-1].write_text(template.read_text("utf-8"), "utf-8")
+    for name in MIRRORS:
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(task.dump(mirror_rendered(name)), "utf-8")
+    for name in ("serve.yaml", "mirror.yaml"):
+        files.append(folder / name)
+        files[-1].write_text((task.package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
     (folder / "broken.yaml").write_text(files[0].read_text("utf-8").replace("resources:", "resorces:"), "utf-8")
     files.append(folder / "broken.yaml")
     env = {
@@ -66,8 +71,21 @@ def test_skypilot_accepts_the_task_and_chooses_what_the_plan_chose(name: str, ac
         assert got["price"] == pytest.approx(chosen.spot_price if sourced.spec.spot else chosen.price, abs=1e-3)
 
 
-def test_the_template_as_it_stands_is_accepted(accepted: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", MIRRORS)
+def test_skypilot_accepts_a_mirror_on_a_cheap_machine_of_the_buckets_cloud(
+    name: str, accepted: dict[str, dict[str, Any]]
+) -> None:
+    got = accepted[name]
+    assert "error" not in got
+    assert got["cloud"] == name.removeprefix("mirror-")
+    assert (got["accelerators"], got["price"] < 0.3) == (None, True)
+    if MIRRORS[name][3:]:
+        assert got["region"] == MIRRORS[name][3]
+
+
+def test_the_templates_as_they_stand_are_accepted(accepted: dict[str, dict[str, Any]]) -> None:
     assert accepted["serve"]["accelerators"] == {"L4": 1}
+    assert (accepted["mirror"]["cloud"], accepted["mirror"]["accelerators"]) == ("aws", None)
 
 
 def test_a_misspelt_key_would_have_been_noticed(accepted: dict[str, dict[str, Any]]) -> None:

@@ -40,6 +40,10 @@ class Cli:
         """The JSON result of a command."""
         return json.loads(self(*arguments, "-o", "json").stdout)
 
+    def json_lines(self, *arguments: str) -> list[Any]:
+        """The JSON lines of a command that tells its progress in them."""
+        return [json.loads(line) for line in self(*arguments, "-o", "json").stdout.splitlines()]
+
     def processes(self) -> list[psutil.Process]:
         """Every process that works in this home folder."""
         found = []

@@ -230,7 +230,10 @@ def test_a_full_disk_is_named_before_anything_is_made(tmp_path: Path) -> None:
 def test_without_a_network_the_weights_are_named(cli: Cli) -> None:
     """In a network namespace without any interface; the environment is there already."""
     cli.command = [*NAMESPACES, "--net", *cli.command]
-    error = cli("up", MODEL, "--cloud", "local", "--name", "cut", "--weights", "hf://nobody/nothing", code=9).stderr
+    error = cli("up", MODEL, "--cloud", "local", "--name", "cut", "--weights", "hf://nobody/nothing", code=7).stderr
+    assert error.startswith("mistralctl: hf://nobody/nothing: ")
+    assert error.endswith(" cannot be reached (ConnectError); check the network\n")
+    error = cli("up", MODEL, "--cloud", "local", "--name", "cut", "--weights", "hf://nobody/nothing", "--offline", code=9).stderr
     assert error.count("mistralctl: ") == 1
     [last] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
     assert last.startswith(

@@ -40,7 +40,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_it_carries_what_a_node_needs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
-        "task_templates/serve.yaml", "model/node/setup.sh", "model/plugin/vllm_mistral/model.py", "catalog/aws/vms.csv",
+        "task_templates/serve.yaml", "task_templates/mirror.yaml", "model/node/setup.sh", "model/node/mirror.sh",
+        "model/plugin/vllm_mistral/model.py", "catalog/aws/vms.csv",
         "model/weights/mistral_weights/pull.py", "model/node/vllm-cpu/shim/pyproject.toml", "mistralctl.schema.json",
     ):  # fmt: skip
         assert f"mistralctl/{needed}" in names
@@ -58,6 +59,17 @@ def test_it_renders_the_same_task_as_the_checkout(installed: Cli) -> None:
         assert "site-packages" in mount
         theirs["file_mounts"] = ours["file_mounts"]
         assert theirs == ours
+
+
+def test_its_weights_tool_is_the_one_that_it_carries(installed: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"x" * 5000)
+    (source / "config.json").write_text("{}")
+    installed("weights", "mirror", f"file://{source}", f"file://{tmp_path}/target", "--here")
+    assert installed("weights", "verify", f"{tmp_path}/target").stdout.endswith(": 2 of 2 files proven, 5,002 bytes read\n")
+    error = installed("weights", "ls", "s3://bucket/x", code=6).stderr
+    assert error == "mistralctl: s3:// needs the package boto3; pip install 'mistralctl[aws]'\n"
 
 
 def test_it_serves_on_this_machine(installed: Cli) -> None:

@@ -189,6 +189,23 @@ def test_a_manifest_shows_every_single_flipped_bit(stores: dict[str, Place], tmp
             assert caught.value.kind in (Kind.DAMAGED, Kind.REFUSED)
 
 
+def test_a_target_that_refuses_is_said_before_anything_is_fetched(
+    stores: dict[str, Place], hub: hubs.Hub, tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("test/refused", sets.a_set())
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    asked = len(hub.requests)
+    request = Mirror("hf://test/refused", "s3://weights/refused", stage=tmp_path / "stage", patience=patience)
+    with pytest.raises(WeightsError, match="SignatureDoesNotMatch"):
+        mirror(request)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", stores["s3"].env["AWS_SECRET_ACCESS_KEY"])
+    for target in ("s3://no-such-bucket/x", "az://devstoreaccount1/no-such-container/x"):
+        with pytest.raises(WeightsError, match="there is no (bucket|container)"):
+            mirror(replace(request, target=target))
+    assert len(hub.requests) == asked
+    assert not (tmp_path / "stage").exists()
+
+
 def test_a_hub_or_an_index_is_no_target(patience: Patience) -> None:
     for target in ("hf://a/b", "pypi://a@1"):
         with pytest.raises(WeightsError, match="weights cannot be written to") as caught:

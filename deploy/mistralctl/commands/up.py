@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -38,11 +37,30 @@ class UpResult:
     log: str
 
 
-def _secrets(name: str) -> dict[str, str]:
-    found = {"api_key": state.api_key(name)}
-    if os.environ.get("HF_TOKEN"):
-        found["hf_token"] = os.environ["HF_TOKEN"]
+def _from_hub(plan: Plan) -> bool:
+    return any(uri.startswith("hf://") for uri, _ in plan.sources)
+
+
+def _secrets(plan: Plan) -> dict[str, str]:
+    """What goes to the node beside the task: the key, and the hub's token where the hub is asked."""
+    found = {"api_key": state.api_key(plan.name)}
+    if _from_hub(plan):
+        from mistralctl import weights
+
+        token = weights.hub_token()
+        if token:
+            found["hf_token"] = token
     return found
+
+
+def _check_hub(plan: Plan) -> None:
+    """UserError, naming the page to open, when the hub does not let this user at the model; before anything is rented."""
+    if not _from_hub(plan):
+        return
+    from mistralctl import weights
+
+    there = plan.chosen.cloud == LOCAL and weights.is_there(local_dir() / "weights" / plan.weights_id)
+    weights.may_pull(plan.sources[1:] if there else plan.sources)
 
 
 def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
@@ -59,7 +77,7 @@ def _others_ports(name: str) -> set[int]:
     return {record.port for record in records if record is not None and record.state != "down"}
 
 
-def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
+def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
     from mistralctl.runtime import local
 
     old = state.read(plan.name)
@@ -80,6 +98,8 @@ def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None])
         return _result(old, plan, "unchanged", "")
     shape = plan.model.shape
     local.check_disk(task, weight_bytes(shape, plan.dtype, plan.spec.quantization) if shape else 0)
+    if not offline:
+        _check_hub(plan)
     if old is not None and running and old.pid is not None:
         local.end(old.pid)
     action = "replaced" if running else "started"
@@ -101,7 +121,7 @@ def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None])
         state.save(record)
 
     try:
-        pid = local.start(task, _secrets(plan.name), log, hear, remember)
+        pid = local.start(task, _secrets(plan), log, hear, remember)
         try:
             answer = readiness.complete(record.base_url, key, record.served_model_name)
         except BaseException:
@@ -122,25 +142,29 @@ def _local(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None])
 def _cloud(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool]) -> UpResult:
     from mistralctl.commands import launch
 
-    done = launch.run(sourced, plan, _secrets(plan.name), _others_ports(plan.name), on_phase, confirm)
+    done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm)
     record, action, answer = done
     return _result(record, plan, action, answer)
 
 
-def run(sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool]) -> UpResult:
+def run(
+    sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool], *, offline: bool = False
+) -> UpResult:
     """Brings the deployment up; UserError if that fails, and then on this machine nothing is left behind.
 
-    `confirm` is asked before a machine is replaced by another one.
+    `confirm` is asked before a machine is replaced by another one; `offline`: the hub is not asked before anything is rented.
     """
     from filelock import FileLock, Timeout
 
     plan = plan_command.run(sourced)
+    if plan.chosen.cloud != LOCAL and not offline:
+        _check_hub(plan)
     folder = state.folder(plan.name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with FileLock(folder / "lock", timeout=0):
             if plan.chosen.cloud == LOCAL:
-                return _local(sourced, plan, on_phase)
+                return _local(sourced, plan, offline, on_phase)
             return _cloud(sourced, plan, on_phase, confirm)
     except Timeout:
         raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .address import parse
+from .address import Address, parse
 from .errors import Kind, WeightsError
 from .events import Report, silent
 from .patience import Patience
 from .pull import Pull, pull
 from .push import Push, push
+from .retrying import tried
 from .secrets import Secrets
+from .stores import Opening, open_store
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def mirror(request: Mirror, report: Report = silent) -> Mirrored:
     if str(source) == str(target):
         raise WeightsError(Kind.USAGE, f"{source} is both source and target; name another target")
     to_folder = target.scheme == "file"
+    if not to_folder:
+        _require_target(target, request, report)
     stage = Path(target.root) if to_folder else request.stage or _stage(str(source))
     wanted = Pull(
         request.source,
@@ -86,6 +91,17 @@ def mirror(request: Mirror, report: Report = silent) -> Mirrored:
         sent=sent,
         seconds=time.monotonic() - begun,
     )
+
+
+def _require_target(target: Address, request: Mirror, report: Report) -> None:
+    """Asks for what the target holds: a bucket that is not there, or not ours, is said before anything is fetched."""
+    with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
+        store = open_store(target, Opening(request.secrets, Path(scratch), request.patience))
+        try:
+            tried(str(target), request.patience, report, store.list)
+        except WeightsError as error:
+            if error.kind is not Kind.NOT_FOUND:  # nothing there yet
+                raise
 
 
 def _stage(source: str) -> Path:

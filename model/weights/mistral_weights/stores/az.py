@@ -161,6 +161,8 @@ class AzureStore:
         except HttpResponseError as error:
             if error.status_code is None:
                 raise self._unreachable(what, error) from error
+            if getattr(error, "error_code", None) == "ContainerNotFound":
+                raise WeightsError(Kind.REFUSED, f"there is no container {self.address.root}; check its name") from error
             headers = getattr(error.response, "headers", {})
             raise meaning(error.status_code, what, self.right, headers.get("Retry-After")) from error
         except (AzureError, OSError) as error:

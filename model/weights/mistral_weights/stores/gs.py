@@ -121,6 +121,8 @@ class GcsStore:
         try:
             yield
         except GoogleAPICallError as error:
+            if "bucket does not exist" in str(error):
+                raise WeightsError(Kind.REFUSED, f"there is no bucket {self.address.root}; check its name") from error
             raise meaning(int(error.code or 500), what, self.right) from error
         except InvalidResponse as error:
             raise meaning(int(error.response.status_code), what, self.right) from error

