@@ -386,10 +386,13 @@ def weights_mirror(
         _say_task(weights.render(spec), output)
         _note_rights(mirror.rights(spec))
         return
-    if not here:
-        weights.mirror_there(spec)
-        return
     from mistralctl import progress
+
+    if not here:
+        with progress.shown(quiet=output is not Form.text) as on_phase:
+            there = weights.mirror_there(spec, on_phase)
+        _say(there, output, "mirrored_text")
+        return
 
     with progress.of_bytes(output.value) as report:
         result = weights.mirror_here(spec, stage, report)

@@ -15,6 +15,7 @@ from mistralctl.commands.env import Client
 from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
+from mistralctl.commands.weights import Mirrored
 from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
@@ -172,6 +173,11 @@ def env_text(client: Client) -> str:
         f"export {key}={shlex.quote(value)}"
         for key, value in (("OPENAI_BASE_URL", client.base_url), ("OPENAI_API_KEY", client.api_key))
     )
+
+
+def mirrored_text(result: Mirrored) -> str:
+    """One line."""
+    return f"{result.target} holds {result.source} ({result.seconds:.0f} s on a machine of {result.cloud}, which is gone)"
 
 
 def connect_text(client: Client) -> str:

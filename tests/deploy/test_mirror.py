@@ -97,11 +97,3 @@ def test_a_right_that_the_machine_lacks_is_noted(mistralctl: Run) -> None:
     assert [line.split(":", 3)[2].split(" from ")[0] for line in lines] == ["//account/container/v01", "//bucket/v01"]
     assert "needs the role Storage Blob Data Contributor on the container account/container; MUST BE GIVEN IT" in lines[0]
     assert lines[1].endswith("an Azure node has no AWS identity; add --here: this machine's own credentials are used")
-
-
-def test_a_cloud_is_not_launched_half_way(mistralctl: Run, home: Path) -> None:
-    done = mistralctl("weights", "mirror", HUB, "s3://bucket/v01")
-    assert done.returncode == 8
-    assert done.stderr.startswith("mistralctl: running a mirror on a cloud is not part of this version yet; add --here ")
-    assert done.stderr.count("\n") == 1
-    assert not list(home.iterdir())

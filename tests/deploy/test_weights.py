@@ -74,7 +74,9 @@ def test_a_dry_run_and_offline_ask_nobody(arguments: tuple[str, ...], hub: hubs.
 
 
 def test_hf_hub_offline_is_obeyed(hub: hubs.Hub, mistralctl: Run) -> None:
-    done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/gated", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", **NO_SKYPILOT)
+    done = mistralctl(
+        "up", "--cloud", "aws", "--weights", "hf://test/gated", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", **NO_SKYPILOT
+    )
     assert BEYOND in done.stderr
     assert hub.requests == []
 

@@ -197,3 +197,11 @@ def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: 
     assert done.stdout.startswith("killed ")
     assert sim.instances("aws") == []
     assert sim.volumes("aws") == []
+
+
+def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
+    copy = "s3://models/copy"
+    done = json.loads(sim.run(["mistralctl", "weights", "mirror", WEIGHTS, copy, "-o", "json"], timeout=400).stdout)
+    assert (done["source"], done["target"], done["cloud"]) == (WEIGHTS, copy, "aws")
+    assert sim.instances("aws") == []
+    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout

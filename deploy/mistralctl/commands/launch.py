@@ -33,7 +33,7 @@ def cluster_name(name: str) -> str:
 
 
 @dataclass
-class _Progress:
+class Progress:
     """What was heard so far, passed on as it comes."""
 
     on_phase: OnPhase
@@ -43,6 +43,7 @@ class _Progress:
     last: str = ""
 
     def hear(self, event: PhaseEvent) -> None:
+        """Takes an event."""
         self.events.append(event)
         if event.event == "fail":
             self.failure = event.message
@@ -55,12 +56,12 @@ class _Progress:
         for event in self.milestones.read(line, time.time()):
             self.hear(event)
 
-    @property
-    def ready(self) -> bool:
-        return any(event.phase == "ready" for event in self.events)
+    def ended(self, phase: str) -> bool:
+        """Whether a phase has come to its end."""
+        return any(event.phase == phase and event.event == "end" for event in self.events)
 
 
-def _learn(record: Record) -> Record:
+def learn(record: Record) -> Record:
     """The record with what SkyPilot knows of the machine by now; its SSH address is kept for later."""
     from mistralctl.runtime import sky
 
@@ -75,7 +76,7 @@ def _learn(record: Record) -> Record:
     )  # fmt: skip
 
 
-class _SecretsSender:
+class SecretsSender:
     """Writes the secrets to the node as soon as its set-up runs; `finish` says whether that went well."""
 
     def __init__(self, record: Record, secrets: Mapping[str, str]) -> None:
@@ -84,6 +85,7 @@ class _SecretsSender:
         self._error: Exception | None = None
 
     def begin(self) -> None:
+        """Starts to write them, if that was not begun yet."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._send, daemon=True)
             self._thread.start()
@@ -92,7 +94,7 @@ class _SecretsSender:
         deadline = time.monotonic() + SECRETS_SECONDS
         while True:
             try:
-                _learn(self._record)
+                learn(self._record)
                 ssh.write_secrets(self._record.name, self._secrets)
                 self._error = None
                 return
@@ -141,7 +143,7 @@ def connect(name: str) -> Record:
     _free(record)
     if not endpoint.is_free(record.port) and not alive(record.pid, record.pid_started):
         raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
-    return _connect(_learn(record))
+    return _connect(learn(record))
 
 
 def _free(record: Record) -> None:
@@ -175,7 +177,7 @@ def _replaced_machine(old: Record, task: Task, confirm: Confirm) -> bool:
     return True
 
 
-def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str, str], progress: _Progress) -> tuple[Record, str]:
+def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str, str], progress: Progress) -> tuple[Record, str]:
     """Brings machine, set-up and job into being, as far as they are not there; the record and what was done."""
     from mistralctl.runtime import sky
 
@@ -185,7 +187,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     job_name = task["name"]
     jobs = sky.running_jobs(record.cluster) if living else {}
     if living and old is not None and old.setup_id == record.setup_id:
-        record = _learn(record)
+        record = learn(record)
         ssh.write_secrets(record.name, secrets)
         same = [job for job, name in jobs.items() if name == job_name]
         job = same[-1] if same else sky.replace_job(task, record.cluster, log, progress.line)
@@ -194,7 +196,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         if jobs:
             sky.cancel_jobs(record.cluster)
         log.write_bytes(b"")
-        sender = _SecretsSender(record, secrets)
+        sender = SecretsSender(record, secrets)
 
         def line(text: str) -> None:
             progress.line(text)
@@ -211,12 +213,17 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
             raise
         for event in progress.milestones.finish(time.time()):
             progress.hear(event)
-        record = _learn(record)
+        record = learn(record)
         state.save(record)
         sender.finish()
         action = "replaced" if jobs else "started"
     if not sky.follow(
-        record.cluster, job, state.folder(record.name) / "serve.log", progress.line, START_SECONDS, lambda: progress.ready
+        record.cluster,
+        job,
+        state.folder(record.name) / "serve.log",
+        progress.line,
+        START_SECONDS,
+        lambda: progress.ended("ready"),
     ):
         why = progress.failure or f"its job ended: {progress.last[:300]}"
         raise UserError(
@@ -259,7 +266,7 @@ def run(
         else:
             record = replace(record, created_at=old.created_at)
     state.save(record)
-    progress = _Progress(on_phase)
+    progress = Progress(on_phase)
     try:
         record, action = _start(record, task, old, secrets, progress)
         state.save(record)

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mistralctl import mirror as mirrors
+from mistralctl import phases, state, weights
 from mistralctl import task as tasks
-from mistralctl import weights
 from mistralctl.errors import Exit, UserError
-from mistralctl.mirror import MirrorSpec
+from mistralctl.mirror import LIFETIME_MINUTES, MirrorSpec
 from mistralctl.models import MODELS
+from mistralctl.phases import PhaseEvent
+from mistralctl.state import Record
+
+MIRROR_SECONDS = LIFETIME_MINUTES * 60.0
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A mirror that was made on a cloud's machine, which is gone: from where, to where, and the seconds that the bytes took."""
+
+    source: str
+    target: str
+    cloud: str
+    seconds: float
 
 
 def _pinned(uri: str, revision: str) -> tuple[str, str]:
@@ -49,14 +66,37 @@ def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) ->
         return weights.mirror(weights.Mirror(spec.source, spec.target, spec.revision, stage=stage), report)
 
 
-def mirror_there(spec: MirrorSpec) -> None:
-    """Mirrors on a machine of the target's cloud."""
-    render(spec)  # what cannot be a task is said first
-    raise UserError(
-        "running a mirror on a cloud is not part of this version yet; add --here to run it on this machine, or write the task "
-        "with --dry-run > mirror.yaml and give it to sky launch",
-        Exit.CLOUD,
-    )
+def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mirrored:
+    """Mirrors on a machine of the target's cloud, which is gone afterwards; UserError, and the machine kept for a look, if that fails."""
+    from mistralctl.commands import down
+    from mistralctl.commands.launch import Progress, SecretsSender, cluster_name, learn
+    from mistralctl.runtime import sky
+
+    task = render(spec)
+    weights.may_pull([(spec.source, spec.revision)])
+    log = state.folder(spec.name) / "up.log"
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log.write_bytes(b"")
+    record = Record(
+        spec.name, spec.cloud or "", "starting", f"mirror of {spec.source}", "", 0, tasks.NODE_DIR, "", time.time(), False,
+        task=task, cluster=cluster_name(spec.name), resources_id=tasks.resources_id(task),
+    )  # fmt: skip
+    state.save(record)
+    token = weights.hub_token() if spec.source.startswith(weights.HUB) else None
+    progress, sender = Progress(on_phase), SecretsSender(record, {"hf_token": token} if token else {})
+    for event in progress.milestones.begin(time.time()):
+        progress.hear(event)
+    job = sky.launch(task, record.cluster, log, progress.line)
+    for event in progress.milestones.finish(time.time()):
+        progress.hear(event)
+    state.save(learn(record))
+    sender.finish()
+    if not sky.follow(record.cluster, job, log, progress.line, MIRROR_SECONDS, lambda: progress.ended("weights")):
+        why = progress.failure or f"its job ended: {progress.last[:300]}"
+        raise UserError(f"{why} (log: {log}; its machine goes by itself, or with mistralctl down {spec.name})", Exit.WEIGHTS)
+    down.run([spec.name], everything=False)
+    [seconds] = [phase.seconds for phase in phases.durations(progress.events) if phase.phase == "weights"]
+    return Mirrored(spec.source, spec.target, record.cloud, seconds)
 
 
 def check(result: weights.Verified) -> None:
