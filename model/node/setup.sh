@@ -28,8 +28,8 @@ make_environment() {
   phase environment end
 }
 
-pull() { # URI FOLDER [REVISION]
-  mistral_weights pull "$1" "$2" ${3:+--revision "$3"}
+pull() { # URI FOLDER [REVISION]: vLLM reads it next, so it is kept in the page cache
+  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"}
 }
 
 pull_weights() {
