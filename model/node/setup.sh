@@ -37,7 +37,7 @@ make_byte_code() {
     touch "$env_dir/.byte-code"
 }
 
-pull() { # URI FOLDER [REVISION]
+pull() { # URI FOLDER [REVISION]: vLLM reads it next, so it is kept in the page cache
   local n
   case $1 in
     hf://*) # the laptop sends the hub's token as soon as it sees this set-up run; by hand there may be none
@@ -46,7 +46,7 @@ pull() { # URI FOLDER [REVISION]
         sleep 0.25
       done ;;
   esac
-  mistral_weights pull "$1" "$2" ${3:+--revision "$3"}
+  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"}
 }
 
 pull_weights() {

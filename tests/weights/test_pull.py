@@ -14,6 +14,7 @@ import hub as hubs
 import pytest
 import sets
 from mistral_weights import manifest as manifests
+from mistral_weights.cli import main
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.events import Event, FileFinished, Waiting
 from mistral_weights.patience import Patience
@@ -60,6 +61,8 @@ def test_through_the_page_cache_brings_the_same(stores: dict[str, Place], tmp_pa
     stores["s3"].put(uri, files)
     pull(Pull(uri, tmp_path / "set", range_bytes=sets.RANGE, direct=False, patience=patience))
     assert contents(tmp_path / "set") == files
+    assert main(["pull", uri, str(tmp_path / "kept"), "--keep-cached"]) == 0
+    assert contents(tmp_path / "kept") == files
 
 
 def test_a_warm_set_asks_nobody(place: Place, tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch) -> None:

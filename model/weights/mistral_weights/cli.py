@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("folder", metavar="DIR", type=Path)
     verb.add_argument("--full", action="store_true", help="hash every byte of a set that is there already")
     verb.add_argument("--plain", action="store_true", help="read through the store's SDK only")
+    verb.add_argument("--keep-cached", action="store_true", help="write through the page cache: for a load right afterwards")
     verb = verbs.add_parser("mirror", parents=[common], help="bring a set from one store to another")
     verb.add_argument("source", metavar="SOURCE")
     verb.add_argument("target", metavar="TARGET")
@@ -53,11 +54,17 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
     secrets = Secrets(options.secrets, options.secrets_wait)
     match options.verb:
         case "pull":
-            full, plain = options.full, options.plain
-            return pull(
-                Pull(options.uri, options.folder, options.revision, secrets, options.form, full_check=full, plain=plain),
-                report,
+            wanted_set = Pull(
+                options.uri,
+                options.folder,
+                options.revision,
+                secrets,
+                options.form,
+                direct=not options.keep_cached,
+                plain=options.plain,
+                full_check=options.full,
             )
+            return pull(wanted_set, report)
         case "mirror":
             wanted = Mirror(options.source, options.target, options.revision, secrets, options.form, options.stage)
             return mirror(wanted, report)

@@ -31,8 +31,8 @@ from .transfer import Conditions, Transfer
 class Pull:
     """What to bring where. `connections` is the number of ranges (of `range_bytes`) that are fetched at once.
 
-    `direct` writes past the page cache where the file system can; `plain` reads through the store's SDK only; `full_check` hashes every byte of a
-    set that is there already.
+    `direct` writes past the page cache where the file system can: the pull is faster, the first reading after it slower.
+    `plain` reads through the store's SDK only; `full_check` hashes every byte of a set that is there already.
     """
 
     uri: str
