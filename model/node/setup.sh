@@ -20,8 +20,26 @@ install_ours() { # [--offline]: what builds our packages is in uv's cache after 
     "$model_dir/plugin" "$model_dir/weights"
 }
 
+# vLLM 0.32 comes with CUDA 13, which wants a driver of the 580 series or newer (NVIDIA, CUDA Toolkit release notes, table of drivers).
+OLDEST_DRIVER=580
+
+check_driver() {
+  local found
+  [ "$MISTRALCTL_ENGINE" = cuda ] || return 0
+  found=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1) || true
+  if [ -z "$found" ]; then
+    echo "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver" >&2
+    return 1
+  fi
+  [ "${found%%.*}" -ge "$OLDEST_DRIVER" ] || {
+    echo "the NVIDIA driver of this image is $found and vLLM's CUDA 13 needs $OLDEST_DRIVER or newer; name an image with one in SkyPilot's configuration" >&2
+    return 1
+  }
+}
+
 make_environment() {
   phase environment start
+  check_driver || return
   bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site"
   install_ours --offline 2> /dev/null || install_ours || return
@@ -84,7 +102,11 @@ wait "$environment_job" || {
   status=$?
   kill -- -"$weights_job" 2> /dev/null || true
   wait "$weights_job" 2> /dev/null || true
-  phase environment fail "the environment of vLLM could not be installed ($(last_error environment)); check the network and the free disk space, then run up again"
+  why=$(last_error environment)
+  case $why in
+    *NVIDIA*) phase environment fail "$why" ;;
+    *) phase environment fail "the environment of vLLM could not be installed ($why); check the network and the free disk space, then run up again" ;;
+  esac
   exit "$status"
 }
 set -m

@@ -8,6 +8,8 @@ from typing import Any
 from mistralctl.commands.env import Client
 from mistralctl.errors import Exit, UserError
 
+MOST_TOKENS = 2048  # of one answer: a small model may not find its end
+
 
 def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
     """Pieces of the most probable answer as they come; a base model continues the last message instead.
@@ -25,7 +27,9 @@ def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
     try:
         if client.chat:
             asked: Any = messages
-            for chunk in api.chat.completions.create(model=client.model, messages=asked, stream=True, temperature=0):
+            for chunk in api.chat.completions.create(
+                model=client.model, messages=asked, stream=True, max_tokens=MOST_TOKENS, temperature=0
+            ):
                 if chunk.choices:
                     yield chunk.choices[0].delta.content or ""
         else:

@@ -1,0 +1,61 @@
+"""The node's set-up where it needs no node: what a GPU machine's driver must be, and that vLLM for GPUs can be had at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mistralctl.task import package_dir
+
+NODE = package_dir("model") / "node"
+UV = Path(sys.executable).parent / "uv"
+
+
+def set_up(tmp_path: Path, smi: str | None) -> subprocess.CompletedProcess[str]:
+    """The real setup.sh on a machine whose nvidia-smi prints this (None: that has none), weights in a folder."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "uv").symlink_to(UV)
+    if smi is not None:
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\necho '{smi}'\n")
+        (programs / "nvidia-smi").chmod(0o755)
+    envs = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text())["envs"]
+    (tmp_path / "weights").mkdir()
+    envs |= {"MISTRALCTL_NODE_DIR": str(tmp_path / "node"), "MISTRALCTL_WEIGHTS": f"file://{tmp_path}/weights"}
+    env = {**envs, "HOME": str(tmp_path), "PATH": f"{programs}:{os.defpath}", "UV_OFFLINE": "1"}
+    return subprocess.run(["bash", str(NODE / "setup.sh")], env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("smi", "line"),
+    [
+        (None, "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver"),
+        ("535.216.01", "the NVIDIA driver of this image is 535.216.01 and vLLM's CUDA 13 needs 580 or newer; name an image with one in "
+                       "SkyPilot's configuration"),
+    ],
+)  # fmt: skip
+def test_a_driver_that_is_too_old_is_named_before_anything_is_installed(tmp_path: Path, smi: str | None, line: str) -> None:
+    done = set_up(tmp_path, smi)
+    assert done.returncode != 0
+    assert '"phase": "environment", "event": "fail", "at": ' in done.stdout
+    assert done.stdout.splitlines()[-1].endswith(f'"message": "{line}"}}')
+    assert not list((tmp_path / "node" / "envs").glob("cuda-*/bin"))
+
+
+def test_vllm_for_gpus_resolves_whole(tmp_path: Path) -> None:
+    """By the package index, for the node's Python and system, with what the plugin wants beside it; nothing is installed."""
+    env = {key: value for key, value in os.environ.items() if key != "UV_FIND_LINKS"}
+    command = [
+        UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11", "--python-platform",
+        "x86_64-manylinux_2_28", NODE / "vllm-cuda" / "requirements.txt", package_dir("model") / "plugin" / "pyproject.toml",
+    ]  # fmt: skip
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split("==") for line in done.stdout.splitlines() if "==" in line and ";" not in line)
+    assert found["vllm"] == "0.32.0"
+    assert found["torch"].startswith("2.")
+    assert found["nvidia-cuda-runtime"].startswith("13.")  # what OLDEST_DRIVER in setup.sh stands for
