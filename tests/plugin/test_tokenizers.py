@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import TOKENIZERS, mistral_tokenizer, write
-from engines import engine
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from vllm import SamplingParams
+from nodes import launched, write_secrets
 
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {
     "one question": [{"role": "user", "content": "What is the capital of France?"}],
@@ -34,15 +33,19 @@ ROLES = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMes
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_chat_tokens(tmp_path: Path, version: str) -> None:
+def test_chat_over_http_is_tokenized_as_mistral_does(tmp_path: Path, version: str) -> None:
     files, vocabulary, library, instruction = VERSIONS[version]
-    folder = mistral_tokenizer(write(tmp_path / "weights", vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32), files[0])
+    weights = write(tmp_path / "weights" / "tiny", vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32, sliding_window=128)
+    folder = mistral_tokenizer(weights, files[0])
     for other in files[1:]:
         shutil.copy(folder / TOKENIZERS[files[0]], folder / other)
-    with engine(folder, skip_tokenizer_init=False, tokenizer_mode="mistral") as llm:
+    write_secrets(tmp_path)
+    with launched(tmp_path, MAX_MODEL_LEN="1024") as launcher:
+        launcher.until("ready")
         for name, conversation in CONVERSATIONS.items():
-            [answer] = llm.chat(conversation, SamplingParams(max_tokens=1), use_tqdm=False)
+            body = {"model": "tiny", "messages": conversation, "max_tokens": 1, "return_token_ids": True}
+            answer = launcher.json("/v1/chat/completions", body)
             messages = [ROLES[message["role"]](content=message["content"]) for message in conversation]
             wanted = library().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
-            assert answer.prompt_token_ids == wanted, name
+            assert answer["prompt_token_ids"] == wanted, name
             assert wanted[:2] == [1, instruction], name
