@@ -19,7 +19,7 @@ UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
 
-.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e simcloud-packages check lint format schema bench clean
+.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e simcloud-packages check lint format schema bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -83,6 +83,10 @@ test-plugin: .venv-node/.made
 
 test-e2e: .venv/.made simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/e2e
+
+# Failure stories in the simulated clouds, longer than what every run should take.
+e2e: .venv/.made simcloud-packages
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -s tests/e2e/stories_aws.py
 
 # The Debian packages that the simulated clouds of tests/e2e need: installed if one is missing, by root on Debian's kind.
 SIMCLOUD_PACKAGES := tests/e2e/simcloud/packages.txt

@@ -246,6 +246,29 @@ def logs(
         typer.echo(text, nl=False)
 
 
+@app.command(epilog="Examples: mistralctl reap --dry-run; mistralctl reap --yes, from cron")
+def reap(
+    cloud: Annotated[list[str] | None, typer.Option(help="cloud to ask (repeatable) [default: aws]")] = None,
+    all_owners: Annotated[bool, typer.Option("--all-owners", help="also what others of this account brought up")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete without asking")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show")] = False,
+    output: Output = Form.text,
+) -> None:
+    """Find machines past their lifetime and disks without a machine, and delete them."""
+    from mistralctl.commands import reap as reap_command
+    from mistralctl.output import reap_text
+
+    def confirm(due: list[reap_command.Found]) -> bool:
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UserError(f"{len(due)} to delete; say --yes to do it, or --dry-run to see them", Exit.CONFLICT)
+        typer.echo(reap_text(due), err=True)
+        return typer.confirm("Delete these?", err=True)
+
+    _say(reap_command.run(cloud or ["aws"], all_owners=all_owners, dry_run=dry_run, confirm=confirm), output, "reap_text")
+
+
 @app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")
 def connect(name: DeployedName, output: Output = Form.text) -> None:
     """Open the tunnel to a deployment on a cloud again, on the same port."""

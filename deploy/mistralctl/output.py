@@ -12,6 +12,7 @@ from mistralctl.clouds import LOCAL
 from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
+from mistralctl.commands.reap import Found
 from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
@@ -178,6 +179,18 @@ def env_text(client: Client) -> str:
 def mirrored_text(result: Mirrored) -> str:
     """One line."""
     return f"{result.target} holds {result.source} ({result.seconds:.0f} s on a machine of {result.cloud}, which is gone)"
+
+
+def reap_text(found: list[Found]) -> str:
+    """One row a machine or disk."""
+    if not found:
+        return "nothing with our labels is there"
+    rows = [
+        [f.name, f.kind, f.id, f"{f.cloud} {f.place}", f.size, f.state, _minutes(f.age_minutes),
+         "-" if f.per_day is None else f"{f.per_day:.2f}", "deleted" if f.deleted else f.due or "stays"]
+        for f in found
+    ]  # fmt: skip
+    return table(["NAME", "KIND", "ID", "WHERE", "SIZE", "STATE", "AGE", "USD/DAY", "WHAT"], rows)
 
 
 def connect_text(client: Client) -> str:

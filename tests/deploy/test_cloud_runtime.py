@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl.clouds import CLOUDS, aws, listing
+from mistralctl import task
+from mistralctl.clouds import CLOUDS, Part, aws, listing
+from mistralctl.commands import reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
 from mistralctl.runtime.sky import configuration
@@ -87,3 +89,59 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_cloud_without_a_listing_has_none() -> None:
     assert listing("aws") is aws
     assert listing("nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "age", "due"),
+    [
+        ("machine", {"mistralctl-ttl": "60"}, 70, ""),
+        ("machine", {"mistralctl-ttl": "60"}, 76, "its lifetime of 60 minutes is over"),
+        ("machine", {"mistralctl-ttl": "never"}, 10**6, ""),
+        ("machine", {}, 10**6, ""),
+        ("disk", {"mistralctl-ttl": "60"}, 20, ""),
+        ("disk", {}, 40, "its machine is gone"),
+    ],
+)
+def test_what_is_due(kind: str, labels: dict[str, str], age: float, due: str) -> None:
+    part = Part("aws", kind, "i-1", "us-east-1a", "running", "m6i.large", 1e9, labels)
+    assert reap.judge(part, 1e9 + age * 60) == due
+
+
+def test_reap_deletes_what_is_due_after_a_yes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+    from moto import mock_aws
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("MISTRALCTL_OWNER", "someone")
+    monkeypatch.setattr(reap, "GRACE_MINUTES", -61.0)  # a machine of one hour's lifetime is due at once
+    with mock_aws():
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+
+        def made(owner: str, ttl: str) -> str:
+            tags = [{"Key": f"mistralctl-{k}", "Value": v} for k, v in (("owner", owner), ("name", "x"), ("ttl", ttl))]
+            [one] = ec2.run_instances(
+                ImageId=image, MinCount=1, MaxCount=1, InstanceType="g6.xlarge",
+                TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+            )["Instances"]  # fmt: skip
+            return str(one["InstanceId"])
+
+        mine = task.owner({"MISTRALCTL_OWNER": "someone"})
+        due, kept, theirs = made(mine, "60"), made(mine, "never"), made("other", "60")
+        monkeypatch.setattr(aws, "regions", lambda: ["us-west-2", "us-east-1"])
+
+        def ask(**options: Any) -> dict[str, tuple[str, bool]]:
+            given: dict[str, Any] = {"all_owners": False, "dry_run": False, "confirm": lambda found: True} | options
+            return {found.id: (found.due, found.deleted) for found in reap.run(["aws"], **given)}
+
+        over = "its lifetime of 60 minutes is over"
+        assert ask(dry_run=True) == ask(confirm=lambda found: False) == {due: (over, False), kept: ("", False)}
+        assert ask() == {due: (over, True), kept: ("", False)}
+        assert ask() == {kept: ("", False)}
+        [price] = [found.per_day for found in reap.run(["aws"], all_owners=False, dry_run=True, confirm=lambda found: False)]
+        assert price is not None
+        assert price > 10
+        assert ask(all_owners=True) == {kept: ("", False), theirs: (over, True)}
+    with pytest.raises(UserError, match="reap cannot ask gcp yet"):
+        reap.run(["gcp"], all_owners=False, dry_run=True, confirm=lambda found: False)

@@ -19,7 +19,8 @@ TIERS: dict[str, tuple[str, ...]] = {
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
     "outside": ("state", "node", "checkpoints", "endpoint", "readiness", "weights", "clouds.aws", "runtime.local", "runtime.ssh",
                 "runtime.tunnel", "runtime.sky"),
-    "commands": ("commands.plan", "commands.launch", "commands.up", "commands.down", "commands.status", "commands.logs", "commands.env",
+    "commands": ("commands.plan", "commands.launch", "commands.up", "commands.down", "commands.reap", "commands.status", "commands.logs",
+                 "commands.env",
                  "commands.chat", "commands.tables", "commands.doctor", "commands.weights"),
     "cli": ("progress", "output", "cli"),
 }  # fmt: skip

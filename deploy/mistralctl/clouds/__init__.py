@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol, cast
 
 LOCAL = "local"
 
@@ -88,9 +89,23 @@ class Part:
     labels: dict[str, str]
 
 
-def listing(cloud: str) -> ModuleType | None:
+class Listing(Protocol):
+    """What the module of a cloud can be asked."""
+
+    def ours(self, owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+        """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's."""
+
+    def delete(self, parts: Sequence[Part]) -> None:
+        """Asks the cloud to take these away; `ours` says when they are gone."""
+
+
+# USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.
+DISK_PRICES = {"aws": 0.08}
+
+
+def listing(cloud: str) -> Listing | None:
     """The module that asks a cloud what of ours it has; None where there is none yet."""
     try:
-        return import_module(f"mistralctl.clouds.{cloud}")
+        return cast(Listing, import_module(f"mistralctl.clouds.{cloud}"))
     except ModuleNotFoundError:
         return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from mistralctl.clouds import Part
@@ -57,16 +58,33 @@ def regions() -> list[str]:
     return sorted(one["RegionName"] for one in _client("ec2", "us-east-1").describe_regions()["Regions"])
 
 
-def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
-    """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's. UserError if AWS refuses."""
+@contextmanager
+def _asked() -> Iterator[None]:
+    """AWS's errors as one line."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        places = list(within) if within is not None else regions()
-        with ThreadPoolExecutor(8) as pool:
-            return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
+        yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
-        raise UserError(f"AWS refused to list what is there ({code} in {error.operation_name})", Exit.CLOUD) from error
+        raise UserError(f"AWS refused {error.operation_name} ({code}); give this identity that right", Exit.CLOUD) from error
     except BotoCoreError as error:
         raise UserError(f"AWS cannot be asked: {error}", Exit.CLOUD) from error
+
+
+def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's. UserError if AWS refuses."""
+    with _asked(), ThreadPoolExecutor(8) as pool:
+        places = list(within) if within is not None else regions()
+        return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
+
+
+def delete(parts: Sequence[Part]) -> None:
+    """Asks AWS to terminate machines, with their disks, and to delete disks without one; UserError if it refuses."""
+    with _asked():
+        for part in parts:
+            ec2 = _client("ec2", part.place.rstrip("abcdefghijklmnopqrstuvwxyz"))
+            if part.kind == "machine":
+                ec2.terminate_instances(InstanceIds=[part.id])
+            else:
+                ec2.delete_volume(VolumeId=part.id)
