@@ -202,7 +202,10 @@ def plan(sourced: Sourced, output: Output = Form.text) -> None:
     """Say what would run where: what fits, what it costs, why others were refused."""
     from mistralctl.commands import plan as plan_command
 
-    _say(plan_command.run(sourced), output, "plan_text")
+    planned = plan_command.run(sourced)
+    _say(planned, output, "plan_text")
+    for line in plan_command.difference(planned):
+        sys.stderr.write(f"{planned.name} is up: {line}\n")
 
 
 @app.command(epilog="Examples: mistralctl down mistral-7b-instruct-v0-1; mistralctl down --all")

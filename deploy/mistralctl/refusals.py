@@ -96,7 +96,8 @@ def read(texts: Iterable[str]) -> list[Refusal]:
             if refusal is not None:
                 place = refusal.place or near
                 found.setdefault((place, refusal.code), Refusal(place, refusal.kind, refusal.code, refusal.detail))
-    return list(found.values())
+    placed = {refusal.code for refusal in found.values() if refusal.place}
+    return [refusal for refusal in found.values() if refusal.place or refusal.code not in placed]
 
 
 def refused(message: str, history: Sequence[BaseException], log: Path) -> UserError:

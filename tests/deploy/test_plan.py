@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan
+from mistralctl import checkpoints, plan, state, task
+from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
@@ -107,3 +110,29 @@ def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
     assert got.model.shape is not None
     assert got.model.shape.parameters == 2 * layer + 2 * 100 * 64 + 64
     assert (got.sliding_window, got.max_model_len, got.weights) == (32, 512, f"file://{tmp_path}")
+
+
+def test_plan_says_what_up_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+
+    def planned(**options: Any) -> Plan:
+        return plan_command.run(load({"model": "smollm2-135m-instruct", "cloud": ["aws"], "name": "x"} | options, {}, None))
+
+    assert plan_command.difference(planned()) == []
+    wanted = plan_command.render_plan(planned())
+    record = state.Record(
+        "x", "aws", "up", "smollm2-135m-instruct", "s", 8000, "~/.mistralctl", wanted["envs"]["MISTRALCTL_SERVING_ID"], 0.0, task=wanted,
+        cluster="mctl-x", machine="m6i.large", region="us-east-1", resources_id=task.resources_id(wanted),
+    )  # fmt: skip
+    state.save(record)
+    same = "nothing would change; mistralctl status says whether the machine is still there"
+    assert plan_command.difference(planned()) == [same]
+    assert plan_command.difference(planned(max_model_len=4096)) == [
+        "the server would be replaced on its machine", "max_model_len: 8192 -> 4096",
+    ]  # fmt: skip
+    assert plan_command.difference(planned(region="us-west-2")) == [
+        "another machine is needed: m6i.large in us-east-1 would go, after a yes"
+    ]
+    assert plan_command.difference(planned(cloud=["local"]))[0] == "it is up on aws: run down first, or give another --name"
+    state.save(dataclasses.replace(record, state="down"))
+    assert plan_command.difference(planned()) == []

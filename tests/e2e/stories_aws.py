@@ -60,7 +60,7 @@ def test_wrong_credentials_are_named(sim: SimCloud) -> None:
         sim.fault("aws", "credentials")
         refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
         assert refused.returncode == 8
-        assert "AuthFailure" in refused.stderr or "credentials" in refused.stderr
+        assert "permission InvalidClientTokenId" in refused.stderr or "AuthFailure" in refused.stderr
         assert "Traceback" not in refused.stderr
         sim.clear_faults()
         gone(sim, "wrong")
@@ -130,3 +130,14 @@ def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
         assert up(sim, "--name", "dies")["action"] == "started"
         assert Path(result["log"]).exists()
         gone(sim, "dies")
+
+
+def test_a_gpu_machine_is_rented_and_one_without_a_driver_is_named(sim: SimCloud) -> None:
+    with story("a GPU machine type; its simulated image has no NVIDIA driver"):
+        command = ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--accelerators", "L4", "--name", "gpu"]
+        refused = sim.run([*command, "--weights", "s3://models/smollm2"], check=False, timeout=600)
+        assert refused.returncode == 9
+        assert "this machine shows no NVIDIA GPU (nvidia-smi)" in refused.stderr
+        [instance] = sim.instances("aws")
+        assert instance.type.startswith(("g6.", "g5."))
+        gone(sim, "gpu")

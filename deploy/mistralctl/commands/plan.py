@@ -37,3 +37,26 @@ def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
         record = state.read(plan.name)
         port = plan.spec.port or (record.port if record else FIRST_PORT)
     return tasks.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
+
+
+def difference(plan: Plan) -> list[str]:
+    """What `up` would change of what is up under this name, by this laptop's record; empty if nothing is. Asks no cloud."""
+    record = state.read(plan.name)
+    if record is None or record.state == "down":
+        return []
+    wanted = render_plan(plan)
+    old, new = record.task.get("envs", {}), wanted["envs"]
+    changed = [
+        f"{key.removeprefix('MISTRALCTL_').lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
+        for key in sorted({*old, *new} - {"MISTRALCTL_SERVING_ID", "MISTRALCTL_PORT", "MISTRALCTL_NODE_DIR", "MISTRALCTL_PYTHON"})
+        if old.get(key, "") != new.get(key, "")
+    ]
+    if (record.cloud == LOCAL) != (plan.chosen.cloud == LOCAL):
+        what = f"it is up on {record.cloud}: run down first, or give another --name"
+    elif record.cluster and record.resources_id != tasks.resources_id(wanted):
+        what = f"another machine is needed: {record.machine} in {record.region} would go, after a yes"
+    elif changed or old.get("MISTRALCTL_SERVING_ID") != new["MISTRALCTL_SERVING_ID"]:
+        what = "the server would be replaced on its machine"
+    else:
+        what = "nothing would change; mistralctl status says whether the machine is still there"
+    return [what, *changed]
