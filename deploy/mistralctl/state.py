@@ -20,7 +20,8 @@ State = Literal["starting", "up", "down"]
 class Record:
     """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine.
 
-    On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `setup_id` and
+    On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `request` SkyPilot's
+    id of a launch that nobody heard the end of, `setup_id` and
     `resources_id` are hashes of what its set-up and the machine itself were made from.
     """
 
@@ -43,6 +44,7 @@ class Record:
     machine: str = ""
     spot: bool = False
     price: float | None = None
+    request: str = ""
     setup_id: str = ""
     resources_id: str = ""
 

@@ -112,6 +112,10 @@ def test_an_api_server_that_is_killed_comes_back(sim: SimCloud) -> None:
         up(sim, "--name", "server")
         sim.run(["pkill", "-9", "-f", "sky.server.server"])
         time.sleep(2)
+        asked = sim.run(["mistralctl", "status", "server"], check=False, timeout=120)
+        if asked.returncode:  # what it left holds the port
+            assert "run: sky api stop" in asked.stderr
+            sim.run(["sky", "api", "stop"], timeout=60)
         assert status(sim, "server")["state"] == "up"
         gone(sim, "server")
 

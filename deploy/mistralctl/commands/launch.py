@@ -182,6 +182,8 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     from mistralctl.runtime import sky
 
     log = state.folder(record.name) / "up.log"
+    if old is not None and old.request:
+        sky.cancel_request(old.request)
     there = sky.clusters([record.cluster], refresh=old is not None).get(record.cluster)
     living = there is not None and there.status == "UP"
     job_name = task["name"]
@@ -206,7 +208,8 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         for event in progress.milestones.begin(time.time()):
             progress.hear(event)
         try:
-            job = sky.launch(task, record.cluster, log, line)
+            job = sky.launch(task, record.cluster, log, line, lambda request: state.save(replace(record, request=request)))
+            sky.cancel_jobs(record.cluster, but=job)
         except UserError as error:
             if progress.failure:
                 raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error

@@ -86,7 +86,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     progress, sender = Progress(on_phase), SecretsSender(record, {"hf_token": token} if token else {})
     for event in progress.milestones.begin(time.time()):
         progress.hear(event)
-    job = sky.launch(task, record.cluster, log, progress.line)
+    job = sky.launch(task, record.cluster, log, progress.line, lambda request: None)
     for event in progress.milestones.finish(time.time()):
         progress.hear(event)
     state.save(learn(record))

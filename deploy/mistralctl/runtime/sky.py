@@ -136,6 +136,8 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
         return UserError("SkyPilot has no access to any cloud; mistralctl doctor says what is missing", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ApiServerConnectionError):
         return UserError(f"SkyPilot's API server does not answer ({first}); run: sky api start", Exit.CLOUD)
+    if "API server process exited" in text:
+        return UserError("SkyPilot's API server does not start; run: sky api stop; then the same again", Exit.CLOUD)
     if "API server and client version mismatch" in text or kind == "APIVersionMismatchError":
         return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
@@ -211,12 +213,16 @@ def clusters(names: Sequence[str] | None, *, refresh: bool) -> dict[str, Cluster
         return {one.name: _cluster(one) for one in found}
 
 
-def launch(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
-    """Provisions a machine for the task (or goes on with the one that is there), sets it up, starts its job; the job's id."""
+def launch(task: Task, cluster: str, log: Path, on_line: OnLine, on_request: Callable[[str], None]) -> int:
+    """Provisions a machine for the task (or goes on with the one that is there), sets it up, starts its job; the job's id.
+
+    `on_request` is told the id of SkyPilot's request, which goes on in its API server also when this process is gone.
+    """
     with _sdk() as sky:
         try:
             with _quiet():
                 request = sky.launch(sky.Task.from_yaml_config(task), cluster_name=cluster)
+            on_request(str(request))
             job, _ = _bounded(sky, request, LAUNCH_SECONDS, log, on_line)
         except sky.exceptions.ResourcesUnavailableError as error:
             raise refusals.refused(str(error), error.failover_history, log) from error
@@ -237,18 +243,30 @@ def replace_job(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
         return int(job)
 
 
+def cancel_request(request: str) -> None:
+    """Ends a request of an earlier process, if it still runs."""
+    with _sdk() as sky, contextlib.suppress(Exception):
+        sky.get(sky.api_cancel([request]))
+
+
 def running_jobs(cluster: str) -> dict[int, str]:
     """The names of the jobs that run or wait on a machine, by id."""
     with _sdk() as sky:
         return {job.job_id: job.job_name for job in sky.get(sky.queue(cluster, skip_finished=True))}
 
 
-def cancel_jobs(cluster: str) -> None:
-    """Ends the jobs of a machine and waits until they have drained."""
+def cancel_jobs(cluster: str, but: int | None = None) -> None:
+    """Ends the jobs of a machine (all but one) and waits until they have drained."""
     with _sdk() as sky:
-        sky.get(sky.cancel(cluster, all=True))
+
+        def others() -> list[int]:
+            return [one.job_id for one in sky.get(sky.queue(cluster, skip_finished=True)) if one.job_id != but]
+
+        if not (ids := others()):
+            return
+        sky.get(sky.cancel(cluster, job_ids=ids))
         deadline = time.monotonic() + CANCEL_SECONDS
-        while sky.get(sky.queue(cluster, skip_finished=True)) and time.monotonic() < deadline:
+        while others() and time.monotonic() < deadline:
             time.sleep(0.5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def convert(gguf_file: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, GenerationConfig, MistralConfig
 
-    temporary = target.with_name(target.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".new", dir=target.parent))
     try:
         reader = gguf.GGUFReader(gguf_file)
 
@@ -109,12 +110,16 @@ def convert(gguf_file: Path, target: Path) -> None:
             tie_word_embeddings="lm_head.weight" not in tensors, sliding_window=None,
             bos_token_id=ids["bos"], eos_token_id=ids["eos"], architectures=["MistralForCausalLM"], dtype="bfloat16",
         )  # fmt: skip
-        temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(temporary)
         GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"]).save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
-        temporary.rename(target)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.exists():  # somebody else was faster
+                raise
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise LaunchError(Code.WEIGHTS, f"{gguf_file} cannot be converted ({error}); check where it came from") from error
     finally:
