@@ -186,15 +186,16 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         sky.cancel_request(old.request)
     there = sky.clusters([record.cluster], refresh=old is not None).get(record.cluster)
     living = there is not None and there.status == "UP"
-    job_name = task["name"]
-    jobs = sky.running_jobs(record.cluster) if living else {}
-    if living and old is not None and old.setup_id == record.setup_id:
+    jobs = sky.running_jobs(record.cluster) if living else None
+    same = [job for job, name in (jobs or {}).items() if name == task["name"]]
+    set_up = jobs is not None and record.setup_id == setup_id(task)
+    if same or set_up:
         record = learn(record)
         ssh.write_secrets(record.name, secrets)
-        same = [job for job, name in jobs.items() if name == job_name]
         job = same[-1] if same else sky.replace_job(task, record.cluster, log, progress.line)
         action = "replaced" if jobs and not same else "started"
     else:
+        record = replace(record, setup_id="")
         if jobs:
             sky.cancel_jobs(record.cluster)
         log.write_bytes(b"")
@@ -234,7 +235,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
             f"mistralctl down {record.name})",
             Exit.SERVER,
         )
-    return record, action
+    return replace(record, setup_id=setup_id(task)), action
 
 
 def run(
@@ -258,7 +259,7 @@ def run(
     record = Record(
         plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port,
         task["envs"]["MISTRALCTL_NODE_DIR"], task["envs"]["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task,
-        cluster=cluster_name(plan.name), setup_id=setup_id(task), resources_id=resources_id(task),
+        cluster=cluster_name(plan.name), resources_id=resources_id(task),
     )  # fmt: skip
     (state.folder(plan.name) / "serve.log").write_bytes(b"")
     if old is not None and old.cluster and old.state != "down":
@@ -267,7 +268,7 @@ def run(
             sky.down(old.cluster, state.folder(plan.name) / "up.log")
             old = None
         else:
-            record = replace(record, created_at=old.created_at)
+            record = replace(record, created_at=old.created_at, setup_id=old.setup_id)  # set only once it was seen through
     state.save(record)
     progress = Progress(on_phase)
     try:

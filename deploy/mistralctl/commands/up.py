@@ -97,7 +97,7 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     ):  # fmt: skip
         return _result(old, plan, "unchanged", "")
     shape = plan.model.shape
-    local.check_disk(task, weight_bytes(shape, plan.dtype, plan.spec.quantization) if shape else 0)
+    local.check_disk(task, weight_bytes(shape, "bfloat16", plan.spec.quantization) if shape else 0)  # as they are stored
     if not offline:
         _check_hub(plan)
     if old is not None and running and old.pid is not None:

@@ -249,21 +249,24 @@ def cancel_request(request: str) -> None:
         sky.get(sky.api_cancel([request]))
 
 
-def running_jobs(cluster: str) -> dict[int, str]:
-    """The names of the jobs that run or wait on a machine, by id."""
+def running_jobs(cluster: str) -> dict[int, str] | None:
+    """The names of the jobs that run or wait on a machine, by id; None if its runtime does not work (yet)."""
     with _sdk() as sky:
-        return {job.job_id: job.job_name for job in sky.get(sky.queue(cluster, skip_finished=True))}
+        try:
+            return {job.job_id: job.job_name for job in sky.get(sky.queue(cluster, skip_finished=True))}
+        except (sky.exceptions.ClusterNotUpError, sky.exceptions.CommandError):
+            return None
 
 
 def cancel_jobs(cluster: str, but: int | None = None) -> None:
     """Ends the jobs of a machine (all but one) and waits until they have drained."""
+
+    def others() -> list[int]:
+        return [job for job in running_jobs(cluster) or () if job != but]
+
+    if not (ids := others()):
+        return
     with _sdk() as sky:
-
-        def others() -> list[int]:
-            return [one.job_id for one in sky.get(sky.queue(cluster, skip_finished=True)) if one.job_id != but]
-
-        if not (ids := others()):
-            return
         sky.get(sky.cancel(cluster, job_ids=ids))
         deadline = time.monotonic() + CANCEL_SECONDS
         while others() and time.monotonic() < deadline:
