@@ -76,6 +76,8 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     assert one["price"] > 0
     assert 0 < one["cost"] < one["price"]
     assert instance.tags["mistralctl-name"] == "served"
+    assert 25 < one["idle_left"] <= 30
+    assert 600 < one["ttl_left"] <= 720
 
 
 def test_the_same_again_asks_no_cloud(sim: SimCloud, served: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ No cloud's credentials are copied to a node, unless the user's own configuration
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import threading
@@ -213,6 +214,10 @@ def clusters(names: Sequence[str] | None, *, refresh: bool) -> dict[str, Cluster
         return {one.name: _cluster(one) for one in found}
 
 
+def _task(sky: Any, task: Task) -> Any:
+    return sky.Task.from_yaml_config(copy.deepcopy(task))  # it takes the parts out of what it is given
+
+
 def launch(task: Task, cluster: str, log: Path, on_line: OnLine, on_request: Callable[[str], None]) -> int:
     """Provisions a machine for the task (or goes on with the one that is there), sets it up, starts its job; the job's id.
 
@@ -221,7 +226,7 @@ def launch(task: Task, cluster: str, log: Path, on_line: OnLine, on_request: Cal
     with _sdk() as sky:
         try:
             with _quiet():
-                request = sky.launch(sky.Task.from_yaml_config(task), cluster_name=cluster)
+                request = sky.launch(_task(sky, task), cluster_name=cluster)
             on_request(str(request))
             job, _ = _bounded(sky, request, LAUNCH_SECONDS, log, on_line)
         except sky.exceptions.ResourcesUnavailableError as error:
@@ -236,7 +241,7 @@ def replace_job(task: Task, cluster: str, log: Path, on_line: OnLine) -> int:
     cancel_jobs(cluster)
     with _sdk() as sky:
         with _quiet():
-            request = sky.exec(sky.Task.from_yaml_config(task), cluster)
+            request = sky.exec(_task(sky, task), cluster)
         job, _ = _bounded(sky, request, QUICK_SECONDS, log, on_line)
         if job is None:
             raise UserError(f"SkyPilot started no job; see the log {log}", Exit.CLOUD)
