@@ -107,19 +107,6 @@ def test_a_laptop_that_is_killed_goes_on(sim: SimCloud) -> None:
         gone(sim, "again")
 
 
-def test_an_api_server_that_is_killed_comes_back(sim: SimCloud) -> None:
-    with story("SkyPilot's API server is killed while a model is served"):
-        up(sim, "--name", "server")
-        sim.run(["pkill", "-9", "-f", "sky.server.server"])
-        time.sleep(2)
-        asked = sim.run(["mistralctl", "status", "server"], check=False, timeout=120)
-        if asked.returncode:  # what it left holds the port
-            assert "run: sky api stop" in asked.stderr
-            sim.run(["sky", "api", "stop"], timeout=60)
-        assert status(sim, "server")["state"] == "up"
-        gone(sim, "server")
-
-
 def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
     with story("vLLM dies on the node; its log is here and up starts it again"):
         result = up(sim, "--name", "dies")

@@ -103,6 +103,10 @@ def prepare(folder: Path, home: Path) -> dict[str, str]:
         rows = csv.writer(file)
         rows.writerow(["InstanceType", "OnDemandInstanceCode", "SpotInstanceCode"])
         rows.writerows([name, ON_DEMAND_QUOTA, SPOT_QUOTA] for name in types)
+    with (catalog / "aws" / "images.csv").open("r+", newline="") as file:
+        # The snapshot is older than SkyPilot's image with CUDA 13, which is the default of GPU machines by now.
+        lines = [line for line in file if line.startswith("skypilot:custom-gpu-ubuntu,")]
+        file.writelines(line.replace("ubuntu,", "ubuntu-cuda13,", 1) for line in lines)
     with (catalog / "aws" / "images.csv").open() as file:
         images = sorted({row["ImageId"] for row in csv.DictReader(file) if row["ImageId"]})
     fixed = {
