@@ -37,13 +37,15 @@ now() { date +%s.%N; }
 began=$(now)
 sky launch -y -d -c hand "$1" > launch.log 2>&1
 launched=$(now)
-ssh -o LogLevel=ERROR hand 'umask 077; mkdir -p ~/.mistralctl/run/hand; cat > ~/.mistralctl/run/hand/secrets.json' <<< '{"api_key": "'$2'"}'
-ssh -o LogLevel=ERROR -f -N -L 127.0.0.1:9000:127.0.0.1:8000 hand
+to_node=(-F ~/.sky/generated/ssh/hand -i ~/.sky/clients/*/ssh/sky-key)
+ssh "${to_node[@]}" hand 'umask 077; mkdir -p ~/.mistralctl/run/hand; cat > ~/.mistralctl/run/hand/secrets.json' <<< "{\\"api_key\\": \\"$2\\"}"
+ssh "${to_node[@]}" -N -L 127.0.0.1:9000:127.0.0.1:8000 hand &
+tunnel=$!
 body='{"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
 until curl -sf -m 60 -H "Authorization: Bearer $2" -H 'Content-Type: application/json' -d "$body" \
     http://127.0.0.1:9000/v1/completions > answer.json; do sleep 0.2; done
 echo "$began $launched $(now)"
-pkill -f '127.0.0.1:9000:127.0.0.1:8000' || true
+kill $tunnel
 """
 
 
