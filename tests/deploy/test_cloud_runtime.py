@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mistralctl import task
 from mistralctl.clouds import CLOUDS, Part, aws, listing
 from mistralctl.commands import reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
-from mistralctl.runtime.sky import configuration
+from mistralctl.runtime.sky import _sdk, configuration
 from mistralctl.runtime.ssh import Address
 
 
@@ -27,6 +28,19 @@ def test_the_users_own_identity_and_network_are_kept() -> None:
     made = configuration({"gcp": {"vpc_name": "mine"}}, {"aws": {"remote_identity": "my-role"}, "gcp": None})
     assert made["gcp"] == {"vpc_name": "mine", "remote_identity": "NO_UPLOAD"}
     assert "remote_identity" not in made["aws"]  # what the user's file says holds
+
+
+def test_a_folders_own_configuration_holds_for_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SKYPILOT_PROJECT_CONFIG", "")
+    monkeypatch.setenv("SKYPILOT_GLOBAL_CONFIG", str(tmp_path / "none"))
+    (tmp_path / "none").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".sky.yaml").write_text("gcp: {vpc_name: mine}\n")
+    for _ in range(2):
+        with _sdk():
+            made = yaml.safe_load((tmp_path / "home" / "skypilot.yaml").read_text())
+            assert made["gcp"] == {"vpc_name": "mine", "remote_identity": "NO_UPLOAD"}
 
 
 def test_skypilot_accepts_the_configuration() -> None:

@@ -97,7 +97,7 @@ def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(sim: SimCloud,
     assert on_node(sim, "served", "stat -c %a ~/.mistralctl/run/served/secrets.json").strip() == "600"
     arguments = on_node(sim, "served", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
     assert "vllm_mistral.serve" in arguments
-    assert arguments.count(key) <= 0
+    assert key not in arguments
     kept = [path for path in sim.home.rglob("*") if path.is_file() and key in path.read_text("utf-8", "ignore")]
     assert kept == [Path(served["key_file"])]
 
@@ -134,6 +134,8 @@ def test_another_machine_is_only_made_after_a_yes(sim: SimCloud, served: dict[st
     assert refused.returncode == 5
     assert "needs another machine; m6i.large in us-east-1" in refused.stderr
     assert "--yes" in refused.stderr
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    assert (one["state"], one["why"]) == ("up", "")  # it is served as before, tunnel and all
     assert [one.id for one in sim.instances("aws")] == [before.id]
 
 

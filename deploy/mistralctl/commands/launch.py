@@ -141,7 +141,7 @@ def connect(name: str) -> Record:
     if record.state == "down":
         raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
     _free(record)
-    if not endpoint.is_free(record.port) and not alive(record.pid, record.pid_started):
+    if not endpoint.is_free(record.port):
         raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
     return _connect(learn(record))
 
@@ -261,14 +261,15 @@ def run(
         task["envs"]["MISTRALCTL_NODE_DIR"], task["envs"]["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task,
         cluster=cluster_name(plan.name), resources_id=resources_id(task),
     )  # fmt: skip
-    (state.folder(plan.name) / "serve.log").write_bytes(b"")
     if old is not None and old.cluster and old.state != "down":
+        replaced = _replaced_machine(old, task, confirm)  # asks before anything is touched
         ssh.end_tunnel(old.pid, old.pid_started)
-        if _replaced_machine(old, task, confirm):
+        if replaced:
             sky.down(old.cluster, state.folder(plan.name) / "up.log")
             old = None
         else:
             record = replace(record, created_at=old.created_at, setup_id=old.setup_id)  # set only once it was seen through
+    (state.folder(plan.name) / "serve.log").write_bytes(b"")
     state.save(record)
     progress = Progress(on_phase)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mistralctl import mirror as mirrors
@@ -86,7 +86,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     progress, sender = Progress(on_phase), SecretsSender(record, {"hf_token": token} if token else {})
     for event in progress.milestones.begin(time.time()):
         progress.hear(event)
-    job = sky.launch(task, record.cluster, log, progress.line, lambda request: None)
+    job = sky.launch(task, record.cluster, log, progress.line, lambda request: state.save(replace(record, request=request)))
     for event in progress.milestones.finish(time.time()):
         progress.hear(event)
     state.save(learn(record))

@@ -47,9 +47,7 @@ class Cluster:
     spot: bool
     price: float | None
     launched_at: float
-    labels: dict[str, str]
     address: Address | None
-    name_on_cloud: str
 
 
 class _Lines(io.TextIOBase):
@@ -110,9 +108,9 @@ def _sdk() -> Iterator[Any]:
     ours = state.home() / "skypilot.yaml"
     project = Path(os.environ.get("SKYPILOT_PROJECT_CONFIG") or ".sky.yaml").expanduser()
     users = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
-    existing = {} if project == ours else _read_yaml(project)
-    state.write_private(ours, yaml.safe_dump(configuration(existing, _read_yaml(users))))
-    os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
+    if project != ours:  # it is, from the second call on
+        state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(users))))
+        os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     try:
         with _quiet():
@@ -196,20 +194,19 @@ def _cluster(found: Any) -> Cluster:
     if launched is not None:
         with contextlib.suppress(Exception):  # a type that the catalog does not know any more
             price = round(float(launched.get_cost(3600)), 4)
-    labels = found.labels or dict(getattr(launched, "labels", None) or {})
     return Cluster(
         found.name, found.status.value, str(found.cloud or getattr(launched, "cloud", "")).lower(),
         str(found.region or getattr(launched, "region", "") or ""), getattr(launched, "zone", None),
         str(getattr(launched, "instance_type", "") or ""), bool(getattr(launched, "use_spot", False)), price,
-        float(found.launched_at), labels, _address(found), str(getattr(found.handle, "cluster_name_on_cloud", "") or ""),
+        float(found.launched_at), _address(found),
     )  # fmt: skip
 
 
-def clusters(names: Sequence[str] | None, *, refresh: bool) -> dict[str, Cluster]:
-    """The machines of these names (None: all), by name; with `refresh`, what the cloud itself says now."""
+def clusters(names: Sequence[str], *, refresh: bool) -> dict[str, Cluster]:
+    """The machines of these names, by name; with `refresh`, what the cloud itself says now."""
     with _sdk() as sky:
         mode = sky.StatusRefreshMode.FORCE if refresh else sky.StatusRefreshMode.NONE
-        request = sky.status(list(names) if names is not None else None, refresh=mode, _include_credentials=True)
+        request = sky.status(list(names), refresh=mode, _include_credentials=True)
         found = sky.get(request)
         return {one.name: _cluster(one) for one in found}
 
