@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistralctl" / "simcloud"
 USER = "ubuntu"
-KEPT = 3  # images; the one that was used least recently goes first
+KEPT = 4  # images; the one that was used least recently goes first
 # Folders of this machine that are its system; whatever else lies at its root a node does not see.
 SYSTEM = {"bin", "boot", "etc", "lib", "lib32", "lib64", "libx32", "sbin", "usr", "var", "dev", "proc", "sys"}
 MISTRALCTL_ENVS = ".mistralctl/envs"
@@ -101,7 +101,7 @@ from sky.skylet import constants as c
 _, wheel = wheel_utils.build_sky_wheel()
 print(json.dumps({"wheel": wheel, "commands": "".join((
     c.SETUP_SKY_DIRS_COMMANDS, c.UV_INSTALLATION_COMMANDS, c.SKY_USER_ENV_CREATION_COMMANDS,
-    c.RAY_SKYPILOT_INSTALLATION_COMMANDS.replace("{sky_wheel_hash}", wheel).replace("{cloud}", "aws"),
+    c.RAY_SKYPILOT_INSTALLATION_COMMANDS.replace("{sky_wheel_hash}", wheel).replace("{cloud}", "azure"),
 ))}))
 """
     with tempfile.TemporaryDirectory(dir=folder) as home:
@@ -128,13 +128,17 @@ def _bake(folder: Path) -> None:
         "set -e\ncd ~\nuv=~/.local/bin/uv\nexport PATH=$PATH:~/.local/bin UV_COMPILE_BYTECODE=1\n"
         "$uv venv --quiet --seed --python /usr/bin/python3 ~/skypilot-runtime\n"
         f"set +e\n{skypilot['commands']}\nset -e\n"
+        # SkyPilot sets a node up for one cloud, Azure with more than the others; this image is for all three.
+        f"wheel=$(echo ~/.sky/wheels/{skypilot['wheel']}/skypilot-*.whl)\n"
+        '$uv pip install --quiet --python ~/skypilot-runtime/bin/python "$wheel[aws,gcp,azure,remote]"\n'
         "~/skypilot-runtime/bin/python -c 'import ray, sky'\n"
+        "~/skypilot-runtime/bin/az version\n"
         f"envs=~/{MISTRALCTL_ENVS} environment=$1 python=$2\n"
         'bash /mnt/model/node/environment.sh cpu "$python" "$envs/$environment" "$uv"\n'
-        "# What a node installs later comes from uv's cache: the build of our packages, what reads s3:// and file://.\n"
+        "# What a node installs later comes from uv's cache: the build of our packages, what reads each store.\n"
         "cp -r /mnt/model/plugin /mnt/model/weights /tmp/\n"
         '$uv pip install --quiet --python "$envs/$environment/bin/python" --no-deps --target /tmp/site /tmp/plugin /tmp/weights\n'
-        "for extra in '' '--extra s3'; do\n"
+        "for extra in '' '--extra s3' '--extra gs' '--extra az'; do\n"
         '  $uv venv --quiet --clear --python "$python" /tmp/venv\n'
         "  $uv pip install --quiet --python /tmp/venv/bin/python -r /mnt/model/weights/pyproject.toml $extra\n"
         "done\n"
