@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from simcloud import linux
+from simcloud import linux, tls
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 METADATA_ADDRESS = "169.254.169.254"
@@ -25,7 +25,8 @@ METADATA_ADDRESS = "169.254.169.254"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a cloud tells a machine when it boots. `keys`: user name to the public keys that may sign in."""
+    """What a cloud tells a machine when it boots. `keys`: user name to the public keys that may sign in; `hosts`: names of hosts to
+    their addresses; `authority`: the file with the certificate that the machine trusts."""
 
     id: str
     address: str
@@ -35,6 +36,7 @@ class Machine:
     keys: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     hosts: dict[str, str] = field(default_factory=dict)
+    authority: str = ""
     boot_seconds: float = 0
 
     def dump(self) -> str:
@@ -58,10 +60,14 @@ def lay_out(machine: Machine) -> Path:
         made.mkdir()
     linux.bind(folder / "tmp", root / "tmp")
     etc = root / "etc"
-    (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in machine.environment.items()))
+    trusted: dict[str, str] = {}
+    if machine.authority:
+        shutil.copy(machine.authority, etc / "ssl" / tls.AUTHORITY)
+        trusted = dict.fromkeys(tls.VARIABLES, f"/etc/ssl/{tls.AUTHORITY}")
+    (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in (machine.environment | trusted).items()))
     (etc / "hostname").write_text(f"{machine.hostname}\n")
-    names = {"127.0.0.1": "localhost", machine.address: machine.hostname} | machine.hosts
-    (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in names.items()))
+    names = {"localhost": "127.0.0.1", machine.hostname: machine.address} | machine.hosts
+    (etc / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
     (etc / "resolv.conf").unlink(missing_ok=True)
     (etc / "resolv.conf").touch()
     subprocess.run(["hostname", machine.hostname], check=True)

@@ -17,7 +17,7 @@ from simcloud.node_init import Machine
 
 HERE = Path(__file__).parent
 UNSHARE = ["unshare", "--mount", "--propagation", "private", "--uts", "--ipc", "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
-Service = tuple[str, int, int]  # address and port on the node, port of the cloud's loopback
+Service = tuple[str, int, str, int]  # address and port on the node, address and port of the cloud's loopback
 
 
 @dataclass

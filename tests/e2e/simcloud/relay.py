@@ -1,8 +1,8 @@
 """relay.py PID ADDRESS SERVICES: connects a node, which has a network of its own, with its cloud.
 
 Towards the node: connections to ADDRESS on the ports that standard input names (a JSON list on each line; they replace those
-of the line before). From the node: SERVICES, a JSON list of [address, port, port of the cloud], to the cloud's loopback, from
-ADDRESS, so that the cloud knows who asks. It ends with standard input. A socket belongs to the namespace it was made in,
+of the line before). From the node: SERVICES, a JSON list of [address, port, the cloud's address, its port], to the cloud's loopback,
+from ADDRESS, so that the cloud knows who asks. It ends with standard input. A socket belongs to the namespace it was made in,
 and entering a namespace of networks is a thing of one thread.
 """
 
@@ -99,10 +99,10 @@ def pump(source: socket.socket, target: socket.socket) -> None:
 def main() -> None:
     linux.die_with_parent()
     relay = Relay(int(sys.argv[1]), sys.argv[2])
-    for address, port, cloud_port in json.loads(sys.argv[3]):
+    for address, port, cloud_address, cloud_port in json.loads(sys.argv[3]):
         for attempt in range(200):  # the node may not have given itself the address yet
             try:
-                relay.serve(relay.node, (address, port), relay.cloud, ("127.0.0.1", cloud_port), relay.address)
+                relay.serve(relay.node, (address, port), relay.cloud, (cloud_address, cloud_port), relay.address)
                 break
             except OSError:
                 if attempt == 199:

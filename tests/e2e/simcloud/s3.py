@@ -1,7 +1,4 @@
-"""A real S3 server (seaweedfs) for weights; it knows the laptop and the role that nodes have, and nobody else.
-
-As a program: s3.py put FOLDER s3://BUCKET/PREFIX, with the laptop's credentials.
-"""
+"""A real S3 server (seaweedfs) for weights; it knows the laptop and the role that nodes have, and nobody else."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+SCHEME = "s3"
 PORT = 8333
 ENDPOINT = f"http://127.0.0.1:{PORT}"
 LAPTOP = {"accessKey": "laptop-key", "secretKey": "laptop-secret"}
@@ -57,12 +55,4 @@ def put(folder: Path, url: str) -> int:
             key = "/".join(part for part in (where.path.strip("/"), path.relative_to(folder).as_posix()) if part)
             client.upload_file(str(path), where.netloc, key)
             count += 1
-    if not count:
-        raise SystemExit(f"{folder}: there is no file in it")
     return count
-
-
-if __name__ == "__main__":
-    _, do, source, target = sys.argv
-    if not put(Path(source), target):
-        raise SystemExit(f"{source} has no files that the laptop can see")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from simcloud import clouds, control, image, linux, s3
+from simcloud import clouds, control, image, linux, tls
 from simcloud.faults import KINDS, Journal
 from simcloud.nodes import UNSHARE
 from simcloud.world import READY
@@ -81,9 +81,7 @@ class SimCloud:
         self.clouds = tuple(clouds)
         self.root = root.absolute()
         self.home = self.root / "laptop"
-        self.s3_endpoint = s3.ENDPOINT
         self.env: dict[str, str] = {}
-        self.endpoints: dict[str, str] = {"s3": s3.ENDPOINT}
         self.credentials: dict[str, str] = {}
         self.launch_seconds = 0.0
         self._world: subprocess.Popen[str] | None = None
@@ -138,11 +136,12 @@ class SimCloud:
             "SHELL": "/bin/bash", "TERM": "dumb", "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "DO_NOT_TRACK": "1", "SCARF_NO_ANALYTICS": "true",
             "NO_GCE_CHECK": "true", "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
-        for name in self.clouds:
-            backend, folder = clouds.backend(name), self.root / name
+        backends = {name: clouds.backend(name) for name in self.clouds}
+        self.env |= tls.make(self.root / "tls", [name for backend in backends.values() for name in backend.NAMES])
+        for name, backend in backends.items():
+            folder = self.root / name
             folder.mkdir()
             self.env |= backend.prepare(folder, self.home)
-            self.endpoints |= backend.ENDPOINTS
             self.credentials |= backend.CREDENTIALS
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -166,7 +165,7 @@ class SimCloud:
             for node in (self.root / name / "nodes").glob("*"):
                 for part in ("upper", "work", "tmp"):
                     shutil.rmtree(node / part, ignore_errors=True)
-        shutil.rmtree(self.root / "s3" / "data", ignore_errors=True)
+            shutil.rmtree(self.root / clouds.backend(name).STORE.SCHEME / "data", ignore_errors=True)
 
     # ---- the laptop
 
@@ -217,9 +216,11 @@ class SimCloud:
         return done
 
     def put_weights(self, folder: Path, url: str) -> None:
-        """Uploads a folder to s3://BUCKET/PREFIX; the bucket is made if it is not there."""
+        """Uploads a folder to a cloud's object store (s3://BUCKET/PREFIX); the bucket is made if it is not there."""
+        scheme = url.partition("://")[0]
+        cloud = next(name for name in self.clouds if scheme == clouds.backend(name).STORE.SCHEME)
         # With this machine's own files: of its /tmp the laptop sees the tests' folders only.
-        command = self._inside([sys.executable, HERE / "s3.py", "put", folder.absolute(), url], None, "net,pid")
+        command = self._inside([sys.executable, HERE / "put.py", cloud, folder.absolute(), url], None, "net,pid")
         subprocess.run(command, env=self.env, check=True, timeout=600, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     # ---- the clouds

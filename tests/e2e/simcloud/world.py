@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from simcloud import clouds, linux, s3
+from simcloud import clouds, linux
 
 READY = "ready"
 
@@ -45,8 +45,8 @@ def main() -> None:
     linux.loopback_up()
     backends = {name: clouds.backend(name) for name in asked["clouds"]}
     hosts = root / "hosts"
-    names = " ".join(name for backend in backends.values() for name in backend.NAMES)
-    hosts.write_text(f"127.0.0.1 localhost {os.uname().nodename} {names}\n")
+    led = "".join(f"{backend.ADDRESS} {name}\n" for backend in backends.values() for name in backend.NAMES)
+    hosts.write_text(f"127.0.0.1 localhost {os.uname().nodename}\n{led}")
     linux.bind(hosts, "/etc/hosts")
     own_tmp(root)
     image = root / "image"
@@ -54,7 +54,7 @@ def main() -> None:
     # Two overlays, one over the other: one with two layers is refused, because the baked one lies inside this system.
     linux.mount("overlay", image, "overlay", linux.READ_ONLY, f"lowerdir=/,upperdir={layer}/upper,workdir={layer}/work")
 
-    commands = {"s3": s3.command(root / "s3")}
+    commands = {backend.STORE.SCHEME: backend.STORE.command(root / backend.STORE.SCHEME) for backend in backends.values()}
     server = [sys.executable, "-I", str(Path(__file__).parent / "server.py")]
     for name in backends:
         commands[name] = [*server, name, str(root / name), str(image)]
@@ -62,8 +62,10 @@ def main() -> None:
     for name, command in commands.items():
         with (root / f"{name}.log").open("ab") as log:
             servers[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    for port in (s3.PORT, *(port for backend in backends.values() for port in backend.PORTS)):
-        while not linux.answers(port):
+    listening = [("127.0.0.1", backend.STORE.PORT) for backend in backends.values()]
+    listening += [(backend.ADDRESS, port) for backend in backends.values() for port in backend.PORTS]
+    for address, port in listening:
+        while not linux.answers(port, address):
             for name, process in servers.items():
                 if process.poll() is not None:
                     raise SystemExit(f"{name} ended with {process.returncode}; see {root / name}.log")

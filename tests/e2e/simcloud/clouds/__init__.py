@@ -7,12 +7,27 @@ from pathlib import Path
 from typing import Protocol, cast
 
 
-class Backend(Protocol):
-    """What each file here has. `PORTS`: where it listens on loopback; `NAMES`: the names of hosts that lead there."""
+class Store(Protocol):
+    """A cloud's object store, a module: a real server, and how the laptop uploads to it."""
 
+    SCHEME: str
+    PORT: int
+
+    def command(self, folder: Path) -> list[str]:
+        """The server's command line; its data lie in `folder`. It listens on 127.0.0.1:PORT."""
+
+    def put(self, folder: Path, url: str) -> int:
+        """Uploads every file below a folder, as the laptop; says how many."""
+
+
+class Backend(Protocol):
+    """What each file here has. `ADDRESS` and `PORTS`: where it listens on loopback; `NAMES`: the names of hosts that lead there,
+    which the certificate beside the cloud's folder is for (tls.py)."""
+
+    ADDRESS: str
     PORTS: tuple[int, ...]
     NAMES: tuple[str, ...]
-    ENDPOINTS: dict[str, str]
+    STORE: Store
     CREDENTIALS: dict[str, str]
 
     def prepare(self, folder: Path, home: Path) -> dict[str, str]:

@@ -23,8 +23,10 @@ from simcloud.faults import ON_BOOT, REFUSALS, Faults, Journal
 from simcloud.node_init import METADATA_ADDRESS, Machine
 from simcloud.nodes import Nodes, Service
 
+ADDRESS = "127.0.0.1"
 API_PORT, METADATA_PORT = 5000, 5001
 PORTS: tuple[int, ...] = (API_PORT, METADATA_PORT)
+STORE = s3
 NAMES: tuple[str, ...] = ()
 ENDPOINTS = {"ec2": f"http://127.0.0.1:{API_PORT}"}
 CREDENTIALS = {"aws_access_key_id": s3.LAPTOP["accessKey"], "aws_secret_access_key": s3.LAPTOP["secretKey"]}
@@ -122,9 +124,9 @@ def prepare(folder: Path, home: Path) -> dict[str, str]:
 # ---- the cloud
 
 SERVICES: list[Service] = [
-    ("127.0.0.1", API_PORT, API_PORT),
-    ("127.0.0.1", s3.PORT, s3.PORT),
-    (METADATA_ADDRESS, 80, METADATA_PORT),
+    (ADDRESS, API_PORT, ADDRESS, API_PORT),
+    (ADDRESS, s3.PORT, ADDRESS, s3.PORT),
+    (METADATA_ADDRESS, 80, ADDRESS, METADATA_PORT),
 ]
 NODE_VARIABLES = {"AWS_ENDPOINT_URL": ENDPOINTS["ec2"], "AWS_ENDPOINT_URL_S3": s3.ENDPOINT}
 
@@ -469,10 +471,10 @@ def serve(folder: Path, image: Path) -> None:
             "fault": amazon.fault, "clear_faults": amazon.faults.clear, "preempt": amazon.preempt, "kill_node": amazon.kill_node,
         },
     )  # fmt: skip
-    service = ThreadingHTTPServer(("127.0.0.1", METADATA_PORT), metadata(amazon))
+    service = ThreadingHTTPServer((ADDRESS, METADATA_PORT), metadata(amazon))
     threading.Thread(target=service.serve_forever, daemon=True).start()
     import moto.server
 
     started = time.time()
-    moto.server.main(["-H", "127.0.0.1", "-p", str(API_PORT)])
+    moto.server.main(["-H", ADDRESS, "-p", str(API_PORT)])
     amazon.journal.write("end", seconds=round(time.time() - started))
