@@ -174,7 +174,9 @@ def up(
     sourced: Sourced,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="do not ask the hub first whether it lets you at the model")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="do not ask first: the hub for the model, the clouds for quotas")
+    ] = False,
     output: Output = Form.text,
 ) -> None:
     """Bring a model up and wait until it answers."""
@@ -191,18 +193,31 @@ def up(
     def confirm(question: str) -> bool:
         return yes or (sys.stdin.isatty() and typer.confirm(f"{question}. Do it?", err=True))
 
+    def note(text: str) -> None:
+        sys.stderr.write(f"note: {text}\n")
+
     with progress.shown(quiet=output is not Form.text) as on_phase:
-        result = up_command.run(sourced, on_phase, confirm, offline=offline)
+        result = up_command.run(sourced, on_phase, confirm, note, offline=offline)
     _say(result, output, "up_text")
 
 
 @app.command(epilog="Example: mistralctl plan --cloud aws --cloud gcp --max-model-len 16384")
 @_with_spec
-def plan(sourced: Sourced, output: Output = Form.text) -> None:
+def plan(
+    sourced: Sourced,
+    quota: Annotated[bool, typer.Option("--quota", help="ask the clouds whether their quotas allow it")] = False,
+    output: Output = Form.text,
+) -> None:
     """Say what would run where: what fits, what it costs, why others were refused."""
     from mistralctl.commands import plan as plan_command
 
     planned = plan_command.run(sourced)
+    if quota:
+        from dataclasses import replace
+
+        from mistralctl.commands import preflight
+
+        planned = replace(planned, quotas=preflight.run(planned))
     _say(planned, output, "plan_text")
     for line in plan_command.difference(planned):
         sys.stderr.write(f"{planned.name} is up: {line}\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from mistralctl import quotas
 from mistralctl.clouds import LOCAL
 from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
@@ -102,6 +103,9 @@ def plan_text(plan: Plan) -> str:
         lines += [f"  {option.cloud} {option.label}: {option.reason}" for option in plan.refused]
     if plan.rights:
         lines += ["", "reading the weights:", *(f"  {line}" for line in rights_lines(plan.rights))]
+    if plan.quotas:
+        lines += ["", "quotas:", *(f"  {line}" for line in quotas.table(plan.quotas))]
+        lines += [f"  ask for more: {page}" for page in dict.fromkeys(q.page for q in plan.quotas if q.enough is False)]
     if plan.chosen.cloud != LOCAL:
         lines += [
             "",

@@ -16,6 +16,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB, GPUS, Gpu
 from mistralctl.machine import Machine
 from mistralctl.models import Model, Shape
+from mistralctl.quotas import Quota
 from mistralctl.rights import Right, rights
 from mistralctl.spec import DeploymentSpec, parse_accelerators
 
@@ -54,7 +55,8 @@ class Option:
 class Plan:
     """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not.
 
-    `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options.
+    `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options;
+    `quotas` are there only when the clouds were asked for them.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Plan:
     options: tuple[Option, ...]
     refused: tuple[Option, ...]
     rights: tuple[Right, ...] = ()
+    quotas: tuple[Quota, ...] = ()
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:

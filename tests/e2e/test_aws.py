@@ -188,6 +188,27 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     assert one["state"] == "down"
 
 
+def test_a_quota_that_is_too_small_everywhere_stops_before_a_launch(sim: SimCloud) -> None:
+    before = len(sim.journal("aws"))
+    sim.quota("aws", "L-1216C47A", 1)
+    began = time.monotonic()
+    try:
+        refused = sim.run([*UP, "--name", "quota"], check=False, timeout=120)
+        table = sim.run(["mistralctl", "plan", MODEL, "--cloud", "aws", "--region", "us-east-1", "--quota"]).stdout
+    finally:
+        sim.clear_faults()
+    print(f"{refused.stderr}{time.monotonic() - began:.1f} s with the plan after it")
+    assert refused.returncode == 8
+    assert (
+        "no quota lets quota run anywhere, so nothing was launched; ask for more at https://us-east-1.console" in refused.stderr
+    )
+    assert "L-1216C47A Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances  2 vCPUs  1 " in refused.stderr
+    assert "TOO SMALL  us-east-1\n" in table
+    actions = {call["action"] for call in sim.journal("aws")[before:]}
+    assert actions == {"GetServiceQuota", "DescribeRegions"}  # RunInstances is not among them, nor anything of SkyPilot's
+    assert sim.run(["mistralctl", "status", "quota"], check=False).returncode == 4
+
+
 @pytest.mark.parametrize("phase", ["machine ...", "files ..."])
 def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: SimCloud, phase: str) -> None:
     process = sim.popen([*UP, "--name", "killed"])

@@ -25,6 +25,7 @@ SECRETS_SECONDS = 120.0
 
 OnPhase = Callable[[PhaseEvent], None]
 Confirm = Callable[[str], bool]
+Check = Callable[[bool], None]
 
 
 def cluster_name(name: str) -> str:
@@ -239,9 +240,13 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
 
 
 def run(
-    sourced: Sourced, plan: Plan, secrets: Mapping[str, str], reserved: set[int], on_phase: OnPhase, confirm: Confirm
-) -> tuple[Record, str, str]:
-    """The record of a deployment that answers, what was done (`started`, `replaced`, `unchanged`), and its answer."""
+    sourced: Sourced, plan: Plan, secrets: Mapping[str, str], reserved: set[int], on_phase: OnPhase, confirm: Confirm,
+    check: Check,
+) -> tuple[Record, str, str]:  # fmt: skip
+    """The record of a deployment that answers, what was done (`started`, `replaced`, `unchanged`), and its answer.
+
+    `check` is called before a machine is rented (told whether one of ours goes for it), and stops that with a UserError.
+    """
     old = state.read(plan.name)
     if old is not None and old.cloud == LOCAL and old.state != "down":
         raise UserError(
@@ -263,12 +268,16 @@ def run(
     )  # fmt: skip
     if old is not None and old.cluster and old.state != "down":
         replaced = _replaced_machine(old, task, confirm)  # asks before anything is touched
+        if replaced:
+            check(True)
         ssh.end_tunnel(old.pid, old.pid_started)
         if replaced:
             sky.down(old.cluster, state.folder(plan.name) / "up.log")
             old = None
         else:
             record = replace(record, created_at=old.created_at, setup_id=old.setup_id)  # set only once it was seen through
+    else:
+        check(False)
     (state.folder(plan.name) / "serve.log").write_bytes(b"")
     state.save(record)
     progress = Progress(on_phase)

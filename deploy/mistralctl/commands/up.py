@@ -139,20 +139,29 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     return _result(record, plan, action, answer)
 
 
-def _cloud(sourced: Sourced, plan: Plan, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool]) -> UpResult:
-    from mistralctl.commands import launch
+def _cloud(
+    sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool],
+    note: Callable[[str], None],
+) -> UpResult:  # fmt: skip
+    from mistralctl.commands import launch, preflight
 
-    done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm)
+    def check(machine_goes: bool) -> None:
+        if not offline:
+            preflight.check(plan, note, limits_only=machine_goes)
+
+    done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm, check)
     record, action, answer = done
     return _result(record, plan, action, answer)
 
 
 def run(
-    sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool], *, offline: bool = False
-) -> UpResult:
+    sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool], note: Callable[[str], None],
+    *, offline: bool = False,
+) -> UpResult:  # fmt: skip
     """Brings the deployment up; UserError if that fails, and then on this machine nothing is left behind.
 
-    `confirm` is asked before a machine is replaced by another one; `offline`: the hub is not asked before anything is rented.
+    `confirm` is asked before a machine is replaced by another one, `note` is told of what stops nobody; `offline`: neither the hub
+    nor the clouds' quotas are asked before anything is rented.
     """
     from filelock import FileLock, Timeout
 
@@ -165,6 +174,6 @@ def run(
         with FileLock(folder / "lock", timeout=0):
             if plan.chosen.cloud == LOCAL:
                 return _local(sourced, plan, offline, on_phase)
-            return _cloud(sourced, plan, on_phase, confirm)
+            return _cloud(sourced, plan, offline, on_phase, confirm, note)
     except Timeout:
         raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

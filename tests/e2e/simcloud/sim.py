@@ -259,6 +259,10 @@ class SimCloud:
             seconds=seconds,
         )  # fmt: skip
 
+    def quota(self, cloud: str, code: str, limit: float, *, region: str = "*") -> None:
+        """What the cloud says of a quota from now on, until `clear_faults`; launches are refused by faults alone."""
+        self._call(cloud, "quota", code=code, limit=limit, region=region)
+
     def clear_faults(self) -> None:
         """Nothing goes wrong any more, on any cloud."""
         for cloud in self.clouds:

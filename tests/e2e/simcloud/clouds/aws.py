@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ ROOT_DEVICE = "/dev/sda1"
 TESTS = Path(__file__).parent.parent.parent.parent
 CATALOGS = (TESTS.parent / "deploy" / "mistralctl" / "catalog", TESTS / "deploy" / "sky_catalog")
 ON_DEMAND_QUOTA, SPOT_QUOTA = "L-1216C47A", "L-34B43A08"
+QUOTA_LIMIT = 256.0  # vCPUs, of every quota until a test says otherwise
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Amazon:
         self.faults = Faults()
         self.journal = Journal(folder / "journal.jsonl")
         self.nodes = Nodes(folder / "nodes", image, SERVICES, self.ended)
+        self.limits: list[tuple[str, str, float]] = []
         self.no_ssh: set[str] = set()
         self.dead: set[str] = set()
 
@@ -251,6 +254,18 @@ class Amazon:
         """The refusal that is set for a call, if one is."""
         found = self.faults.find(REFUSALS, token, action=action, **where)
         return refusal(found.kind, service, bool(where.get("spot"))) if found else None
+
+    def quota(self, code: str, limit: float, region: str) -> None:
+        """What Service Quotas says from now on; nothing is refused by it."""
+        self.limits.append((region, code, limit))
+
+    def limit(self, region: str, code: str) -> float:
+        found = [limit for where, name, limit in self.limits if name == code and fnmatchcase(region, where)]
+        return found[-1] if found else QUOTA_LIMIT
+
+    def clear(self) -> None:
+        self.faults.clear()
+        self.limits.clear()
 
     def fault(self, kind: str, action: str | None, **where: Any) -> None:
         """Sets a fault; a refusal is one of launches unless another call is named, bad credentials are bad for all calls."""
@@ -446,6 +461,16 @@ def teach_refusals(amazon: Amazon) -> None:
     setattr(BaseResponse, "call_action", call_action)  # noqa: B010 - a method of a class that mypy knows
 
 
+def teach_quotas(amazon: Amazon) -> None:
+    """EC2's quotas, which moto does not know."""
+    from moto.servicequotas.models import ServiceQuotasBackend
+
+    def get_service_quota(self: Any, service_code: str, quota_code: str) -> dict[str, Any]:
+        return {"ServiceCode": service_code, "QuotaCode": quota_code, "Value": amazon.limit(self.region_name, quota_code)}
+
+    setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - a method of a class that mypy knows
+
+
 def make_role() -> None:
     from moto.iam.models import iam_backends
 
@@ -463,12 +488,13 @@ def serve(folder: Path, image: Path) -> None:
     teach_network()
     teach_compute(amazon)
     teach_refusals(amazon)
+    teach_quotas(amazon)
     make_role()
     control.listen(
         folder,
         {
             "instances": amazon.instances, "volumes": amazon.volumes, "security_groups": amazon.security_groups,
-            "fault": amazon.fault, "clear_faults": amazon.faults.clear, "preempt": amazon.preempt, "kill_node": amazon.kill_node,
+            "fault": amazon.fault, "clear_faults": amazon.clear, "quota": amazon.quota, "preempt": amazon.preempt, "kill_node": amazon.kill_node,
         },
     )  # fmt: skip
     service = ThreadingHTTPServer((ADDRESS, METADATA_PORT), metadata(amazon))

@@ -1,0 +1,124 @@
+"""Quotas: how much of a kind of machine a cloud lets an account run, and whether that is enough for a plan.
+
+What a machine counts against is a table, one file a cloud beside this one; asking the cloud is one function in the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Protocol, cast
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One machine that a task may get: its type, its GPUs, and how many vCPUs it has at least."""
+
+    cloud: str
+    instance_type: str
+    accelerator: str | None
+    count: int
+    vcpus: float
+    spot: bool
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a machine takes of a quota: the quota's `code` (what the API calls it), its name in the console, how much."""
+
+    code: str
+    name: str
+    amount: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A quota in a region, for a machine that is to run there.
+
+    `limit` and `used` are None where the cloud did not say; `why` says why. `page` is where to ask for more. `enough` is None where
+    it is not known whether one more machine may run.
+    """
+
+    cloud: str
+    region: str
+    machine: str
+    code: str
+    name: str
+    needs: float
+    unit: str
+    limit: float | None
+    used: float | None
+    page: str
+    why: str = ""
+    enough: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        enough: bool | None = None
+        if self.limit is not None and (self.limit < self.needs or self.used is not None):
+            enough = self.limit - (self.used or 0) >= self.needs
+        object.__setattr__(self, "enough", enough)
+
+
+class Unknown(Exception):
+    """A cloud did not say; the message is why."""
+
+
+Found = Mapping[str, tuple[float, float | None]]
+
+
+class Asking(Protocol):
+    """What the module of a cloud can be asked."""
+
+    def needs(self, wanted: Wanted) -> Sequence[Need]:
+        """What the machine counts against; empty if the table does not know it."""
+
+    def ask(self, region: str, needs: Sequence[Need]) -> Found:
+        """Limit and use of these quotas in a region, by code; `Unknown` if the cloud does not say."""
+
+    def regions(self) -> Sequence[str]:
+        """Every region in which this account could run a machine; `Unknown` if the cloud does not say."""
+
+    def page(self, region: str, code: str) -> str:
+        """Where to ask for more."""
+
+
+def asking(cloud: str) -> Asking:
+    """The module that asks a cloud for its quotas."""
+    return cast(Asking, import_module(f"mistralctl.quotas.{cloud}"))
+
+
+def _places(quotas: Iterable[Quota]) -> dict[tuple[str, str, str], list[bool | None]]:
+    found: dict[tuple[str, str, str], list[bool | None]] = {}
+    for quota in quotas:
+        found.setdefault((quota.cloud, quota.machine, quota.region), []).append(quota.enough)
+    return found
+
+
+def too_small_everywhere(quotas: Iterable[Quota]) -> bool:
+    """Whether no place of these can give a machine: in each, one quota is known to be too small."""
+    places = _places(quotas)
+    return bool(places) and all(False in enough for enough in places.values())
+
+
+def _figure(value: float | None) -> str:
+    return "?" if value is None else f"{value:g}"
+
+
+def table(quotas: Iterable[Quota]) -> list[str]:
+    """Lines: the same quota of several regions, with the same figures, is one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    cells: list[tuple[str, ...]] = [("CLOUD", "MACHINE", "QUOTA", "NEEDS", "LIMIT", "USED", "", "REGIONS")]
+    for quota in quotas:
+        verdict = {True: "enough", False: "TOO SMALL", None: f"unknown: {quota.why}" if quota.why else "unknown"}[quota.enough]
+        key = (
+            quota.cloud, quota.machine, f"{quota.code} {quota.name}".strip(), f"{quota.needs:g} {quota.unit}".strip(),
+            _figure(quota.limit), _figure(quota.used), verdict,
+        )  # fmt: skip
+        rows.setdefault(key, []).append(quota.region)
+    for same, regions in rows.items():
+        more = f" and {len(regions) - 3} more" if len(regions) > 3 else ""
+        cells.append((*same, ", ".join(regions[:3]) + more))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
