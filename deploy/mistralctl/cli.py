@@ -287,6 +287,26 @@ def reap(
     _say(reap_command.run(cloud or ["aws"], all_owners=all_owners, dry_run=dry_run, confirm=confirm), output, "reap_text")
 
 
+@app.command(epilog="Example: mistralctl extend mistral 2h")
+def extend(
+    name: DeployedName,
+    duration: Annotated[str, typer.Argument(metavar="DURATION", help="how much longer: 30m, 2h, 1d")],
+    output: Output = Form.text,
+) -> None:
+    """Put the end of a deployment's life off."""
+    from mistralctl.commands import extend as extend_command
+
+    _say(extend_command.run(name, duration), output, "extended_text")
+
+
+@app.command(epilog="Example: mistralctl receipt mistral -o json")
+def receipt(name: DeployedName, output: Output = Form.text) -> None:
+    """Print what was brought up, from what, where, and how it was checked; also after down."""
+    from mistralctl.commands import receipt as receipt_command
+
+    _say(receipt_command.run(name), output, "receipt_text")
+
+
 @app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")
 def connect(name: DeployedName, output: Output = Form.text) -> None:
     """Open the tunnel to a deployment on a cloud again, on the same port."""

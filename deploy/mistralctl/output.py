@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from mistralctl.clouds import LOCAL
 from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
+from mistralctl.commands.extend import Extended
 from mistralctl.commands.reap import Found
+from mistralctl.commands.receipt import Receipt
 from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
@@ -170,6 +173,34 @@ def status_text(results: list[Status]) -> str:
             window = engine.get("sliding_window") or "none"
             lines.append(f"serves with {engine.get('class')}, window {window}, cache {engine.get('kv_cache_spec')}")
     return "\n".join(lines)
+
+
+def _moment(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def extended_text(result: Extended) -> str:
+    """One line."""
+    return f"{result.name} lives {result.by} longer: until {_moment(result.ends_at)}, {_minutes(result.ttl_left)} from now"
+
+
+def receipt_text(result: Receipt) -> str:
+    """What matters most; `-o json` has it all."""
+    where = " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part)
+    canary = result.canary or {}
+    rows = [
+        ["deployment", f"{result.name} ({result.model}, served as {result.served_model_name})"],
+        ["where", where + (f", {result.price:.2f} USD an hour" if result.price is not None else "")],
+        ["up", _moment(result.up_at)],
+        ["down", "not yet" if result.down_at is None else _moment(result.down_at)],
+        ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)],
+        ["weights", " ".join(part for part in (result.weights, result.revision) if part)],
+        *(["", f"{file.name}: {file.size:,} bytes, sha256 {file.sha256}"] for file in result.files),
+        ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
+        ["check", f"{canary.get('state', 'not known')}"],
+        ["flags", shlex.join(result.flags)],
+    ]  # fmt: skip
+    return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
 
 
 def env_text(client: Client) -> str:

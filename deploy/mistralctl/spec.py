@@ -28,6 +28,7 @@ OWN_VLLM_ARGS = {
     "--middleware": "the guard is mistralctl's own",
     "--root-path": "the guard's routes would not match",
     "--model": "use MODEL",
+    "--hf-token": "a token in an argument is read by everybody; set HF_TOKEN or log in with hf auth login",
     "--hf-overrides": "the architecture is mistralctl's own",
     "--tokenizer": "the tokenizer comes with the model",
     "--tokenizer-mode": "the tokenizer comes with the model",

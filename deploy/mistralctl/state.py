@@ -22,7 +22,8 @@ class Record:
 
     On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `request` SkyPilot's
     id of a launch that nobody heard the end of, `setup_id` and
-    `resources_id` are hashes of what its set-up and the machine itself were made from.
+    `resources_id` are hashes of what its set-up and the machine itself were made from. `ends_at` (seconds since the epoch) is
+    the end that `extend` gave it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Record:
     request: str = ""
     setup_id: str = ""
     resources_id: str = ""
+    ends_at: float | None = None
 
     @property
     def run_dir(self) -> Path:

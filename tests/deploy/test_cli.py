@@ -34,6 +34,12 @@ ERRORS = [
     (("env", "ghost"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
     (("chat", "ghost", "-m", "hi"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
     (("status", "../../etc"), 4, "there is no deployment '../../etc'; mistralctl status lists what there is"),
+    (("extend", "ghost", "2h"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
+    (("extend", "ghost", "soon"), 2, "DURATION: 'soon' is not a duration; write for example 30m, 12h, 2d or never"),
+    (("extend", "ghost", "never"), 2, "DURATION: never is no length; write for example 2h, or run mistralctl up with --ttl never"),
+    (("receipt", "ghost"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
+    (("up", "--vllm-arg=--hf-token=hf_x"), 2, "--vllm-arg: --hf-token would set --hf-token, which mistralctl sets itself: a token "
+     "in an argument is read by everybody; set HF_TOKEN or log in with hf auth login"),
     (("nonsense",), 2, "No such command 'nonsense'. (mistralctl --help)"),
 ]  # fmt: skip
 
@@ -135,7 +141,21 @@ def test_plan_as_a_person_reads_it(mistralctl: Run) -> None:
 
 def test_help_and_completion(mistralctl: Run) -> None:
     overview = mistralctl("--help").stdout
-    for command in ("up", "plan", "down", "status", "logs", "env", "chat", "models", "gpus", "doctor", "weights"):
+    for command in (
+        "up",
+        "plan",
+        "down",
+        "status",
+        "logs",
+        "env",
+        "chat",
+        "models",
+        "gpus",
+        "doctor",
+        "weights",
+        "extend",
+        "receipt",
+    ):
         assert f"\n  {command}" in overview
         assert mistralctl(command, "--help").returncode == 0
     assert "Examples:" in mistralctl("up", "--help").stdout

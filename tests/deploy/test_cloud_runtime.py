@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from mistralctl import task
-from mistralctl.clouds import CLOUDS, Part, aws, listing
-from mistralctl.commands import reap
+from mistralctl.clouds import CLOUDS, Listing, Part, aws, listing
+from mistralctl.commands import extend, reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
 from mistralctl.runtime.sky import _sdk, configuration
@@ -95,6 +95,11 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
             (made[0], "machine"), (made[1], "machine"), (volume, "disk"),
         ]  # fmt: skip
         assert [part.id for part in aws.ours(None, None, within)] == made[:3]
+        [part] = aws.ours("a1", "one", within)
+        aws.relabel(part, {"mistralctl-ttl": extend.lifetime_label(part, part.created + 90)})
+        [part] = aws.ours("a1", "one", within)
+        assert part.labels == {"mistralctl-owner": "a1", "mistralctl-name": "one", "mistralctl-ttl": "2"}
+        assert extend.lifetime_label(part, None) == "never"
         ec2.terminate_instances(InstanceIds=[made[0]])
         assert aws.ours("a1", "one", within) == []
         assert "us-west-2" in aws.regions()
@@ -103,6 +108,15 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_cloud_without_a_listing_has_none() -> None:
     assert listing("aws") is aws
     assert listing("nowhere") is None
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_the_module_of_a_cloud_has_all_that_is_asked_of_it(cloud: str) -> None:
+    asked = [name for name in vars(Listing) if not name.startswith("_")]
+    assert asked == ["ours", "delete", "relabel"]
+    module = listing(cloud)
+    if module is not None:
+        assert [name for name in asked if callable(getattr(module, name, None))] == asked
 
 
 @pytest.mark.parametrize(

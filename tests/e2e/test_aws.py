@@ -87,6 +87,17 @@ def test_the_same_again_asks_no_cloud(sim: SimCloud, served: dict[str, Any]) -> 
     assert len(sim.journal("aws")) == before
 
 
+def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    longer = json.loads(sim.run(["mistralctl", "extend", "served", "2h", "-o", "json"], timeout=60).stdout)
+    [after] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    assert after["launcher"]["ends_at"] == longer["ends_at"] == before["launcher"]["ends_at"] + 7200
+    assert after["ttl_left"] == pytest.approx(before["ttl_left"] + 120, abs=1)
+    [instance] = sim.instances("aws")
+    assert 840 <= int(instance.tags["mistralctl-ttl"]) < 860  # from the machine's start, which is minutes before the launcher's
+    assert instance.tags["mistralctl-name"] == "served"
+
+
 def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
     key = Path(served["key_file"]).read_text().strip()
     cloud_key = sim.credentials["aws_secret_access_key"]
@@ -124,6 +135,7 @@ def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, se
     assert [phase["phase"] for phase in changed["phases"]] == ["engine", "check"]
     [after] = sim.instances("aws")
     assert after.id == before.id
+    assert int(after.tags["mistralctl-ttl"]) > 720  # its life began anew
     [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
     assert one["launcher"]["engine"]["max_model_len"] == 2048
 
@@ -160,7 +172,18 @@ def test_a_machine_that_is_taken_is_said_plainly_and_brought_back(sim: SimCloud,
 
 
 def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any]) -> None:
+    before = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
+    [instance] = [one for one in sim.instances("aws", gone=True) if one.tags["mistralctl-name"] == "served"][-1:]
+    receipt = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
+    assert receipt == before | {"down_at": receipt["down_at"]}
+    assert receipt["down_at"] > receipt["up_at"]
+    assert (receipt["cloud"], receipt["region"], receipt["machine"]) == ("aws", instance.region, instance.type)
+    assert receipt["price"] > 0
+    assert receipt["versions"]["skypilot"] == "0.14.1"
+    [file] = receipt["files"]  # as a node that is gone has checked it
+    assert (len(file["sha256"]), file["size"] > 90_000_000) == (64, True)
+    assert receipt["canary"]["state"] == "verified"
     assert sim.instances("aws") == []
     assert sim.volumes("aws") == []
     assert sim.run(["pgrep", "-f", "mistralctl.runtime.tunnel"], check=False).stdout == ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -150,6 +152,34 @@ def test_chat_and_env_on_the_command_line(served: tuple[Cli, dict[str, Any]]) ->
     assert cli("logs", "served", "-n", "1").stdout.count("\n") == 1
 
 
+def test_a_longer_life_is_taken_up_and_said(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli = served[0]
+    [before] = cli.json("status", "served")
+    longer = cli.json("extend", "served", "2h")
+    assert list(longer) == ["name", "by", "ends_at", "ttl_left"]
+    [after] = cli.json("status", "served")
+    assert after["launcher"]["ends_at"] == longer["ends_at"] == before["launcher"]["ends_at"] + 7200
+    assert after["ttl_left"] == pytest.approx(before["ttl_left"] + 120, abs=1)
+    assert re.fullmatch(
+        r"served lives 1d longer: until [-0-9]+ [0-9:]+, 3[78]\.\dh from now\n", cli("extend", "served", "1d").stdout
+    )
+    error = cli("extend", "served", "364d", code=2).stderr
+    assert error == "mistralctl: DURATION: served would end in 366 days; 365 days is the longest life\n"
+
+
+def test_the_receipt_has_what_was_served(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    receipt = cli.json("receipt", "served")
+    assert receipt["phases"] == result["phases"]
+    assert receipt["versions"] == {"mistralctl": "0.1.0", "skypilot": None, "vllm": "0.32.0", "torch": "2.13.0+cpu"}
+    [file] = receipt["files"]
+    weights = cli.home / "node" / "weights" / receipt["task"]["envs"]["MISTRALCTL_WEIGHTS_ID"] / file["name"]
+    with weights.open("rb") as content:
+        assert hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
+    assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "vllm_mistral.guard.Guard"
+    assert (receipt["engine"]["class"], receipt["canary"]["state"], receipt["down_at"]) == (CLASS, "verified", None)
+
+
 def test_another_name_cannot_have_the_same_port(served: tuple[Cli, dict[str, Any]]) -> None:
     cli, result = served
     port = result["base_url"].rsplit(":", 1)[1].split("/")[0]
@@ -247,3 +277,21 @@ def test_the_record_of_a_deployment_holds_no_secret(served: tuple[Cli, dict[str,
     record = json.loads((served[0].home / "deployments" / "served" / "record.json").read_text())
     assert "secrets" not in record["task"]
     assert "api_key" not in json.dumps(record)
+
+
+def test_a_hung_launcher_is_ended_from_outside_with_all_that_it_started(served: tuple[Cli, dict[str, Any]]) -> None:
+    """The last test of this server."""
+    cli = served[0]
+    [status] = cli.json("status", "served")
+    assert len(cli.processes()) >= 3
+    os.kill(status["launcher"]["pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    (cli.home / "node" / "run" / "served" / "ends_at").write_text("1\n")
+    while cli.processes() and time.monotonic() - began < 90:
+        time.sleep(0.5)
+    assert cli.processes() == []
+    assert 30 < time.monotonic() - began < 60
+    assert "the launcher outlived its lifetime; it is ended from outside\n" in cli("logs", "served").stdout
+    assert cli.json("status", "served")[0]["state"] == "lost"
+    error = cli("extend", "served", "1h", code=9).stderr
+    assert error == "mistralctl: served: its launcher has not taken the new end; mistralctl status served says why\n"

@@ -18,7 +18,7 @@ import pytest
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from nodes import KEY, Launcher, launched, variables, write_secrets
-from vllm_mistral import contract, engine, inspection, serve
+from vllm_mistral import contract, engine, inspection, lifetime, serve
 from vllm_mistral.contract import Code, LaunchError
 from vllm_mistral.phases import Status
 from vllm_mistral.traffic import Traffic
@@ -207,6 +207,36 @@ def test_its_lifetime_ends_also_with_requests(ready: Any) -> None:
     why, seconds = ready(ttl_minutes=0.5 / 60, idle_minutes=0.1)
     assert "lifetime" in why
     assert seconds < 2
+
+
+def test_a_later_end_in_the_file_counts_and_what_is_no_time_does_not(ready: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run" / "test" / lifetime.FILE
+    file.parent.mkdir(parents=True)
+    end = int(time.time()) + 2
+    file.write_text(f"{end}\n")
+    assert ready(ttl_minutes=0.2 / 60)[0] == "its lifetime is over"
+    assert end <= time.time() < end + 1
+    file.write_text("soon\n")
+    assert 0.2 <= ready(ttl_minutes=0.2 / 60)[1] < 1
+    file.write_text("1\n")
+    assert "nobody asked" in ready(idle_minutes=0.2 / 60)[0]  # without a ttl there is no end
+
+
+def test_a_signal_that_came_by_two_ways_is_one() -> None:
+    hurried: list[str] = []
+    kept = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        signals = serve._Signals()
+        signals.engine = type("Engine", (), {"hurry": lambda self: hurried.append("once")})()  # type: ignore[assignment]
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert (signals.asked.is_set(), signals.hurried, hurried) == (True, False, [])
+        time.sleep(serve.SAME_SECONDS)
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.hurried, hurried) == (True, ["once"])
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), kept, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_signal_ends_it(ready: Any) -> None:

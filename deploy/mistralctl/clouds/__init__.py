@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -97,6 +97,9 @@ class Listing(Protocol):
 
     def delete(self, parts: Sequence[Part]) -> None:
         """Asks the cloud to take these away; `ours` says when they are gone."""
+
+    def relabel(self, part: Part, labels: Mapping[str, str]) -> None:
+        """Sets these labels of a machine and leaves its others as they are."""
 
 
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.

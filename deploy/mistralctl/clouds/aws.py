@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -79,11 +79,22 @@ def ours(owner: str | None, name: str | None = None, within: Iterable[str] | Non
         return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
 
 
+def _region_of(part: Part) -> str:
+    return part.place.rstrip("abcdefghijklmnopqrstuvwxyz")
+
+
+def relabel(part: Part, labels: Mapping[str, str]) -> None:
+    """Sets these tags of a machine and leaves its others as they are; UserError if AWS refuses."""
+    with _asked():
+        tags = [{"Key": key, "Value": value} for key, value in labels.items()]
+        _client("ec2", _region_of(part)).create_tags(Resources=[part.id], Tags=tags)
+
+
 def delete(parts: Sequence[Part]) -> None:
     """Asks AWS to terminate machines, with their disks, and to delete disks without one; UserError if it refuses."""
     with _asked():
         for part in parts:
-            ec2 = _client("ec2", part.place.rstrip("abcdefghijklmnopqrstuvwxyz"))
+            ec2 = _client("ec2", _region_of(part))
             if part.kind == "machine":
                 ec2.terminate_instances(InstanceIds=[part.id])
             else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from mistralctl import endpoint, state
 from mistralctl.clouds import listing
+from mistralctl.commands import receipt
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.task import owner
@@ -91,4 +92,8 @@ def run(names: Sequence[str], *, everything: bool) -> list[DownResult]:
     wanted = state.names() if everything else list(dict.fromkeys(names))
     for name in wanted:
         state.known(name)
-    return [_one(name) for name in wanted]
+    done = []
+    for name in wanted:
+        done.append(_one(name))
+        receipt.close(name)
+    return done

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from mistralctl import endpoint, phases, readiness, state
 from mistralctl.clouds import LOCAL
+from mistralctl.commands import extend
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -190,6 +191,10 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     jobs = sky.running_jobs(record.cluster) if living else None
     same = [job for job, name in (jobs or {}).items() if name == task["name"]]
     set_up = jobs is not None and record.setup_id == setup_id(task)
+    if there is not None and not same:  # SkyPilot does not change a machine's labels, and its life begins anew
+        ttl = task["envs"]["MISTRALCTL_TTL_MINUTES"]
+        until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
+        extend.tell_cloud(replace(record, cloud=there.cloud, region=there.region), until)
     if same or set_up:
         record = learn(record)
         ssh.write_secrets(record.name, secrets)

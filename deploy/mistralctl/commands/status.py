@@ -45,6 +45,14 @@ def _left(limit: str, since: float | None) -> float | None:
     return None if not limit or since is None else round(max(0.0, int(limit) - (time.time() - since) / 60), 1)
 
 
+def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> float | None:
+    """Minutes of its life that are left: by its launcher, by what `extend` wrote, or by its ttl from `since` on."""
+    end = (launcher or {}).get("ends_at") or record.ends_at
+    if end is not None:
+        return round(max(0.0, (end - time.time()) / 60), 1)
+    return _left(record.task.get("envs", {}).get("MISTRALCTL_TTL_MINUTES", ""), since)
+
+
 def _one(name: str) -> Status:
     from mistralctl.runtime import local
 
@@ -66,7 +74,7 @@ def _one(name: str) -> Status:
         name, now, record.cloud, record.model, record.base_url if up else None,
         round((time.time() - record.created_at) / 60, 1) if up else None,
         _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
-        _left(envs.get("MISTRALCTL_TTL_MINUTES", ""), record.created_at) if up else None,
+        _ttl_left(record, launcher, record.created_at) if up else None,
         why, launcher,
     )  # fmt: skip
 
@@ -124,7 +132,7 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
     return Status(
         record.name, now, record.cloud, record.model, record.base_url if up else None, round(hours * 60, 1) if up else None,
         _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
-        _left(envs.get("MISTRALCTL_TTL_MINUTES", ""), since) if up else None,
+        _ttl_left(record, launcher, since) if up else None,
         why, launcher,
         region=(machine.zone or machine.region) if machine is not None else record.region,
         machine=f"{record.machine}{' spot' if record.spot else ''}", price=price,

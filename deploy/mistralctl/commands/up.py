@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from mistralctl import endpoint, phases, readiness, state
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
+from mistralctl.commands import receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.fit import weight_bytes
@@ -136,6 +137,7 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(events)))
     state.save(record)
+    receipt.write(record)
     return _result(record, plan, action, answer)
 
 
@@ -151,6 +153,8 @@ def _cloud(
 
     done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm, check)
     record, action, answer = done
+    if action != "unchanged":
+        receipt.write(record)
     return _result(record, plan, action, answer)
 
 

@@ -117,7 +117,7 @@ def _strings(text: str) -> tuple[str, ...]:
 # What decides who gets in, what code runs, or what the contract says already.
 OURS = (
     "api-key api-server-count allowed-origins config config-format data-parallel-size dtype enable-lora grpc headless "
-    "hf-config-path hf-overrides host load-format logits-processors lora-modules max-lora-rank max-model-len "
+    "hf-config-path hf-overrides hf-token host load-format logits-processors lora-modules max-lora-rank max-model-len "
     "max-num-batched-tokens max-num-seqs middleware model model-impl model-tag port quantization root-path served-model-name shutdown-timeout "
     "speculative-config ssl-certfile ssl-keyfile tensor-parallel-size tokenizer tokenizer-mode tool-parser-plugin "
     "reasoning-parser-plugin trust-remote-code uds worker-cls worker-extension-cls"

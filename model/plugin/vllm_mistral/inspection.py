@@ -20,6 +20,7 @@ def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
     kinds = {type(spec).__name__: spec for spec in specs}
     held = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in kinds.values())
     windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
+    import torch
     import vllm
 
     return {
@@ -37,6 +38,7 @@ def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
         "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
         "vllm": vllm.__version__,
+        "torch": torch.__version__,
     }
 
 

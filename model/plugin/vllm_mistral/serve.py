@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, weights
+from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, weights
 from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.engine import Engine, check_installed, check_port
 from vllm_mistral.guard import read_key
@@ -25,6 +25,8 @@ from vllm_mistral.traffic import Traffic
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
 POLL_SECONDS = 0.5
+# Who signals the whole tree of a job signals us, and the wrapper around us, which passes it on: that is one signal.
+SAME_SECONDS = 0.5
 # A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
 END_SECONDS, LEAST_END_SECONDS = 29.0, 3.0
 
@@ -34,13 +36,16 @@ class _Signals:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self.asked_at = 0.0
         self.hurried = False
         self.engine: Engine | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: object) -> None:
-        if self.asked.is_set() and self.engine is not None:
+        if not self.asked.is_set():
+            self.asked_at = time.monotonic()
+        elif time.monotonic() - self.asked_at > SAME_SECONDS and self.engine is not None:
             self.hurried = True
             self.engine.hurry()
         self.asked.set()
@@ -101,8 +106,10 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
         count = traffic.read()
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
-        if wanted.ttl_minutes is not None and now - started >= wanted.ttl_minutes * 60:
-            return f"its lifetime of {wanted.ttl_minutes} minutes is over"
+        ends_at = lifetime.ends_at(wanted.run_dir, started, wanted.ttl_minutes)
+        status.set(ends_at=ends_at)
+        if ends_at is not None and now >= ends_at:
+            return "its lifetime is over"
         quiet = now - max(count.last_at, ready)
         if wanted.idle_minutes is not None and count.running == 0 and quiet >= wanted.idle_minutes * 60:
             return f"nobody asked anything for {wanted.idle_minutes} minutes"
@@ -132,7 +139,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             check_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = flags.environment(wanted, os.environ)
-            engine = Engine(flags.arguments(wanted, model_dir), environ, wanted.host, wanted.port)
+            arguments = flags.arguments(wanted, model_dir)
+            status.set(flags=arguments)
+            engine = Engine(arguments, environ, wanted.host, wanted.port)
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):

@@ -1,0 +1,106 @@
+"""`mistralctl extend`: gives a deployment a longer life; the cloud is told first, so that `reap` lets the machine be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mistralctl import durations, state
+from mistralctl.clouds import Part, listing
+from mistralctl.errors import Exit, UserError
+from mistralctl.runtime import rundir
+from mistralctl.state import Record
+from mistralctl.task import owner
+
+HEARD_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A deployment with a longer life: its end in seconds since the epoch, and the minutes that are left until then."""
+
+    name: str
+    by: str
+    ends_at: float
+    ttl_left: float
+
+
+def lifetime_label(part: Part, until: float | None) -> str:
+    """The machine's mistralctl-ttl: minutes from its start to the end of its life; `never` without one."""
+    return "never" if until is None else str(math.ceil((until - part.created) / 60))
+
+
+def tell_cloud(record: Record, until: float | None) -> int:
+    """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
+    module = listing(record.cloud)
+    if module is None:
+        return 0
+    found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
+    machines = [part for part in found if part.kind == "machine"]
+    for part in machines:
+        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, until)})
+    return len(machines)
+
+
+def _minutes(by: str) -> int:
+    try:
+        minutes = durations.minutes(by)
+    except ValueError as error:
+        raise UserError(f"DURATION: {error}") from error
+    if minutes is None:
+        raise UserError("DURATION: never is no length; write for example 2h, or run mistralctl up with --ttl never")
+    return minutes
+
+
+def _launcher(record: Record) -> dict[str, Any]:
+    try:
+        found = json.loads(rundir.read(record, f"run/{record.name}/status.json") or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _extend(record: Record, by: str, minutes: int) -> Extended:
+    if record.state != "up":
+        raise UserError(f"{record.name} is not up; run mistralctl up first", Exit.NOT_FOUND)
+    if not record.task["envs"]["MISTRALCTL_TTL_MINUTES"]:
+        raise UserError(f"{record.name} has no end (--ttl never), so there is nothing to extend", Exit.CONFLICT)
+    launcher = _launcher(record)
+    if launcher.get("state") != "ready" or launcher.get("ends_at") is None:
+        raise UserError(f"{record.name} does not serve now; mistralctl status {record.name} says why", Exit.CONFLICT)
+    until = math.ceil(launcher["ends_at"]) + minutes * 60
+    left = (until - time.time()) / 60
+    if left > durations.LONGEST:
+        raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    if record.cluster and not tell_cloud(record, until):
+        raise UserError(
+            f"{record.name}: {record.cloud} lists no machine of it whose label could be changed; mistralctl status {record.name}",
+            Exit.CLOUD,
+        )
+    rundir.write(record, f"run/{record.name}/ends_at", f"{until}\n")
+    deadline = time.monotonic() + HEARD_SECONDS
+    while _launcher(record).get("ends_at") != until:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{record.name}: its launcher has not taken the new end; mistralctl status {record.name} says why", Exit.SERVER
+            )
+        time.sleep(0.2)
+    state.save(replace(record, ends_at=float(until)))
+    return Extended(record.name, by, float(until), round(left, 1))
+
+
+def run(name: str, by: str) -> Extended:
+    """Puts the end of a deployment's life off by a duration such as `2h`; UserError if it does not run or never ends."""
+    from filelock import FileLock, Timeout
+
+    minutes = _minutes(by)
+    state.known(name)
+    try:
+        with FileLock(state.folder(name) / "lock", timeout=0):
+            return _extend(state.known(name), by, minutes)
+    except Timeout:
+        raise UserError(f"{name} is being brought up or down; wait for that to end", Exit.CONFLICT) from None

@@ -1,0 +1,131 @@
+"""`mistralctl receipt`: what was brought up, from what, where, how it was checked, and until when. Written by `up`, closed by `down`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mistralctl
+from mistralctl import state
+from mistralctl.errors import Exit, UserError
+from mistralctl.runtime import rundir
+from mistralctl.state import Record
+
+SCHEMA = 1
+MANIFEST = "mistral-weights.json"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of the weights, as the node checked it: size in bytes, checksums of the whole."""
+
+    name: str
+    size: int
+    sha256: str
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A deployment. Times are in seconds since the epoch, `price` in USD an hour; None: not known, or not come yet.
+
+    `flags` are those of `vllm serve`, `engine` is what the running engine said of itself, `task` is what was run. No secret is in it.
+    """
+
+    schema: int
+    name: str
+    cloud: str
+    region: str
+    machine: str
+    spot: bool
+    price: float | None
+    model: str
+    served_model_name: str
+    up_at: float
+    down_at: float | None
+    versions: dict[str, str | None]
+    weights: str
+    revision: str
+    files: tuple[WeightsFile, ...]
+    flags: tuple[str, ...]
+    engine: dict[str, Any] | None
+    phases: tuple[dict[str, Any], ...]
+    canary: dict[str, Any] | None
+    gate: dict[str, Any] | None
+    task: dict[str, Any]
+
+
+def path(name: str) -> Path:
+    """Where a deployment's receipt lies."""
+    return state.folder(name) / "receipt.json"
+
+
+def _save(receipt: Receipt) -> None:
+    state.write_private(path(receipt.name), json.dumps(asdict(receipt), indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read_json(record: Record, file: str) -> dict[str, Any]:
+    """A JSON object of the node's folder; empty if it cannot be had, for which no `up` shall fail."""
+    with suppress(UserError, ValueError):
+        found = json.loads(rundir.read(record, file))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write(record: Record) -> None:
+    """Writes the receipt of a deployment that is up, with what its node says of itself now."""
+    envs = record.task["envs"]
+    launcher = _read_json(record, f"run/{record.name}/status.json")
+    manifest = _read_json(record, f"weights/{envs['MISTRALCTL_WEIGHTS_ID']}/{MANIFEST}")
+    engine = launcher.get("engine") or {}
+    versions = {
+        "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if record.cluster else None,
+        "vllm": engine.get("vllm"), "torch": engine.get("torch"),
+    }  # fmt: skip
+    files = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
+    _save(Receipt(
+        SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
+        record.served_model_name, round(time.time(), 1), None, versions, envs["MISTRALCTL_WEIGHTS"], envs["MISTRALCTL_REVISION"],
+        tuple(files), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
+        getattr(record, "gate", None) or None, record.task,
+    ))  # fmt: skip
+
+
+def _read(name: str) -> Receipt | None:
+    try:
+        data = json.loads(path(name).read_text("utf-8"))
+        data["files"] = tuple(WeightsFile(**file) for file in data["files"])
+        data["flags"], data["phases"] = tuple(data["flags"]), tuple(data["phases"])
+        return Receipt(**data)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path(name)} is damaged ({error}); delete it", Exit.CONFLICT) from error
+
+
+def close(name: str) -> None:
+    """Notes the end of a deployment in its receipt, if it has an open one."""
+    receipt = _read(name)
+    if receipt is not None and receipt.down_at is None:
+        _save(replace(receipt, down_at=round(time.time(), 1)))
+
+
+def run(name: str) -> Receipt:
+    """The receipt of a deployment; it is kept after `down`, until the name is brought up again."""
+    state.known(name)
+    receipt = _read(name)
+    if receipt is None:
+        raise UserError(f"{name} was never brought up to its end, so it has no receipt; run mistralctl up", Exit.NOT_FOUND)
+    return receipt
