@@ -19,6 +19,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from simcloud import linux, tls
 
+IMAGE_USER = "ubuntu"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 METADATA_ADDRESS = "169.254.169.254"
 
@@ -75,10 +76,15 @@ def lay_out(machine: Machine) -> Path:
 
 
 def let_in(root: Path, user: str, keys: str) -> None:
-    """What cloud-init does: a user who may do everything, and the keys to sign in with."""
+    """What cloud-init does: a user who may do everything, and the keys to sign in with.
+
+    Each cloud has its own name for the user; it becomes the name of the one whom the image has, with its home folder.
+    """
     inside = ["chroot", str(root)]
     if subprocess.run([*inside, "id", user], capture_output=True).returncode:
-        subprocess.run([*inside, "useradd", "-m", "-s", "/bin/bash", user], check=True)
+        subprocess.run([*inside, "usermod", "--login", user, "--home", f"/home/{user}", IMAGE_USER], check=True)
+        subprocess.run([*inside, "groupmod", "--new-name", user, IMAGE_USER], check=True)
+        (root / "home" / user).symlink_to(IMAGE_USER)
         (root / "etc/sudoers.d" / f"90-{user}").write_text(f"{user} ALL=(ALL) NOPASSWD:ALL\n")
     ssh = root / "home" / user / ".ssh"
     ssh.mkdir(mode=0o700, exist_ok=True)

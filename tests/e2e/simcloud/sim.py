@@ -131,8 +131,10 @@ class SimCloud:
         for path in (*wheels.rglob("*"), wheels):  # newer than SkyPilot itself, or it builds the wheel again, from the network
             os.utime(path, (2**32 - 1, 2**32 - 1))
         own_bin = str(Path(sys.executable).parent)
+        programs = self.home / "bin"  # where a cloud puts stand-ins of its own command line
+        programs.mkdir()
         self.env = {
-            "HOME": str(self.home), "PATH": f"{own_bin}:{SYSTEM_PATH}", "USER": "root", "LOGNAME": "root", "LANG": "C.UTF-8",
+            "HOME": str(self.home), "PATH": f"{programs}:{own_bin}:{SYSTEM_PATH}", "USER": "root", "LOGNAME": "root", "LANG": "C.UTF-8",
             "SHELL": "/bin/bash", "TERM": "dumb", "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "DO_NOT_TRACK": "1", "SCARF_NO_ANALYTICS": "true",
             "NO_GCE_CHECK": "true", "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
@@ -238,9 +240,9 @@ class SimCloud:
         found: list[dict[str, Any]] = self._call(cloud, "volumes")
         return found
 
-    def security_groups(self, cloud: str) -> list[dict[str, Any]]:
-        """The security groups that the cloud lists, the default ones among them; `ports`: those open to the whole world."""
-        found: list[dict[str, Any]] = self._call(cloud, "security_groups")
+    def firewalls(self, cloud: str) -> list[dict[str, Any]]:
+        """The security groups or rules that the cloud lists, the default ones among them; `ports`: those open to the world."""
+        found: list[dict[str, Any]] = self._call(cloud, "firewalls")
         return found
 
     def journal(self, cloud: str) -> list[dict[str, Any]]:

@@ -14,15 +14,15 @@ class Store(Protocol):
     PORT: int
 
     def command(self, folder: Path) -> list[str]:
-        """The server's command line; its data lie in `folder`. It listens on 127.0.0.1:PORT."""
+        """The server's command line; its data lie in `folder`/data. It listens on 127.0.0.1:PORT."""
 
     def put(self, folder: Path, url: str) -> int:
-        """Uploads every file below a folder, as the laptop; says how many."""
+        """Uploads every file below a folder, as the laptop, making the bucket first; says how many."""
 
 
 class Backend(Protocol):
     """What each file here has. `ADDRESS` and `PORTS`: where it listens on loopback; `NAMES`: the names of hosts that lead there,
-    which the certificate beside the cloud's folder is for (tls.py)."""
+    which the certificate in ROOT/tls is for (tls.py). `CREDENTIALS` are those of the laptop."""
 
     ADDRESS: str
     PORTS: tuple[int, ...]

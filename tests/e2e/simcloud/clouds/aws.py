@@ -9,35 +9,31 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from simcloud import control, s3
-from simcloud.faults import ON_BOOT, REFUSALS, Faults, Journal
+from simcloud import catalog, s3
+from simcloud.cloud import Cloud
 from simcloud.node_init import METADATA_ADDRESS, Machine
-from simcloud.nodes import Nodes, Service
+from simcloud.nodes import Service
 
 ADDRESS = "127.0.0.1"
 API_PORT, METADATA_PORT = 5000, 5001
 PORTS: tuple[int, ...] = (API_PORT, METADATA_PORT)
-STORE = s3
 NAMES: tuple[str, ...] = ()
-ENDPOINTS = {"ec2": f"http://127.0.0.1:{API_PORT}"}
+STORE = s3
+ENDPOINT = f"http://{ADDRESS}:{API_PORT}"
 CREDENTIALS = {"aws_access_key_id": s3.LAPTOP["accessKey"], "aws_secret_access_key": s3.LAPTOP["secretKey"]}
 
 ACCOUNT, PARTITION = "123456789012", "aws"  # moto's
 ROLE = "skypilot-v1"  # the one that SkyPilot makes: made beforehand, or each SimCloud waits 30 s for it to spread
 HOME_REGION = "us-east-1"
 ROOT_DEVICE = "/dev/sda1"
-TESTS = Path(__file__).parent.parent.parent.parent
-CATALOGS = (TESTS.parent / "deploy" / "mistralctl" / "catalog", TESTS / "deploy" / "sky_catalog")
 ON_DEMAND_QUOTA, SPOT_QUOTA = "L-1216C47A", "L-34B43A08"
 QUOTA_LIMIT = 256.0  # vCPUs, of every quota until a test says otherwise
 
@@ -93,25 +89,21 @@ def prepare(folder: Path, home: Path) -> dict[str, str]:
     settings.mkdir(parents=True)
     (settings / "credentials").write_text("[default]\n" + "".join(f"{name} = {value}\n" for name, value in CREDENTIALS.items()))
     (settings / "config").write_text(
-        f"[default]\nregion = {HOME_REGION}\nendpoint_url = {ENDPOINTS['ec2']}\nservices = simulated\n"
+        f"[default]\nregion = {HOME_REGION}\nendpoint_url = {ENDPOINT}\nservices = simulated\n"
         f"[services simulated]\ns3 =\n  endpoint_url = {s3.ENDPOINT}\n"
     )
-    catalog = home / ".sky" / "catalogs" / "v8"
-    for source in CATALOGS:
-        for name in ("aws", "common"):
-            if (source / name).exists():
-                shutil.copytree(source / name, catalog / name, dirs_exist_ok=True)
-    with (catalog / "aws" / "vms.csv").open() as file:
+    tables = catalog.lay_out(home, "aws")
+    with (tables / "vms.csv").open() as file:
         types = sorted({row["InstanceType"] for row in csv.DictReader(file)})
-    with (catalog / "aws" / "instance_quota_mapping.csv").open("w", newline="") as file:
+    with (tables / "instance_quota_mapping.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["InstanceType", "OnDemandInstanceCode", "SpotInstanceCode"])
         rows.writerows([name, ON_DEMAND_QUOTA, SPOT_QUOTA] for name in types)
-    with (catalog / "aws" / "images.csv").open("r+", newline="") as file:
+    with (tables / "images.csv").open("r+", newline="") as file:
         # The snapshot is older than SkyPilot's image with CUDA 13, which is the default of GPU machines by now.
         lines = [line for line in file if line.startswith("skypilot:custom-gpu-ubuntu,")]
         file.writelines(line.replace("ubuntu,", "ubuntu-cuda13,", 1) for line in lines)
-    with (catalog / "aws" / "images.csv").open() as file:
+    with (tables / "images.csv").open() as file:
         images = sorted({row["ImageId"] for row in csv.DictReader(file) if row["ImageId"]})
     fixed = {
         "owner_id": "137112412989", "public": True, "virtualization_type": "hvm", "architecture": "x86_64", "state": "available",
@@ -130,19 +122,13 @@ SERVICES: list[Service] = [
     (ADDRESS, s3.PORT, ADDRESS, s3.PORT),
     (METADATA_ADDRESS, 80, ADDRESS, METADATA_PORT),
 ]
-NODE_VARIABLES = {"AWS_ENDPOINT_URL": ENDPOINTS["ec2"], "AWS_ENDPOINT_URL_S3": s3.ENDPOINT}
+NODE_VARIABLES = {"AWS_ENDPOINT_URL": ENDPOINT, "AWS_ENDPOINT_URL_S3": s3.ENDPOINT}
 
 
-class Amazon:
+class Amazon(Cloud):
     """The instances that moto knows, and the nodes that they are."""
 
-    def __init__(self, folder: Path, image: Path) -> None:
-        self.faults = Faults()
-        self.journal = Journal(folder / "journal.jsonl")
-        self.nodes = Nodes(folder / "nodes", image, SERVICES, self.ended)
-        self.limits: list[tuple[str, str, float]] = []
-        self.no_ssh: set[str] = set()
-        self.dead: set[str] = set()
+    LAUNCH = "RunInstances"
 
     # what moto knows
 
@@ -182,7 +168,7 @@ class Amazon:
             for region in self.regions() for one in list(region.volumes.values())
         ]  # fmt: skip
 
-    def security_groups(self) -> list[dict[str, Any]]:
+    def firewalls(self) -> list[dict[str, Any]]:
         return [
             {
                 "id": one.id, "name": one.name, "region": region.region_name, "ports": sorted(open_ports([one])), "tags": tags_of(one),
@@ -199,43 +185,30 @@ class Amazon:
             "region": instance.region_name, "zone": instance.availability_zone, "instance_type": instance.instance_type,
             "spot": instance.lifecycle == "spot",
         }  # fmt: skip
-        faults = {kind: self.faults.find((kind,), **where) for kind in ON_BOOT}
-        self.dead.discard(instance.id)
-        if faults["no_ssh"]:
-            self.no_ssh.add(instance.id)
         given: Any = instance.user_data or ""  # moto's own kind of text, or plain text
         text: str = given.decode() if hasattr(given, "as_bytes") else given
         users = (yaml.safe_load(text) or {}).get("users", []) if text else []
         keys = {user["name"]: "".join(f"{key.strip()}\n" for key in user["ssh_authorized_keys"]) for user in users}
-        slow = faults["slow_boot"]
         machine = Machine(
             instance.id, instance.private_ip, f"ip-{instance.private_ip.replace('.', '-')}", str(self.nodes.image),
             str(self.nodes.path(instance.id)), keys, NODE_VARIABLES | {"AWS_DEFAULT_REGION": instance.region_name},
-            boot_seconds=(slow.seconds or 60) if slow else 0,
         )  # fmt: skip
-        self.nodes.boot(machine, lambda: self.ports(instance))
-        self.journal.write("boot", id=instance.id, address=instance.private_ip, **where)
-        dies = faults["node_dies"]
-        if dies:
-            timer = threading.Timer(dies.seconds or 0, self.kill_node, [instance.id])
-            timer.daemon = True
-            timer.start()
+        self.power_on(machine, lambda: self.ports(instance), where)
 
     def ports(self, instance: Any) -> set[int]:
         groups = {group.id: group for group in instance.security_groups}
         for interface in list(instance.nics.values()):
             groups |= {group.id: group for group in interface.group_set}
-        return open_ports(list(groups.values())) - ({22} if instance.id in self.no_ssh else set())
+        return open_ports(list(groups.values()))
 
-    def ended(self, name: str, status: int) -> None:
-        """A node powered itself off, or crashed. Amazon stops or terminates the instance in the first case."""
-        self.journal.write("ended", id=name, status=status)
-        instance = self.find(name)
+    def ended(self, id: str, status: int) -> None:
+        """Amazon stops or terminates an instance that powers itself off, not one that crashed."""
+        self.journal.write("ended", id=id, status=status)
+        instance = self.find(id)
         if status == 0 and instance.state_code == 16:
             instance.terminate() if instance.instance_initiated_shutdown_behavior == "terminate" else instance.stop()
 
     def preempt(self, id: str) -> None:
-        """Amazon wants its spot instance back."""
         instance = self.find(id)
         if instance.state_code != 16:
             raise ValueError(f"{id} does not run: {instance.state}")
@@ -243,35 +216,6 @@ class Amazon:
         instance.state_reason.code = "Server.SpotInstanceTermination"
         instance.state_reason.message = "Server.SpotInstanceTermination: Spot instance termination"
         self.journal.write("preempt", id=id)
-
-    def kill_node(self, id: str) -> None:
-        """The hardware dies. Amazon goes on saying that the instance runs, and bills it."""
-        self.dead.add(id)
-        self.nodes.halt(id)
-        self.journal.write("kill_node", id=id)
-
-    def refuse(self, service: str, action: str, where: dict[str, Any], token: str | None) -> Refusal | None:
-        """The refusal that is set for a call, if one is."""
-        found = self.faults.find(REFUSALS, token, action=action, **where)
-        return refusal(found.kind, service, bool(where.get("spot"))) if found else None
-
-    def quota(self, code: str, limit: float, region: str) -> None:
-        """What Service Quotas says from now on; nothing is refused by it."""
-        self.limits.append((region, code, limit))
-
-    def limit(self, region: str, code: str) -> float:
-        found = [limit for where, name, limit in self.limits if name == code and fnmatchcase(region, where)]
-        return found[-1] if found else QUOTA_LIMIT
-
-    def clear(self) -> None:
-        self.faults.clear()
-        self.limits.clear()
-
-    def fault(self, kind: str, action: str | None, **where: Any) -> None:
-        """Sets a fault; a refusal is one of launches unless another call is named, bad credentials are bad for all calls."""
-        if kind in REFUSALS and action is None:
-            action = "*" if kind == "credentials" else "RunInstances"
-        self.faults.add(kind=kind, action=action, **where)
 
 
 def tags_of(resource: Any) -> dict[str, str]:
@@ -444,8 +388,9 @@ def teach_refusals(amazon: Amazon) -> None:
                 "instance_type": self._get_param("InstanceType"), "spot": self._get_param("InstanceMarketOptions.MarketType") == "spot",
             }  # fmt: skip
             token = self._get_param("ClientToken")
-        refused = amazon.refuse(service, action, where, token)
-        if refused:
+        found = amazon.refusal(action, where, token)
+        if found:
+            refused = refusal(found.kind, service, bool(where.get("spot")))
             message = refused.message.format(service=service, action=action, **({"zone": "", "instance_type": ""} | where))
             amazon.journal.write("call", service=service, action=action, error=refused.code, **where)
             inner = f"<Error><Code>{refused.code}</Code><Message>{message}</Message></Error>"
@@ -466,7 +411,11 @@ def teach_quotas(amazon: Amazon) -> None:
     from moto.servicequotas.models import ServiceQuotasBackend
 
     def get_service_quota(self: Any, service_code: str, quota_code: str) -> dict[str, Any]:
-        return {"ServiceCode": service_code, "QuotaCode": quota_code, "Value": amazon.limit(self.region_name, quota_code)}
+        return {
+            "ServiceCode": service_code,
+            "QuotaCode": quota_code,
+            "Value": amazon.limit(self.region_name, quota_code, QUOTA_LIMIT),
+        }
 
     setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - a method of a class that mypy knows
 
@@ -483,20 +432,13 @@ def make_role() -> None:
 def serve(folder: Path, image: Path) -> None:
     """moto's server with all of the above, the metadata service and the back door."""
     os.environ["MOTO_AMIS_PATH"] = str(folder / "amis.json")
-    (folder / "nodes").mkdir(exist_ok=True)
-    amazon = Amazon(folder, image)
+    amazon = Amazon(folder, image, SERVICES)
     teach_network()
     teach_compute(amazon)
     teach_refusals(amazon)
     teach_quotas(amazon)
     make_role()
-    control.listen(
-        folder,
-        {
-            "instances": amazon.instances, "volumes": amazon.volumes, "security_groups": amazon.security_groups,
-            "fault": amazon.fault, "clear_faults": amazon.clear, "quota": amazon.quota, "preempt": amazon.preempt, "kill_node": amazon.kill_node,
-        },
-    )  # fmt: skip
+    amazon.listen()
     service = ThreadingHTTPServer((ADDRESS, METADATA_PORT), metadata(amazon))
     threading.Thread(target=service.serve_forever, daemon=True).start()
     import moto.server
