@@ -154,7 +154,7 @@ def test_an_interrupt_is_one_line_and_the_next_pull_continues(stores: dict[str, 
 
 @pytest.mark.parametrize(
     ("uri", "package"),
-    [("hf://a/b", "huggingface_hub"), ("s3://a/b", "boto3"), ("gs://a/b", "google"), ("az://acc/con/b", "azure")],
+    [("hf://a/b", "huggingface_hub"), ("s3://a/b", "botocore"), ("gs://a/b", "google"), ("az://acc/con/b", "azure")],
 )
 def test_without_its_extra_a_store_says_what_to_install(uri: str, package: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from mistral_weights.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -169,7 +169,7 @@ def test_without_its_extra_a_store_says_what_to_install(uri: str, package: str, 
 def test_importing_the_library_loads_no_sdk() -> None:
     code = (
         "import sys, mistral_weights.cli, mistral_weights.stores;"
-        "print([m for m in ('boto3', 'google.cloud', 'azure', 'huggingface_hub', 'requests', 'torch') if m in sys.modules])"
+        "print([m for m in ('botocore', 'google.cloud', 'azure', 'huggingface_hub', 'requests', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from mistral_weights.address import Address
+from mistral_weights.digests import blake3_of
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.http_reader import HttpReader, Links
 from mistral_weights.patience import Patience
@@ -106,7 +107,7 @@ def _read(url: str, folder: Path, patience: Patience, start: int, stop: int) -> 
     reader = HttpReader(store, Links(store), patience)
     buffer = bytearray(stop - start)
     for _ in range(2):  # the second time on the connection that was kept
-        reader.read_into(store.stored("file"), start, memoryview(buffer))
+        assert reader.read_into(store.stored("file"), start, memoryview(buffer)) == blake3_of(buffer)
     reader.close()
     return bytes(buffer)
 

@@ -1,8 +1,8 @@
 """The fast way to read a range: a plain HTTP(S) GET whose body goes from the socket straight into the buffer.
 
 One connection for each worker, kept alive. The system fills the buffer (MSG_WAITALL), so that Python wakes about once
-for each MiB. Where a store gives no link, a proxy is set, or a server answers in a way that this reader does not know,
-the plain reader does the work.
+for each MiB, and hashes it before the next one pushes it out of the processor's cache. Where a store gives no link, a
+proxy is set, or a server answers in a way that this reader does not know, the plain reader does the work.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from . import digests
 from .errors import Kind, WeightsError
 from .patience import Patience
 from .reader import PlainReader
@@ -77,14 +78,13 @@ class HttpReader:
         self._peer: tuple[str, str] = ("", "")
         self._closed = False
 
-    def read_into(self, file: StoredFile, start: int, buffer: memoryview) -> None:
+    def read_into(self, file: StoredFile, start: int, buffer: memoryview) -> str:
         link = self._links.get(file)
         if link is None or _proxied(link.url):
-            self._plain.read_into(file, start, buffer)
-            return
+            return self._plain.read_into(file, start, buffer)
         kept = self._socket is not None
         try:
-            self._get(file, link, start, buffer)
+            return self._get(file, link, start, buffer)
         except WeightsError as error:
             self._hang_up()
             if error.kind in (Kind.DENIED, Kind.NOT_FOUND):
@@ -93,7 +93,7 @@ class HttpReader:
         except _UnknownAnswerError:
             self._hang_up()
             self._links.use_plain(file)
-            self._plain.read_into(file, start, buffer)
+            return self._plain.read_into(file, start, buffer)
         except ssl.SSLCertVerificationError as error:
             self._hang_up()
             raise WeightsError(
@@ -107,8 +107,7 @@ class HttpReader:
         except OSError as error:
             self._hang_up()
             if kept and isinstance(error, ConnectionError) and not self._closed:
-                self.read_into(file, start, buffer)  # the server had closed a connection that was idle
-                return
+                return self.read_into(file, start, buffer)  # the server had closed a connection that was idle
             raise _unreachable(file, f"the connection failed ({error.strerror or type(error).__name__})") from None
 
     def close(self) -> None:
@@ -122,7 +121,7 @@ class HttpReader:
                 held.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
             held.close()
 
-    def _get(self, file: StoredFile, link: Link, start: int, buffer: memoryview) -> None:
+    def _get(self, file: StoredFile, link: Link, start: int, buffer: memoryview) -> str:
         url = urlsplit(link.url)
         held = self._connect(url.scheme, url.netloc)
         path = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -133,10 +132,13 @@ class HttpReader:
         held.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
         status, headers, body = self._head(held, file)
         self._check(file, link, status, headers, start, len(buffer))
+        if len(body) > len(buffer):
+            raise _unreachable(file, "the server sent more than was asked for")
         buffer[: len(body)] = body
-        self._fill(held, buffer[len(body) :], file)
+        blake3 = self._fill(held, buffer, len(body), file)
         if headers.get("connection", "").lower() == "close":
             self._hang_up()
+        return blake3
 
     def _connect(self, scheme: str, peer: str) -> socket.socket:
         if self._socket is not None and self._peer == (scheme, peer):
@@ -201,20 +203,27 @@ class HttpReader:
         if headers.get("content-length") != str(size):
             raise _unreachable(file, "the server announced another length than was asked for")
 
-    def _fill(self, held: socket.socket, rest: memoryview, file: StoredFile) -> None:
+    def _fill(self, held: socket.socket, buffer: memoryview, filled: int, file: StoredFile) -> str:
+        """Fills what is left of `buffer` after the first `filled` bytes; the blake3 of all of it."""
         flags = 0 if isinstance(held, ssl.SSLSocket) else socket.MSG_WAITALL
+        digest, hashed = digests.start("blake3", len(buffer)), 0
         since, counted = time.monotonic(), 0
-        while rest:
-            got = held.recv_into(rest[:PIECE], 0, flags)
+        while filled < len(buffer):
+            got = held.recv_into(buffer[filled : hashed + PIECE], 0, flags)
             if not got:
                 raise _unreachable(file, "the server closed the connection in the middle")
-            rest = rest[got:]
+            filled += got
             counted += got
+            if filled == hashed + PIECE:
+                digest.update(buffer[hashed:filled])
+                hashed = filled
             now = time.monotonic()
             if now - since >= self._patience.stall:
-                if counted < self._patience.least_bytes and rest:
+                if counted < self._patience.least_bytes and filled < len(buffer):
                     raise _StalledError
                 since, counted = now, 0
+        digest.update(buffer[hashed:])
+        return digest.hexdigest()
 
 
 def readers(store: Store, patience: Patience, plain: bool) -> Callable[[], Reader]:

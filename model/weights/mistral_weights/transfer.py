@@ -27,9 +27,12 @@ RESTARTS: dict[Kind, int] = {Kind.CHANGED: 3, Kind.DAMAGED: 2}
 
 
 class Reader(Protocol):
-    """Fills buffers with ranges of files; every worker has one of its own."""
+    """Fills buffers with ranges of files; every worker has one of its own.
 
-    def read_into(self, file: StoredFile, start: int, buffer: memoryview) -> None: ...
+    The result is the blake3 of what came, taken piece by piece while it is still in the processor's cache.
+    """
+
+    def read_into(self, file: StoredFile, start: int, buffer: memoryview) -> str: ...
 
     def close(self) -> None: ...
 
@@ -189,8 +192,7 @@ class Transfer:
         failures = 0
         while True:
             try:
-                reader.read_into(arrival.wanted.file, start, view)
-                return arrival.check(index, view)
+                return arrival.check(index, reader.read_into(arrival.wanted.file, start, view))
             except WeightsError as error:
                 failures += 1
                 seconds = self._conditions.patience.wait(error, failures)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
-from boto3.exceptions import Boto3Error, S3UploadFailedError
-from boto3.s3.transfer import TransferConfig
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -90,17 +88,22 @@ class S3Store:
         return {kind: base64.b64decode(value).hex() for kind, value in promised.items() if "-" not in value}
 
     def write(self, name: str, path: Path, facts: ManifestFile | None, advance: Advance = unheard) -> None:
+        from boto3.exceptions import S3UploadFailedError  # a pull starts sooner without boto3
+        from boto3.s3.transfer import S3Transfer, TransferConfig
+
         told = {"sha256": facts.sha256, "blake3": facts.blake3} if facts else {}
-        transfer = TransferConfig(multipart_threshold=UPLOAD_PART, multipart_chunksize=UPLOAD_PART, max_concurrency=4)
-        with self._explained(f"{self.address}/{name}"):
-            self._client().upload_file(
-                str(path),
-                self.address.root,
-                self.below + name,
-                ExtraArgs={"Metadata": told, "ChecksumAlgorithm": "CRC32"},
-                Callback=advance,
-                Config=transfer,
-            )
+        parts = TransferConfig(multipart_threshold=UPLOAD_PART, multipart_chunksize=UPLOAD_PART, max_concurrency=4)
+        with self._explained(f"{self.address}/{name}"), S3Transfer(self._client(), parts) as transfer:
+            try:
+                transfer.upload_file(
+                    str(path),
+                    self.address.root,
+                    self.below + name,
+                    callback=advance,
+                    extra_args={"Metadata": told, "ChecksumAlgorithm": "CRC32"},
+                )
+            except S3UploadFailedError as error:  # what boto3 puts around a ClientError
+                raise error.__context__ or error from None
 
     def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
         with self._explained(file.name):
@@ -125,10 +128,10 @@ class S3Store:
                     max_pool_connections=32,
                     signature_version="s3v4",
                 )
-                session = boto3.session.Session()
-                made = session.client("s3", config=quiet)
+                session = botocore.session.Session()
+                made = session.create_client("s3", config=quiet)
                 if not (urlsplit(made.meta.endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
-                    made = session.client("s3", config=quiet.merge(Config(s3={"addressing_style": "path"})))
+                    made = session.create_client("s3", config=quiet.merge(Config(s3={"addressing_style": "path"})))
                 self._made = made
             return self._made
 
@@ -138,11 +141,6 @@ class S3Store:
             yield
         except ClientError as error:
             raise self._answered(error, what) from error
-        except S3UploadFailedError as error:
-            cause = error.__context__
-            if isinstance(cause, ClientError):
-                raise self._answered(cause, what) from error
-            raise WeightsError(Kind.UNREACHABLE, f"{what} could not be written; try again") from error
         except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError) as error:
             self._made = None
             raise WeightsError(
@@ -151,7 +149,7 @@ class S3Store:
             ) from error
         except ProfileNotFound as error:
             raise WeightsError(Kind.USAGE, f"AWS_PROFILE names no profile ({error}); correct it") from error
-        except (BotoCoreError, Boto3Error, OSError) as error:
+        except (BotoCoreError, OSError) as error:
             why = type(error).__name__
             raise WeightsError(Kind.UNREACHABLE, f"{what}: S3 cannot be reached ({why}); check network and endpoint") from error
 
