@@ -121,6 +121,12 @@ def _spec_options(
     lora: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="a LoRA adapter (repeatable)")] = None,
     served_model_name: Annotated[str | None, typer.Option(metavar="S", help="`model` in the API")] = None,
     port: Annotated[str | None, typer.Option(metavar="P", help="port of the endpoint on this machine")] = None,
+    public: Annotated[
+        bool | None, typer.Option("--public/--no-public", help="open the port to the internet, with TLS [default: an SSH tunnel]")
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(metavar="CIDR", help="with --public: who may ask (repeatable)")] = None,
+    cert: Annotated[str | None, typer.Option(metavar="FILE", help="with --public: your own certificate, PEM")] = None,
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="with --public: its private key, PEM")] = None,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(metavar="ARG", help="argument of vllm serve: --vllm-arg=--seed=7 (repeatable)")
     ] = None,

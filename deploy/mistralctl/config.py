@@ -18,7 +18,7 @@ from mistralctl.spec import DeploymentSpec
 FILE = "mistralctl.yaml"
 LARGEST_FILE = 1 << 20
 DEEPEST = 10
-LIST_FIELDS = ("cloud", "vllm_args")
+LIST_FIELDS = ("cloud", "vllm_args", "allow")
 FLAGS = {"vllm_args": "--vllm-arg", "model": "MODEL"}
 
 # Variables that mistralctl reads for other purposes than an option of a deployment.

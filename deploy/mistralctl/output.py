@@ -117,6 +117,10 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _gate(gate: dict[str, Any]) -> str:
+    return f"{gate['routes']} routes asked in {gate['requests']} ways, open is only {', '.join(sorted(gate['let_in']))}"
+
+
 def up_text(result: UpResult) -> str:
     """The endpoint and three ways to use it."""
     name = shlex.quote(result.name)
@@ -127,16 +131,18 @@ def up_text(result: UpResult) -> str:
         else ("completions", {"prompt": "Hello", "max_tokens": 32})
     )
     data = json.dumps({"model": result.served_model_name, **body})
+    trust = f"--cacert {shlex.quote(result.ssl_cert_file)} " if result.ssl_cert_file else ""
     seconds = " + ".join(f"{phase.phase} {phase.seconds:.0f} s" for phase in result.phases)
     lines = [
         f"{result.name} {done[result.action]}: {result.base_url} ({result.model} on {result.cloud})",
         *([f"phases: {seconds}"] if seconds and result.action != "unchanged" else []),
+        *([f"gate: {_gate(result.gate)}"] if result.gate else []),
         f"ends after {result.idle} without a request (--idle), and after {result.ttl} in any case (--ttl)",
         "",
         "three ways to use it:",
         f"  mistralctl chat {name}",
         f'  eval "$(mistralctl env {name})"   # then any OpenAI client',
-        f'  curl {result.base_url}/{what} -H "Authorization: Bearer $(cat {shlex.quote(result.key_file)})" '
+        f'  curl {trust}{result.base_url}/{what} -H "Authorization: Bearer $(cat {shlex.quote(result.key_file)})" '
         f"-H 'Content-Type: application/json' -d {shlex.quote(data)}",
         "",
         f"stop it: mistralctl down {name}",
@@ -205,10 +211,8 @@ def receipt_text(result: Receipt) -> str:
 
 def env_text(client: Client) -> str:
     """Lines for a shell."""
-    return "\n".join(
-        f"export {key}={shlex.quote(value)}"
-        for key, value in (("OPENAI_BASE_URL", client.base_url), ("OPENAI_API_KEY", client.api_key))
-    )
+    values = {"OPENAI_BASE_URL": client.base_url, "OPENAI_API_KEY": client.api_key, "SSL_CERT_FILE": client.ssl_cert_file}
+    return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in values.items() if value)
 
 
 def mirrored_text(result: Mirrored) -> str:

@@ -18,6 +18,7 @@ WORDS = {
     "engine": "engine",
     "check": "check",
     "ready": "ready",
+    "gate": "gate",
 }
 
 

@@ -109,7 +109,22 @@ def _context(sourced: Sourced, model: Model) -> int:
     return asked or shape.context
 
 
+def _check_public(sourced: Sourced) -> None:
+    spec = sourced.spec
+    if spec.public and spec.cloud == (LOCAL,):
+        raise UserError(
+            f"{sourced.place('public')}: --cloud local serves this machine alone, on 127.0.0.1; leave one of the two out"
+        )
+    for field in ("allow", "cert", "key"):
+        if getattr(spec, field) and not spec.public:
+            raise UserError(f"{sourced.place(field)}: means nothing without --public; add that or leave this out")
+    if (spec.cert is None) != (spec.key is None):
+        given, other = ("cert", "key") if spec.cert else ("key", "cert")
+        raise UserError(f"{sourced.place(given)}: needs --{other} as well")
+
+
 def _check_places(sourced: Sourced) -> None:
+    _check_public(sourced)
     spec = sourced.spec
     named = [field for field in ("region", "zone", "accelerators", "max_price") if getattr(spec, field) is not None]
     if spec.cloud == (LOCAL,):

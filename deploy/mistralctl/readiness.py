@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from mistralctl import connection
 from mistralctl.errors import Exit, UserError
+from mistralctl.state import Record
 
 PROMPT = "The capital of France is"
 
 
-def complete(base_url: str, key: str, model: str, *, seconds: float = 300) -> str:
+def complete(record: Record, *, seconds: float = 300) -> str:
     """The text of one short completion; UserError if there is none within `seconds`."""
     import httpx
 
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    body = {"model": record.served_model_name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     try:
-        answer = httpx.post(
-            f"{base_url}/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=seconds,
-            trust_env=False,
-        )  # fmt: skip
+        with connection.client(record, seconds) as client:
+            answer = client.post("/v1/completions", json=body)
         answer.raise_for_status()
         text = str(answer.json()["choices"][0]["text"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"the server does not answer at {base_url} ({error}); see mistralctl logs", Exit.SERVER) from error
+        raise UserError(f"the server does not answer at {record.base_url} ({error}); see mistralctl logs", Exit.SERVER) from error
     if not text.strip():
-        raise UserError(f"the server at {base_url} answered with nothing; see mistralctl logs", Exit.SERVER)
+        raise UserError(f"the server at {record.base_url} answered with nothing; see mistralctl logs", Exit.SERVER)
     return text
 
 
-def answers(base_url: str, key: str) -> bool:
-    """Whether a server of ours takes this key now, without asking the model."""
+def answers(record: Record, *, probing: bool = False) -> bool:
+    """Whether a server of ours takes this deployment's key now, without asking the model; `probing`: also one that is not open yet."""
     import httpx
 
     try:
-        reply = httpx.get(f"{base_url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5, trust_env=False)
-    except httpx.HTTPError:
+        with connection.client(record, 5) as client:
+            if not probing:
+                del client.headers[connection.PROBE_HEADER]
+            return client.get("/v1/models").status_code == 200
+    except (httpx.HTTPError, UserError):
         return False
-    return reply.status_code == 200
+
+
+def refusal(record: Record) -> str:
+    """Why a server refuses this machine itself, where it says so; empty if it does not."""
+    import httpx
+
+    try:
+        with connection.client(record, 5) as client:
+            answer = client.get("/v1/models")
+        return str(answer.json()["error"]["message"]) if answer.status_code == 403 else ""
+    except (httpx.HTTPError, UserError, ValueError, KeyError, TypeError):
+        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,9 @@ OWN_VLLM_ARGS = {
     "--ssl-keyfile": "mistralctl makes certificates itself",
     "--ssl-certfile": "mistralctl makes certificates itself",
     "--ssl-ca-certs": "mistralctl makes certificates itself",
+    "--ssl-cert-reqs": "clients show a key, not a certificate",
+    "--ssl-ciphers": "mistralctl chooses them",
+    "--enable-ssl-refresh": "a new certificate is a new up",
     "--allowed-origins": "the guard refuses other origins",
     "--disable-frontend-multiprocessing": "the launcher needs it as it is",
     "--worker-extension-cls": "the launcher reads the engine through it",
@@ -173,6 +177,16 @@ def _served_model_name(value: str) -> str:
     return value
 
 
+def _allow(values: tuple[str, ...]) -> tuple[str, ...]:
+    found = []
+    for value in values:
+        try:
+            found.append(str(ipaddress.ip_network(value)))
+        except ValueError:
+            raise ValueError(f"{value!r} is not a network; write for example 203.0.113.0/24 or 198.51.100.7") from None
+    return tuple(dict.fromkeys(found))
+
+
 def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
     if "local" in values and len(set(values)) > 1:
         raise ValueError("local stands alone; leave out either local or the other clouds")
@@ -218,7 +232,17 @@ class DeploymentSpec(BaseModel):
     served_model_name: Annotated[str, AfterValidator(_served_model_name)] | None = Field(
         None, description="`model` in the API; the model's name if left out"
     )
-    port: int | None = Field(None, ge=1024, le=65535, description="port of the endpoint on this machine")
+    port: int | None = Field(
+        None, ge=1024, le=65535, description="port of the endpoint: on this machine, or with public on the node"
+    )
+    public: bool = Field(
+        False, description="open the node's port to the internet, with TLS; otherwise an SSH tunnel is the way in"
+    )
+    allow: Annotated[tuple[str, ...], AfterValidator(_allow)] = Field(
+        (), description="with public: networks that may ask, 203.0.113.0/24; none: every address may"
+    )
+    cert: str | None = Field(None, min_length=1, description="with public: your own certificate and its chain, a PEM file")
+    key: str | None = Field(None, min_length=1, description="with public: the private key of cert, a PEM file")
     vllm_args: Annotated[tuple[str, ...], AfterValidator(_vllm_args)] = Field(
         (), description="further arguments of `vllm serve`, each in one piece: --seed=7"
     )

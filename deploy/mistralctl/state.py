@@ -23,7 +23,8 @@ class Record:
     On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `request` SkyPilot's
     id of a launch that nobody heard the end of, `setup_id` and
     `resources_id` are hashes of what its set-up and the machine itself were made from. `ends_at` (seconds since the epoch) is
-    the end that `extend` gave it.
+    the end that `extend` gave it. Where it is `public`, `address` is the machine's and `host` the name in the user's own certificate.
+    `gate` is what the gate's probe found (`gate.Report`).
     """
 
     name: str
@@ -49,6 +50,10 @@ class Record:
     setup_id: str = ""
     resources_id: str = ""
     ends_at: float | None = None
+    public: bool = False
+    address: str = "127.0.0.1"
+    host: str = ""
+    gate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -56,7 +61,7 @@ class Record:
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"https://{self.host or self.address}:{self.port}/v1" if self.public else f"http://127.0.0.1:{self.port}/v1"
 
 
 def home(environ: Mapping[str, str] = os.environ) -> Path:

@@ -24,6 +24,7 @@ Task = dict[str, Any]
 NODE_DIR = "~/.mistralctl"
 NODE_PORT = 8000
 NODE_PYTHON = "3.11"
+SERVE_USER = "mistralctl-serve"
 AUTOSTOP_MINUTES = 5
 # The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
 DISK_BASE_GIB = 64
@@ -100,6 +101,11 @@ def _text_or_empty(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def node_port(plan: Plan) -> int:
+    """Where the server listens on a node in a cloud; through a tunnel nobody sees which port that is."""
+    return (plan.spec.port if plan.spec.public else None) or NODE_PORT
+
+
 def _resources(plan: Plan) -> dict[str, Any]:
     spec = plan.spec
     weights_gib = plan.options[0].fit.weight_bytes * max(1, plan.tensor_parallel) / GIB if plan.options[0].fit else 16
@@ -121,6 +127,8 @@ def _resources(plan: Plan) -> dict[str, Any]:
     found["disk_size"] = DISK_BASE_GIB + 2 * max(1, round(weights_gib))
     if spec.spot:
         found["use_spot"] = True
+    if spec.public:
+        found["ports"] = [node_port(plan)]
     if spec.max_price is not None:
         found["max_hourly_cost"] = spec.max_price
     found["autostop"] = {"idle_minutes": AUTOSTOP_MINUTES, "down": True, "wait_for": "jobs"}
@@ -137,7 +145,14 @@ def _labels(plan: Plan, wanted: dict[str, Any], owner: str) -> dict[str, str]:
     }
 
 
-def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str) -> dict[str, str]:
+def _tls(plan: Plan, certificate_id: str) -> str:
+    """How the server comes by its certificate; empty where it speaks plain HTTP on its loopback."""
+    if not plan.spec.public:
+        return ""
+    return f"own-{certificate_id}" if plan.spec.cert else "self-signed"
+
+
+def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str, certificate_id: str) -> dict[str, str]:
     spec, model = plan.spec, plan.model
     envs = {
         "MISTRALCTL_NAME": plan.name,
@@ -150,8 +165,12 @@ def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str) -> di
         "MISTRALCTL_REVISION": plan.revision,
         "MISTRALCTL_WEIGHTS_ID": plan.weights_id,
         "MISTRALCTL_SERVED_NAME": plan.served_model_name,
-        "MISTRALCTL_HOST": "127.0.0.1",
+        "MISTRALCTL_HOST": "0.0.0.0" if spec.public else "127.0.0.1",  # noqa: S104 - asked for, with TLS
         "MISTRALCTL_PORT": str(port),
+        "MISTRALCTL_TLS": _tls(plan, certificate_id),
+        "MISTRALCTL_ALLOW": json.dumps(list(spec.allow)),
+        "MISTRALCTL_GATE": "probe",
+        "MISTRALCTL_SERVE_USER": "" if plan.chosen.cloud == LOCAL else SERVE_USER,
         "MISTRALCTL_MAX_MODEL_LEN": str(plan.max_model_len),
         "MISTRALCTL_MAX_NUM_SEQS": str(plan.max_num_seqs),
         "MISTRALCTL_MAX_BATCHED_TOKENS": str(plan.max_batched_tokens),
@@ -173,8 +192,19 @@ def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str) -> di
     return envs | {"MISTRALCTL_SERVING_ID": digest([envs, sources])}
 
 
-def render(plan: Plan, *, owner: str, node_dir: str = NODE_DIR, port: int = NODE_PORT, python: str = NODE_PYTHON) -> Task:
-    """The task of a plan: plain data that SkyPilot accepts whole, and that the local runtime runs as well."""
+def render(
+    plan: Plan,
+    *,
+    owner: str,
+    node_dir: str = NODE_DIR,
+    port: int | None = None,
+    python: str = NODE_PYTHON,
+    certificate_id: str = "",
+) -> Task:
+    """The task of a plan: plain data that SkyPilot accepts whole, and that the local runtime runs as well.
+
+    `certificate_id` is a hash of the user's own certificate, where there is one.
+    """
     task: Task = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
     local = plan.chosen.cloud == LOCAL
     run_dir = f"{node_dir}/run/{plan.name}"
@@ -185,6 +215,6 @@ def render(plan: Plan, *, owner: str, node_dir: str = NODE_DIR, port: int = NODE
     wanted = {} if local else _resources(plan)
     task["name"] = plan.name
     task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}
-    task["envs"] = _envs(plan, node_dir, port, python, weights)
+    task["envs"] = _envs(plan, node_dir, port or node_port(plan), python, weights, certificate_id)
     task["file_mounts"] = mounts
     return task

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mistralctl.task import package_dir
+
+sys.path.append(str(package_dir("model") / "plugin"))  # the guard, which needs nothing of vLLM, for tests of the gate
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

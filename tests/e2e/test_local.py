@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -20,6 +21,7 @@ import pytest
 import tiny
 from mistralctl import state
 from mistralctl.endpoint import is_free
+from mistralctl.task import package_dir
 from running import MODEL, Cli, down, share_node
 
 # Who is not root makes the namespaces inside a user namespace of their own.
@@ -47,10 +49,54 @@ def client(cli: Cli, key: str | None = None) -> openai.OpenAI:
 def test_up_says_what_it_did(served: tuple[Cli, dict[str, Any]]) -> None:
     result = served[1]
     assert result["action"] == "started"
-    assert {phase["phase"] for phase in result["phases"]} == {"environment", "weights", "engine", "check"}
+    assert {phase["phase"] for phase in result["phases"]} == {"environment", "weights", "engine", "check", "gate"}
     assert all(phase["seconds"] >= 0 for phase in result["phases"])
     assert result["answer"].strip()
     assert "Paris" in result["answer"]
+
+
+def test_the_gate_walked_every_route_and_let_in_the_short_list(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, result = served
+    assert result["gate"]["let_in"] == {
+        "GET /health": [200, 200, 200], "GET /v1/models": [401, 401, 200], "POST /v1/completions": [401, 401, 400],
+        "POST /v1/chat/completions": [401, 401, 400],
+    }  # fmt: skip
+    assert result["gate"]["routes"] > 20
+    table = (cli.home / "deployments" / "served" / "gate.txt").read_text()
+    assert [line.split()[2:] for line in table.splitlines() if line.startswith("GET ") and "/version" in line] == [
+        ["401", "401", "404"]
+    ]
+    routes = json.loads((cli.home / "node" / "run" / "served" / "shared" / "routes.json").read_text())
+    logged = [line for line in cli("logs", "served").stdout.splitlines() if "Route: " in line]
+    assert len(routes) >= len(logged) > 20  # all that vLLM itself lists, and what is mounted
+
+
+HOLE = """
+OPEN.add(("GET", "/leak"))
+_lifespan = Guard._lifespan
+
+async def _leaky(self, scope, receive, send):
+    scope["app"].add_api_route("/leak", lambda: {"a": "secret"})
+    await _lifespan(self, scope, receive, send)
+
+Guard._lifespan = _leaky
+"""
+
+
+def test_a_server_with_an_open_route_is_stopped(cli: Cli, tmp_path: Path) -> None:
+    checkout = package_dir("model").parent
+    for part in ("deploy", "model", "task_templates"):
+        shutil.copytree(checkout / part, tmp_path / "broken" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "broken" / "model" / "plugin" / "vllm_mistral" / "guard.py").open("a") as guard:
+        guard.write(HOLE)
+    cli.env["PYTHONPATH"] = str(tmp_path / "broken" / "deploy")
+    error = cli("up", MODEL, "--cloud", "local", "--name", "leaky", code=9).stderr
+    [line] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
+    assert "the gate found open what should be shut (GET /leak), so the server was stopped" in line
+    [row] = [line.split() for line in error.splitlines() if line.startswith("GET ") and "/leak" in line]
+    assert row[:5] == ["GET", "/leak", "200", "200", "200"]
+    assert cli.json("status") == []
+    assert cli.processes() == []
 
 
 def test_chat_completion_and_streams(served: tuple[Cli, dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from checkpoints import write
 from engines import engine, run
 from vllm_mistral import canary, reference
+from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
 
 SHAPE = {"sliding_window": 128, "max_position_embeddings": 4096, "num_hidden_layers": 3}
@@ -74,8 +75,9 @@ def verdict(figures: Path, served: Path, dtype: str, **options: Any) -> canary.V
     """What the canary of one folder says of an engine with the weights of another."""
     given = {"max_model_len": LONGEST, "max_num_batched_tokens": 512, "dtype": dtype} | options
     with engine(served, **given) as llm, over_http(llm) as url:
-        canary.answers(url, "key", "tiny")
-        return canary.compare(url, "key", "tiny", figures, dtype, given["max_model_len"])
+        client = Client(url, "key")
+        canary.answers(client, "tiny")
+        return canary.compare(client, "tiny", figures, dtype, given["max_model_len"])
 
 
 DTYPES = ["float32", "bfloat16"]

@@ -102,8 +102,24 @@ class Listing(Protocol):
         """Sets these labels of a machine and leaves its others as they are."""
 
 
+class Firewall(Protocol):
+    """What the module of a cloud may offer besides."""
+
+    def narrow(self, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
+        """Lets a port of a deployment's machines be reached from these networks and from nowhere else."""
+
+
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.
 DISK_PRICES = {"aws": 0.08}
+
+
+def narrow(cloud: str, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> bool:
+    """Narrows a cloud's firewall, where its module can; False where the guard alone knows who may ask."""
+    module = listing(cloud)
+    if module is None or not hasattr(module, "narrow"):
+        return False
+    cast(Firewall, module).narrow(owner, name, region, port, networks)
+    return True
 
 
 def listing(cloud: str) -> Listing | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mistralctl import connection, state
 from mistralctl.commands.env import Client
 from mistralctl.errors import Exit, UserError
 
@@ -18,11 +19,12 @@ def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
     """
     import openai
 
+    options = connection.options(state.known(client.name))
     api = openai.OpenAI(
-        base_url=client.base_url,
+        base_url=f"{options.pop('base_url')}/v1",
         api_key=client.api_key,
         max_retries=1,
-        http_client=openai.DefaultHttpxClient(trust_env=False, timeout=600),
+        http_client=openai.DefaultHttpxClient(timeout=600, **options),
     )
     try:
         if client.chat:

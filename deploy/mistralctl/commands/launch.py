@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from mistralctl import endpoint, phases, readiness, state
-from mistralctl.clouds import LOCAL
+from mistralctl import certificates, endpoint, gate, phases, readiness, state
+from mistralctl.clouds import LOCAL, narrow
 from mistralctl.commands import extend
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.phases import Milestones, PhaseEvent
 from mistralctl.plan import Plan
-from mistralctl.runtime import ssh
+from mistralctl.runtime import rundir, ssh
 from mistralctl.runtime.local import alive
 from mistralctl.state import Record
-from mistralctl.task import Task, resources_id, setup_id
+from mistralctl.task import Task, node_port, owner, resources_id, setup_id
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
+PUBLIC_SECONDS = 60.0
 SECRETS_SECONDS = 120.0
 
 OnPhase = Callable[[PhaseEvent], None]
@@ -74,8 +77,13 @@ def learn(record: Record) -> Record:
         ssh.remember(record.name, found.address)
     return replace(
         record, cloud=found.cloud or record.cloud, region=found.region, machine=found.instance_type, spot=found.spot,
-        price=found.price,
+        price=found.price, address=found.address.host if record.public and found.address is not None else record.address,
     )  # fmt: skip
+
+
+def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
+    """Writes the secrets to the node, and the address by which the world knows it, for its certificate."""
+    ssh.write_secrets(record.name, {**secrets, **({"address": record.address} if record.public else {})})
 
 
 class SecretsSender:
@@ -96,8 +104,7 @@ class SecretsSender:
         deadline = time.monotonic() + SECRETS_SECONDS
         while True:
             try:
-                learn(self._record)
-                ssh.write_secrets(self._record.name, self._secrets)
+                _send_secrets(learn(self._record), self._secrets)
                 self._error = None
                 return
             except UserError as error:
@@ -123,8 +130,8 @@ def _connect(record: Record) -> Record:
     pid, started = ssh.start_tunnel(record.name)
     record = replace(record, pid=pid, pid_started=started)
     state.save(record)
-    key, deadline = state.api_key(record.name), time.monotonic() + TUNNEL_SECONDS
-    while not readiness.answers(record.base_url, key):
+    deadline = time.monotonic() + TUNNEL_SECONDS
+    while not readiness.answers(record, probing=True):
         if time.monotonic() > deadline:
             raise UserError(
                 f"{record.name}: its server cannot be reached through SSH at 127.0.0.1:{record.port} (log: "
@@ -135,6 +142,25 @@ def _connect(record: Record) -> Record:
     return record
 
 
+def _publish(record: Record, task: Task) -> Record:
+    """A public deployment's record once its server can be reached: its certificate pinned, the cloud's firewall as asked for."""
+    allowed = json.loads(task["envs"]["MISTRALCTL_ALLOW"])
+    certificates.pin(record.name, rundir.read(record, f"run/{record.name}/shared/tls.crt"))
+    narrow(record.cloud, owner(os.environ), record.name, record.region, record.port, allowed or ["0.0.0.0/0"])
+    deadline = time.monotonic() + PUBLIC_SECONDS
+    while not readiness.answers(record, probing=True):
+        if why := readiness.refusal(record):
+            raise UserError(f"{record.name}: its server refuses this machine ({why}); add its address with --allow", Exit.NETWORK)
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{record.name}: its server cannot be reached at {record.address}:{record.port}; if --allow is given, it must hold "
+                "this machine's address; a firewall between here and there may forbid it, too",
+                Exit.NETWORK,
+            )
+        time.sleep(0.5)
+    return record
+
+
 def connect(name: str) -> Record:
     """Opens the tunnel of a deployment again, on the same port; the record."""
     record = state.known(name)
@@ -142,6 +168,8 @@ def connect(name: str) -> Record:
         raise UserError(f"{name} runs on this machine: {record.base_url} needs no tunnel", Exit.CONFLICT)
     if record.state == "down":
         raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
+    if record.public:
+        raise UserError(f"{name} is public: {record.base_url} needs no tunnel", Exit.CONFLICT)
     _free(record)
     if not endpoint.is_free(record.port):
         raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
@@ -162,10 +190,7 @@ def _unchanged(old: Record | None, task: Task) -> Record | None:
         return None
     if old.serving_id != task["envs"]["MISTRALCTL_SERVING_ID"] or old.resources_id != resources_id(task):
         return None
-    key = state.api_key(old.name)
-    if readiness.answers(old.base_url, key):
-        return old
-    return None
+    return old if readiness.answers(old) else None
 
 
 def _replaced_machine(old: Record, task: Task, confirm: Confirm) -> bool:
@@ -197,7 +222,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         extend.tell_cloud(replace(record, cloud=there.cloud, region=there.region), until)
     if same or set_up:
         record = learn(record)
-        ssh.write_secrets(record.name, secrets)
+        _send_secrets(record, secrets)
         job = same[-1] if same else sky.replace_job(task, record.cluster, log, progress.line)
         action = "replaced" if jobs and not same else "started"
     else:
@@ -244,6 +269,18 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     return replace(record, setup_id=setup_id(task)), action
 
 
+def _gate(record: Record, progress: Progress) -> tuple[Record, str]:
+    """The record and an answer of a server that has passed the gate; one that has not is stopped."""
+    from mistralctl.runtime import sky
+
+    try:
+        return gate.pass_through(record, progress.hear)
+    except UserError as error:
+        if error.code == Exit.SERVER:
+            sky.cancel_jobs(record.cluster)
+        raise
+
+
 def run(
     sourced: Sourced, plan: Plan, secrets: Mapping[str, str], reserved: set[int], on_phase: OnPhase, confirm: Confirm,
     check: Check,
@@ -259,7 +296,11 @@ def run(
         )
     tunnelled = old is not None and alive(old.pid, old.pid_started)
     place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
-    port = endpoint.choose_port(plan.spec.port, old.port if old else None, reserved, place=place, ours=tunnelled)
+    remembered = old.port if old and not old.public else None
+    port = (
+        node_port(plan) if plan.spec.public
+        else endpoint.choose_port(plan.spec.port, remembered, reserved, place=place, ours=tunnelled)
+    )  # fmt: skip
     task = plan_command.render_plan(plan)
     task["name"] = f"{plan.name}-{task['envs']['MISTRALCTL_SERVING_ID']}"
     if (same := _unchanged(old, task)) is not None and same.port == port:
@@ -269,7 +310,8 @@ def run(
     record = Record(
         plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port,
         task["envs"]["MISTRALCTL_NODE_DIR"], task["envs"]["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task,
-        cluster=cluster_name(plan.name), resources_id=resources_id(task),
+        cluster=cluster_name(plan.name), resources_id=resources_id(task), public=plan.spec.public,
+        host=certificates.own(plan.spec).host if plan.spec.cert else "",
     )  # fmt: skip
     if old is not None and old.cluster and old.state != "down":
         replaced = _replaced_machine(old, task, confirm)  # asks before anything is touched
@@ -289,8 +331,8 @@ def run(
     try:
         record, action = _start(record, task, old, secrets, progress)
         state.save(record)
-        record = _connect(record)
-        answer = readiness.complete(record.base_url, state.api_key(record.name), record.served_model_name)
+        record = _publish(record, task) if record.public else _connect(record)
+        record, answer = _gate(record, progress)
     except KeyboardInterrupt:
         raise UserError(
             f"interrupted; {plan.name} may have a machine by now: mistralctl up goes on with it, mistralctl down {plan.name} takes "

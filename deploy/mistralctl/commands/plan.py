@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mistralctl import checkpoints, node, state
+from mistralctl import certificates, checkpoints, node, state
 from mistralctl import plan as planning
 from mistralctl import task as tasks
 from mistralctl.clouds import LOCAL
@@ -32,7 +32,7 @@ def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
     """The task of a plan. On this machine `port` is where the server listens; a node's port is reached by a tunnel."""
     owner = tasks.owner(os.environ)
     if plan.chosen.cloud != LOCAL:
-        return tasks.render(plan, owner=owner)
+        return tasks.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
     if port is None:
         record = state.read(plan.name)
         port = plan.spec.port or (record.port if record else FIRST_PORT)

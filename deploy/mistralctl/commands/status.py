@@ -64,7 +64,7 @@ def _one(name: str) -> Status:
     if record.state != "down" and not living:
         error = (launcher or {}).get("error") or {}
         now, why = "lost", str(error.get("message") or "its process is gone; run up again, or down to forget it")
-    elif record.state == "up" and not readiness.answers(record.base_url, state.api_key(name)):
+    elif record.state == "up" and not readiness.answers(record, probing=True):
         now, why = "starting", "it does not answer"
     up = now in ("up", "starting")
     envs = record.task.get("envs", {})
@@ -119,8 +119,9 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
         why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
-    elif said == "ready" and not readiness.answers(record.base_url, state.api_key(record.name)):
-        why = f"its tunnel is not open; run mistralctl connect {record.name}"
+    elif said == "ready" and not readiness.answers(record, probing=True):
+        mend = f"cannot be reached at {record.address}:{record.port} from here" if record.public else "tunnel is not open"
+        why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
         now = "starting"
     up = machine is not None

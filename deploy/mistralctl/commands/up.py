@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from mistralctl import endpoint, phases, readiness, state
+from mistralctl import certificates, endpoint, gate, phases, readiness, state
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
@@ -36,6 +37,8 @@ class UpResult:
     ttl: str
     phases: tuple[Phase, ...]
     log: str
+    gate: dict[str, Any]
+    ssl_cert_file: str
 
 
 def _from_hub(plan: Plan) -> bool:
@@ -45,6 +48,9 @@ def _from_hub(plan: Plan) -> bool:
 def _secrets(plan: Plan) -> dict[str, str]:
     """What goes to the node beside the task: the key, and the hub's token where the hub is asked."""
     found = {"api_key": state.api_key(plan.name)}
+    if plan.spec.cert:
+        certificate = certificates.own(plan.spec)
+        found |= {"tls_certificate": certificate.chain, "tls_key": certificate.key}
     if _from_hub(plan):
         from mistralctl import weights
 
@@ -69,13 +75,14 @@ def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
     return UpResult(
         record.name, action, record.cloud, record.model, record.served_model_name, record.base_url,
         str(folder / "api_key"), answer, record.chat, plan.spec.idle, plan.spec.ttl,
-        tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"),
+        tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"), record.gate,
+        str(certificates.bundle_file(record.name)) if record.public else "",
     )  # fmt: skip
 
 
 def _others_ports(name: str) -> set[int]:
     records = (state.read(other) for other in state.names() if other != name)
-    return {record.port for record in records if record is not None and record.state != "down"}
+    return {record.port for record in records if record is not None and record.state != "down" and not record.public}
 
 
 def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
@@ -91,10 +98,9 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     port = endpoint.choose_port(plan.spec.port, old.port if old else None, _others_ports(plan.name), place=place, ours=running)
     task = plan_command.render_plan(plan, port)
     serving_id = task["envs"]["MISTRALCTL_SERVING_ID"]
-    key = state.api_key(plan.name)
     if (
         old is not None and running and old.state == "up" and old.serving_id == serving_id
-        and readiness.answers(old.base_url, key)
+        and readiness.answers(old)
     ):  # fmt: skip
         return _result(old, plan, "unchanged", "")
     shape = plan.model.shape
@@ -124,7 +130,7 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     try:
         pid = local.start(task, _secrets(plan), log, hear, remember)
         try:
-            answer = readiness.complete(record.base_url, key, record.served_model_name)
+            record, answer = gate.pass_through(record, hear)
         except BaseException:
             local.end(pid, drain=3)
             raise

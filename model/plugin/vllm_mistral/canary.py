@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
 
 FILE = "mistralctl-canary.json"
@@ -29,26 +29,20 @@ class Verdict:
     tolerance: float | None = None
 
 
-def _complete(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(  # noqa: S310 - http on loopback
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-    )
+def _complete(client: Client, body: dict[str, Any]) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
-            data: dict[str, Any] = json.loads(answer.read())
-            return data
+        data: dict[str, Any] = json.loads(client.ask("/v1/completions", body, seconds=600))
+        return data
     except urllib.error.HTTPError as error:
         raise LaunchError(Code.CANARY, f"the engine refused the check: {error.code} {error.read()[:300]!r}") from error
     except (OSError, ValueError) as error:
         raise LaunchError(Code.CANARY, f"the engine did not answer the check ({error})") from error
 
 
-def forced_logprobs(url: str, key: str, model: str, prompt: list[int], forced: list[int]) -> list[float]:
+def forced_logprobs(client: Client, model: str, prompt: list[int], forced: list[int]) -> list[float]:
     """The engine's log-probabilities of `forced` behind `prompt`, token ids."""
     body = {"model": model, "prompt": prompt + forced, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    entries = _complete(url, key, body)["choices"][0]["prompt_logprobs"]
+    entries = _complete(client, body)["choices"][0]["prompt_logprobs"]
     return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
 
 
@@ -85,7 +79,7 @@ def stored_figures(folder: Path) -> dict[str, Any] | None:
         raise LaunchError(Code.CANARY, f"{folder / FILE} is damaged ({error}); pull the weights again") from error
 
 
-def compare(url: str, key: str, model: str, folder: Path, dtype: str, max_model_len: int) -> Verdict:
+def compare(client: Client, model: str, folder: Path, dtype: str, max_model_len: int) -> Verdict:
     """The verdict on the running engine; LaunchError if it computes something else than the weights' own figures.
 
     Not verified where no figures are stored, or where their prompt is longer than what this deployment takes.
@@ -93,7 +87,7 @@ def compare(url: str, key: str, model: str, folder: Path, dtype: str, max_model_
     stored = stored_figures(folder)
     if stored is None or len(stored["prompt_token_ids"]) + len(stored["forced_token_ids"]) >= max_model_len:
         return Verdict("not verified")
-    got = forced_logprobs(url, key, model, stored["prompt_token_ids"], stored["forced_token_ids"])
+    got = forced_logprobs(client, model, stored["prompt_token_ids"], stored["forced_token_ids"])
     difference = max(abs(a - b) for a, b in zip(got, stored["logprobs"], strict=True))
     allowed = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
     if not difference <= allowed:  # also false for nan
@@ -105,10 +99,10 @@ def compare(url: str, key: str, model: str, folder: Path, dtype: str, max_model_
     return Verdict("verified", round(difference, 6), allowed)
 
 
-def answers(url: str, key: str, model: str) -> None:
+def answers(client: Client, model: str) -> None:
     """LaunchError unless a completion comes back with finite log-probabilities."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
-    choice = _complete(url, key, body)["choices"][0]
+    choice = _complete(client, body)["choices"][0]
     values = choice["logprobs"]["token_logprobs"]
     if not values or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
         raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -63,10 +64,18 @@ class Contract:
     idle_minutes: int | None
     ttl_minutes: int | None
     serving_id: str
+    tls: str | None = None
+    gated: bool = False
+    serve_user: str | None = None
 
     @property
     def run_dir(self) -> Path:
         return self.node_dir / "run" / self.name
+
+    @property
+    def shared_dir(self) -> Path:
+        """What launcher and vLLM both write: the counts, the engine's report, its routes, its certificate."""
+        return self.run_dir / "shared"
 
     @property
     def weights_dir(self) -> Path:
@@ -119,8 +128,8 @@ OURS = (
     "api-key api-server-count allowed-origins config config-format data-parallel-size dtype enable-lora grpc headless "
     "hf-config-path hf-overrides hf-token host load-format logits-processors lora-modules max-lora-rank max-model-len "
     "max-num-batched-tokens max-num-seqs middleware model model-impl model-tag port quantization root-path served-model-name shutdown-timeout "
-    "speculative-config ssl-certfile ssl-keyfile tensor-parallel-size tokenizer tokenizer-mode tool-parser-plugin "
-    "reasoning-parser-plugin trust-remote-code uds worker-cls worker-extension-cls"
+    "speculative-config ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile enable-ssl-refresh tensor-parallel-size tokenizer "
+    "tokenizer-mode tool-parser-plugin reasoning-parser-plugin trust-remote-code uds worker-cls worker-extension-cls"
 ).split()
 SHORT = {"-tp", "-dp", "-q", "-O", "-cc"}
 
@@ -138,6 +147,14 @@ def _arguments(text: str) -> tuple[str, ...]:
         # argparse takes any unambiguous beginning of an option for the option
         if option in SHORT or (item.startswith("--") and any(ours == name or (name and ours.startswith(name)) for ours in OURS)):
             raise ValueError(f"may not have {option}, which the deployment sets itself")
+    return found
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """A JSON list of networks in CIDR notation."""
+    found = _strings(text)
+    for item in found:
+        ipaddress.ip_network(item)
     return found
 
 
@@ -190,7 +207,13 @@ def read(environ: Mapping[str, str]) -> Contract:
         "idle_minutes": get("IDLE_MINUTES", _number(1, 1 << 20), None),
         "ttl_minutes": get("TTL_MINUTES", _number(1, 1 << 20), None),
         "serving_id": environ.get("MISTRALCTL_SERVING_ID", ""),
+        "tls": get("TLS", _matching(r"self-signed|own-[0-9a-f]{12}"), None),
+        "gated": get("GATE", _one_of("probe"), None) is not None,
+        "serve_user": get("SERVE_USER", _matching(r"[a-z][a-z0-9-]{0,30}"), None),
     }
+    get("ALLOW", networks, ())
+    if values["host"] not in ("127.0.0.1", None) and not values["tls"]:
+        problems.append(f"MISTRALCTL_HOST {values['host']} is reached from elsewhere and needs MISTRALCTL_TLS")
     if problems:
         raise LaunchError(Code.CONTRACT, "; ".join(problems) + "; start the deployment with mistralctl up")
     lora = tuple((adapter, node_dir / "run" / name / "lora" / adapter) for adapter in adapters)

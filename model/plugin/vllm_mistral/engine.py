@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import json
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import urllib.error
-import urllib.request
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import IO
 
-import psutil
-
-from vllm_mistral import ARCHITECTURE, MODEL_CLASS
+from vllm_mistral import ARCHITECTURE, MODEL_CLASS, ward
+from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
 
-PR_SET_PDEATHSIG = 1
-
+KILL_SECONDS = 10.0
 NOISE = re.compile(r"^(\(\w+[^)]*\) )?(\w+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^]]*\] )?")
 
 
@@ -58,19 +54,36 @@ def check_class() -> None:
 
 
 class Engine:
-    """`vllm serve` with the given arguments, in a process of its own; its output passes through to ours."""
+    """`vllm serve` with the given arguments, in a process of its own; its output passes through to ours.
 
-    def __init__(self, arguments: Sequence[str], environ: dict[str, str], host: str, port: int) -> None:
-        self.url = f"http://{host}:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+    `files` are written for it with mode 0600; `prefix` is a command that runs the one behind it as another user.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environ: Mapping[str, str], client: Client, *, files: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.client = client
         self.process = subprocess.Popen(
-            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_die_with_the_launcher
+            [*prefix, sys.executable, "-I", ward.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self.lines: deque[str] = deque(maxlen=2000)
         if self.process.stdout is None:
             raise RuntimeError("a pipe was asked for")
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+        self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {}), "key": client.key}))
+
+    def _say(self, line: str) -> None:
+        """To the ward, unless it has ended already."""
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(line.encode() + b"\n")
+                self.process.stdin.flush()
 
     def _pass_on(self, output: IO[bytes]) -> None:
         for raw in output:
@@ -82,10 +95,10 @@ class Engine:
     def healthy(self) -> bool:
         """Whether /health answers now."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 - http on loopback
-                return bool(answer.status == 200)
+            self.client.ask("/health", seconds=5)
         except (urllib.error.URLError, OSError):
             return False
+        return True
 
     def raise_if_dead(self) -> None:
         """LaunchError with the cause if the process has ended."""
@@ -98,42 +111,18 @@ class Engine:
 
     def end(self, seconds: float) -> None:
         """Ends vLLM and all its processes: it has so many seconds to do so by itself."""
-        started = self._tree()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                self.hurry()
-                self.process.wait()
-        self._kill(started)
+        self._say("end")
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.hurry()
         self._reader.join(timeout=5)  # ends when the last process that holds the pipe does
 
     def hurry(self) -> None:
         """Ends vLLM and all its processes now."""
-        if self.process.poll() is None:
-            started = self._tree()
-            self.process.kill()
-            self._kill(started)
-
-    def _tree(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-
-    @staticmethod
-    def _kill(processes: Sequence[psutil.Process]) -> None:
-        for process in processes:  # each knows when it was started, so that a number used again is not hit
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes, timeout=5)
-
-
-def _die_with_the_launcher() -> None:
-    """In vLLM's process before it begins: Linux sends it SIGTERM should the launcher be killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        self._say("kill")
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
 
 
 def cause(lines: Sequence[str]) -> str:

@@ -7,12 +7,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_mistral import ARCHITECTURE
+from vllm_mistral import ARCHITECTURE, tls
 from vllm_mistral.contract import Contract
 from vllm_mistral.weights import is_consolidated
 
 GUARD = "vllm_mistral.guard.Guard"
 DRAIN_SECONDS = 25
+# TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 def lora_rank(folder: Path) -> int:
@@ -42,6 +44,10 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
         "--enable-prefix-caching",
         "--disable-access-log-for-endpoints", "/health",
     ]  # fmt: skip
+    if contract.tls:
+        shared = contract.shared_dir
+        found += ["--ssl-keyfile", str(shared / tls.KEY_FILE), "--ssl-certfile", str(shared / tls.CERTIFICATE_FILE)]
+        found += ["--ssl-ciphers", CIPHERS]
     if contract.quantization:
         found += ["--quantization", contract.quantization]
     if contract.memory_utilization is not None:
@@ -62,7 +68,8 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
     """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU."""
     found = dict(environ)
     found |= {
-        "MISTRALCTL_RUN_DIR": str(contract.run_dir),
+        "MISTRALCTL_RUN_DIR": str(contract.shared_dir),
+        "FORWARDED_ALLOW_IPS": "",  # no proxy stands in front of it, whose word on a client's address would count
         "VLLM_PLUGINS": "mistral_swa",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

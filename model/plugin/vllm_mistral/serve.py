@@ -6,7 +6,9 @@ deployment's lifetime, or for vLLM to die. Exit codes: docs/contract.md.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,13 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, weights
+from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, tls, weights
+from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.engine import Engine, check_installed, check_port
 from vllm_mistral.guard import read_key
 from vllm_mistral.phases import Status, say
 from vllm_mistral.traffic import Traffic
 
+PASSED = "passed"  # the laptop writes it when the gate was passed
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
 POLL_SECONDS = 0.5
@@ -100,9 +104,13 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
 def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, asked: threading.Event) -> str:
     """Waits until the end is due; why it is."""
     ready = time.time()
+    passed = wanted.run_dir / PASSED
     started = float(status.fields["started_at"])
     while not asked.wait(POLL_SECONDS):
         engine.raise_if_dead()
+        if not traffic.is_open and passed.exists():
+            traffic.open()
+            status.set(open=True)
         count = traffic.read()
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
@@ -126,11 +134,27 @@ def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
     status.set(requests={**asdict(count), "last_at": count.last_at or None})
 
 
+def _certificate(wanted: Contract) -> tuple[str, str]:
+    """Private key and certificate: what the laptop sent, or made here for the address by which the laptop knows this machine."""
+    sent = json.loads((wanted.run_dir / "secrets.json").read_text("utf-8"))
+    if wanted.tls == "self-signed":
+        return tls.self_signed([sent["address"], "127.0.0.1", "localhost"])
+    return sent["tls_key"], sent["tls_certificate"]
+
+
 def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
-    run_dir = wanted.run_dir
-    (run_dir / inspection.FILE).unlink(missing_ok=True)
-    traffic = Traffic(run_dir, fresh=True)
+    run_dir, shared = wanted.run_dir, wanted.shared_dir
+    (run_dir / PASSED).unlink(missing_ok=True)
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir()
+    traffic = Traffic(shared, fresh=True)
     key = wait_for_key(run_dir, signals.asked)
+    url, context, files = f"http://127.0.0.1:{wanted.port}", None, {}
+    if wanted.tls:
+        private, certificate = _certificate(wanted)
+        url, context = f"https://127.0.0.1:{wanted.port}", tls.trusting(certificate)
+        files = {str(shared / tls.KEY_FILE): private, str(shared / tls.CERTIFICATE_FILE): certificate}
+    client = Client(url, key, context)
     engine: Engine | None = None
     end_by: float | None = None
     try:
@@ -141,16 +165,18 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             environ = flags.environment(wanted, os.environ)
             arguments = flags.arguments(wanted, model_dir)
             status.set(flags=arguments)
-            engine = Engine(arguments, environ, wanted.host, wanted.port)
+            engine = Engine(arguments, environ, client, files=files)
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):
-            canary.answers(engine.url, key, wanted.served_name)
-            facts = check_engine(wanted, run_dir)
-            verdict = canary.compare(engine.url, key, wanted.served_name, model_dir, facts["dtype"], wanted.max_model_len)
+            canary.answers(client, wanted.served_name)
+            facts = check_engine(wanted, shared)
+            verdict = canary.compare(client, wanted.served_name, model_dir, facts["dtype"], wanted.max_model_len)
             engine.raise_if_dead()
             status.set(canary=asdict(verdict), engine=facts)
-        status.set(ready_at=say("ready", "end"), state="ready", phase="ready")
+        if not wanted.gated:
+            traffic.open()
+        status.set(ready_at=say("ready", "end"), state="ready", phase="ready", open=not wanted.gated)
         why = _serve(wanted, engine, traffic, status, signals.asked)
         sys.stdout.write(f"ends because {why}\n")
         status.set(state="draining")

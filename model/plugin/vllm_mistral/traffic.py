@@ -1,7 +1,7 @@
 """Requests served and running, shared by the guard (which counts, in vLLM's process) and the launcher (which reads).
 
-32 bytes in a memory-mapped file: two counts, a time, and the launcher's word that no more requests are taken. No route that a
-client could call, no call between processes, and nothing written to disk with each request.
+32 bytes in a memory-mapped file: two counts, a time, and two words of the launcher: that no more requests are taken, and that the
+gate was passed. No route that a client could call, no call between processes, and nothing written to disk with each request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pathlib import Path
 
 FILE = "traffic"
 LAYOUT = struct.Struct("<QQd")
-DRAINING = LAYOUT.size  # the byte behind the counts; the guard writes before it, the launcher only there
+DRAINING, OPEN = (
+    LAYOUT.size,
+    LAYOUT.size + 1,
+)  # the bytes behind the counts; the guard writes before them, the launcher only there
 SIZE = 32
 
 
@@ -53,6 +56,15 @@ class Traffic:
     def draining(self) -> bool:
         """Whether no more requests are taken."""
         return self._map[DRAINING] == 1
+
+    def open(self) -> None:
+        """From now on the guard takes requests from everybody, not only from the gate's probe."""
+        self._map[OPEN] = 1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the gate was passed."""
+        return self._map[OPEN] == 1
 
     def begin(self) -> None:
         """A request began."""

@@ -1,0 +1,45 @@
+"""HTTP to a deployment, through its tunnel or to its public address: the one place that knows how."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import TYPE_CHECKING, Any
+
+from mistralctl import certificates, state
+from mistralctl.state import Record
+
+if TYPE_CHECKING:
+    import httpx
+
+PROBE_HEADER = "x-mistralctl-probe"
+
+
+def probe_token(key: str) -> str:
+    """What opens the guard to us alone, until the gate is passed (docs/contract.md)."""
+    return hmac.new(key.encode(), b"mistralctl probe", hashlib.sha256).hexdigest()
+
+
+def options(record: Record) -> dict[str, Any]:
+    """What an httpx client needs to reach a deployment: its address, whom to trust, which name to expect."""
+    if not record.public:
+        return {"base_url": f"http://127.0.0.1:{record.port}", "trust_env": False}
+
+    def expect(request: httpx.Request) -> None:
+        request.extensions["sni_hostname"] = record.host
+
+    return {
+        "base_url": f"https://{record.address}:{record.port}", "trust_env": False, "verify": certificates.context(record.name),
+        "event_hooks": {"request": [expect] if record.host else []},
+    }  # fmt: skip
+
+
+def client(record: Record, seconds: float, *, key: str | None = None) -> httpx.Client:
+    """A client that shows a key (the deployment's own if none is given, none if it is empty) and the probe's token."""
+    import httpx
+
+    own = state.api_key(record.name)
+    headers = {PROBE_HEADER: probe_token(own)}
+    if key != "":
+        headers["Authorization"] = f"Bearer {key or own}"
+    return httpx.Client(headers=headers, timeout=seconds, **options(record))

@@ -1,0 +1,30 @@
+"""The launcher as a client of its own server: on this machine, with the key and the token of the gate's probe."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mistral.guard import PROBE_HEADER, probe_token
+
+
+@dataclass(frozen=True)
+class Client:
+    """`context` is what to trust where the server speaks TLS."""
+
+    url: str
+    key: str = field(repr=False)
+    context: ssl.SSLContext | None = None
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, seconds: float) -> bytes:
+        """The body of an answer; urllib's exceptions otherwise."""
+        headers = {"Authorization": f"Bearer {self.key}", PROBE_HEADER.decode(): probe_token(self.key)}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(  # noqa: S310 - this machine
+            self.url + path, data, headers | {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=seconds, context=self.context) as answer:  # noqa: S310
+            return bytes(answer.read())
