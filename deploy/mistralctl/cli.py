@@ -272,25 +272,27 @@ def logs(
 
 @app.command(epilog="Examples: mistralctl reap --dry-run; mistralctl reap --yes, from cron")
 def reap(
-    cloud: Annotated[list[str] | None, typer.Option(help="cloud to ask (repeatable) [default: aws]")] = None,
+    cloud: Annotated[list[str] | None, typer.Option(help="cloud to ask (repeatable) [default: all that you use]")] = None,
     all_owners: Annotated[bool, typer.Option("--all-owners", help="also what others of this account brought up")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="delete without asking")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show")] = False,
     output: Output = Form.text,
 ) -> None:
-    """Find machines past their lifetime and disks without a machine, and delete them."""
+    """Find machines past their lifetime, and disks and addresses without a machine, and delete them."""
     from mistralctl.commands import reap as reap_command
-    from mistralctl.output import reap_text
+    from mistralctl.output import parts_text
 
     def confirm(due: list[reap_command.Found]) -> bool:
         if yes:
             return True
         if not sys.stdin.isatty():
             raise UserError(f"{len(due)} to delete; say --yes to do it, or --dry-run to see them", Exit.CONFLICT)
-        typer.echo(reap_text(due), err=True)
+        typer.echo(parts_text(due), err=True)
         return typer.confirm("Delete these?", err=True)
 
-    _say(reap_command.run(cloud or ["aws"], all_owners=all_owners, dry_run=dry_run, confirm=confirm), output, "reap_text")
+    result = reap_command.run(cloud or [], all_owners=all_owners, dry_run=dry_run, confirm=confirm)
+    _say(result, output, "reap_text")
+    reap_command.check(result)
 
 
 @app.command(epilog="Example: mistralctl extend mistral 2h")

@@ -15,7 +15,7 @@ from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
 from mistralctl.commands.extend import Extended
-from mistralctl.commands.reap import Found
+from mistralctl.commands.reap import Found, Reaped
 from mistralctl.commands.receipt import Receipt
 from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
@@ -121,6 +121,15 @@ def _gate(gate: dict[str, Any]) -> str:
     return f"{gate['routes']} routes asked in {gate['requests']} ways, open is only {', '.join(sorted(gate['let_in']))}"
 
 
+def ends(result: UpResult) -> str:
+    """When a deployment ends by itself."""
+    when = [f"{text} (--{option})" for value, text, option in (
+        (result.idle, f"after {result.idle} without a request", "idle"), (result.ttl, f"after {result.ttl} in any case", "ttl"),
+    ) if value != "never"]  # fmt: skip
+    machine = "" if result.cloud == LOCAL else "; its machine goes five minutes later"
+    return f"ends by itself {', and '.join(when)}{machine}" if when else "never ends by itself (--idle never, --ttl never)"
+
+
 def up_text(result: UpResult) -> str:
     """The endpoint and three ways to use it."""
     name = shlex.quote(result.name)
@@ -137,7 +146,7 @@ def up_text(result: UpResult) -> str:
         f"{result.name} {done[result.action]}: {result.base_url} ({result.model} on {result.cloud})",
         *([f"phases: {seconds}"] if seconds and result.action != "unchanged" else []),
         *([f"gate: {_gate(result.gate)}"] if result.gate else []),
-        f"ends after {result.idle} without a request (--idle), and after {result.ttl} in any case (--ttl)",
+        ends(result),
         "",
         "three ways to use it:",
         f"  mistralctl chat {name}",
@@ -204,6 +213,7 @@ def receipt_text(result: Receipt) -> str:
         *(["", f"{file.name}: {file.size:,} bytes, sha256 {file.sha256}"] for file in result.files),
         ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
         ["check", f"{canary.get('state', 'not known')}"],
+        ["gate", _gate(result.gate) if result.gate else "none"],
         ["flags", shlex.join(result.flags)],
     ]  # fmt: skip
     return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
@@ -220,16 +230,22 @@ def mirrored_text(result: Mirrored) -> str:
     return f"{result.target} holds {result.source} ({result.seconds:.0f} s on a machine of {result.cloud}, which is gone)"
 
 
-def reap_text(found: list[Found]) -> str:
-    """One row a machine or disk."""
-    if not found:
-        return "nothing with our labels is there"
+def parts_text(found: Sequence[Found]) -> str:
+    """One row a machine, disk or address."""
     rows = [
         [f.name, f.kind, f.id, f"{f.cloud} {f.place}", f.size, f.state, _minutes(f.age_minutes),
          "-" if f.per_day is None else f"{f.per_day:.2f}", "deleted" if f.deleted else f.due or "stays"]
         for f in found
     ]  # fmt: skip
     return table(["NAME", "KIND", "ID", "WHERE", "SIZE", "STATE", "AGE", "USD/DAY", "WHAT"], rows)
+
+
+def reap_text(result: Reaped) -> str:
+    """What was found, and which clouds could not be asked."""
+    asked = ", ".join(one.cloud for one in result.clouds if one.state == "asked")
+    nothing = f"nothing with our labels is there ({asked})" if asked else "nobody could be asked"
+    lines = [parts_text(result.parts) if result.parts else nothing]
+    return "\n".join([*lines, *(f"{one.cloud} {one.state}: {one.why}" for one in result.clouds if one.state != "asked")])
 
 
 def connect_text(client: Client) -> str:

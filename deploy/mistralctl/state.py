@@ -15,6 +15,9 @@ from mistralctl.errors import Exit, UserError
 
 State = Literal["starting", "up", "down"]
 
+# Variables that may hold a secret, and that no process needs which we start.
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -62,6 +65,11 @@ class Record:
     @property
     def base_url(self) -> str:
         return f"https://{self.host or self.address}:{self.port}/v1" if self.public else f"http://127.0.0.1:{self.port}/v1"
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that we start."""
+    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
 
 
 def home(environ: Mapping[str, str] = os.environ) -> Path:

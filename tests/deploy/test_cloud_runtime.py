@@ -96,6 +96,7 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
         ]  # fmt: skip
         assert [part.id for part in aws.ours(None, None, within)] == made[:3]
         [part] = aws.ours("a1", "one", within)
+        assert part.created is not None
         aws.relabel(part, {"mistralctl-ttl": extend.lifetime_label(part, part.created + 90)})
         [part] = aws.ours("a1", "one", within)
         assert part.labels == {"mistralctl-owner": "a1", "mistralctl-name": "one", "mistralctl-ttl": "2"}
@@ -122,17 +123,21 @@ def test_the_module_of_a_cloud_has_all_that_is_asked_of_it(cloud: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "labels", "age", "due"),
     [
-        ("machine", {"mistralctl-ttl": "60"}, 70, ""),
-        ("machine", {"mistralctl-ttl": "60"}, 76, "its lifetime of 60 minutes is over"),
+        ("machine", {"mistralctl-ttl": "60"}, 100, ""),
+        ("machine", {"mistralctl-ttl": "60"}, 106, "its lifetime of 60 minutes is over"),
         ("machine", {"mistralctl-ttl": "never"}, 10**6, ""),
         ("machine", {}, 10**6, ""),
         ("disk", {"mistralctl-ttl": "60"}, 20, ""),
         ("disk", {}, 40, "its machine is gone"),
+        ("address", {"mistralctl-name": "one"}, None, ""),
+        ("address", {"mistralctl-name": "two"}, None, "its machine is gone"),
+        ("interface", {}, None, "its machine is gone"),
     ],
 )
-def test_what_is_due(kind: str, labels: dict[str, str], age: float, due: str) -> None:
-    part = Part("aws", kind, "i-1", "us-east-1a", "running", "m6i.large", 1e9, labels)
-    assert reap.judge(part, 1e9 + age * 60) == due
+def test_what_is_due(kind: str, labels: dict[str, str], age: float | None, due: str) -> None:
+    created = None if age is None else 1e9 - age * 60
+    part = Part("aws", kind, "i-1", "us-east-1a", "running", "m6i.large", created, labels)
+    assert reap.judge(part, 1e9, {"one"}) == due
 
 
 def test_reap_deletes_what_is_due_after_a_yes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,33 +148,80 @@ def test_reap_deletes_what_is_due_after_a_yes_and_nothing_else(monkeypatch: pyte
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("MISTRALCTL_OWNER", "someone")
     monkeypatch.setattr(reap, "GRACE_MINUTES", -61.0)  # a machine of one hour's lifetime is due at once
+    monkeypatch.setattr(reap, "ORPHAN_MINUTES", -1.0)
+    monkeypatch.setattr(aws, "regions", lambda: ["us-west-2", "us-east-1"])
+    mine = task.owner({"MISTRALCTL_OWNER": "someone"})
     with mock_aws():
         ec2 = boto3.client("ec2", region_name="us-west-2")
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
 
-        def made(owner: str, ttl: str) -> str:
-            tags = [{"Key": f"mistralctl-{k}", "Value": v} for k, v in (("owner", owner), ("name", "x"), ("ttl", ttl))]
-            [one] = ec2.run_instances(
-                ImageId=image, MinCount=1, MaxCount=1, InstanceType="g6.xlarge",
-                TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
-            )["Instances"]  # fmt: skip
-            return str(one["InstanceId"])
+        def labelled(kind: str, owner: str, name: str, ttl: str = "60") -> dict[str, Any]:
+            labels = {"owner": owner, "name": name, "ttl": ttl}
+            tags = [{"Key": f"mistralctl-{key}", "Value": value} for key, value in labels.items()]
+            return {"TagSpecifications": [{"ResourceType": kind, "Tags": tags}]}
 
-        mine = task.owner({"MISTRALCTL_OWNER": "someone"})
-        due, kept, theirs = made(mine, "60"), made(mine, "never"), made("other", "60")
-        monkeypatch.setattr(aws, "regions", lambda: ["us-west-2", "us-east-1"])
+        def machine(*labels: str) -> str:
+            asked = {"ImageId": image, "MinCount": 1, "MaxCount": 1, "InstanceType": "g6.xlarge"} | labelled("instance", *labels)
+            return str(ec2.run_instances(**asked)["Instances"][0]["InstanceId"])
+
+        def address(**labels: Any) -> str:
+            return str(ec2.allocate_address(Domain="vpc", **labels)["AllocationId"])
+
+        def interface(**labels: Any) -> str:
+            return str(ec2.create_network_interface(SubnetId=subnet, **labels)["NetworkInterface"]["NetworkInterfaceId"])
+
+        def disk(**labels: Any) -> str:
+            return str(ec2.create_volume(AvailabilityZone="us-west-2a", Size=100, **labels)["VolumeId"])
+
+        due, kept, theirs = machine(mine, "due"), machine(mine, "kept", "never"), machine("other", "due")
+        left = [
+            address(**labelled("elastic-ip", mine, "due")), interface(**labelled("network-interface", mine, "due")),
+            disk(**labelled("volume", mine, "kept")),
+        ]  # fmt: skip
+        used = address(**labelled("elastic-ip", mine, "kept"))
+        ec2.associate_address(AllocationId=used, InstanceId=kept)
+        nobodys = [address(), interface(), disk()]
 
         def ask(**options: Any) -> dict[str, tuple[str, bool]]:
             given: dict[str, Any] = {"all_owners": False, "dry_run": False, "confirm": lambda found: True} | options
-            return {found.id: (found.due, found.deleted) for found in reap.run(["aws"], **given)}
+            return {found.id: (found.due, found.deleted) for found in reap.run(["aws"], **given).parts}
 
-        over = "its lifetime of 60 minutes is over"
-        assert ask(dry_run=True) == ask(confirm=lambda found: False) == {due: (over, False), kept: ("", False)}
-        assert ask() == {due: (over, True), kept: ("", False)}
+        over, gone = "its lifetime of 60 minutes is over", "its machine is gone"
+        machines = {due: (over, False), kept: ("", False)}
+        loose = {left[0]: ("", False), left[1]: ("", False), left[2]: (gone, False)}
+        assert ask(dry_run=True) == ask(confirm=lambda found: False) == machines | loose
+        prices = {found.id: found.per_day for found in reap.run(["aws"], all_owners=False, dry_run=True, confirm=bool).parts}
+        assert prices == {due: prices[kept], kept: prices[due], left[0]: 0.12, left[1]: 0.0, left[2]: 0.26}
+        assert (prices[due] or 0) > 10
+        assert ask() == machines | loose | {due: (over, True), left[2]: (gone, True)}
+        assert ask() == {kept: ("", False), left[0]: (gone, True), left[1]: (gone, True)}
         assert ask() == {kept: ("", False)}
-        [price] = [found.per_day for found in reap.run(["aws"], all_owners=False, dry_run=True, confirm=lambda found: False)]
-        assert price is not None
-        assert price > 10
         assert ask(all_owners=True) == {kept: ("", False), theirs: (over, True)}
-    with pytest.raises(UserError, match="reap cannot ask gcp yet"):
-        reap.run(["gcp"], all_owners=False, dry_run=True, confirm=lambda found: False)
+        aws.delete([Part("aws", "disk", left[2], "us-west-2a", "", "", None, {})])  # another one was faster
+        assert {one["AllocationId"] for one in ec2.describe_addresses()["Addresses"]} == {used, nobodys[0]}
+        assert nobodys[1] in [one["NetworkInterfaceId"] for one in ec2.describe_network_interfaces()["NetworkInterfaces"]]
+        assert nobodys[2] in [one["VolumeId"] for one in ec2.describe_volumes()["Volumes"]]
+
+
+def test_a_cloud_that_cannot_be_asked_is_not_an_empty_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+
+    def ask(*clouds: str) -> reap.Reaped:
+        return reap.run(clouds, all_owners=False, dry_run=True, confirm=bool)
+
+    why = "there are no credentials for AWS here; run aws configure"
+    assert ask().clouds[0] == reap.Asked("aws", "not used", why)
+    assert ask("aws") == reap.Reaped((reap.Asked("aws", "unknown", why),), ())
+    with pytest.raises(UserError, match=f"aws: {why}"):
+        reap.check(ask("aws"))
+    not_used = reap.Asked("gcp", "not used", "no credentials")
+    reap.check(reap.Reaped((reap.Asked("aws", "asked"), not_used), ()))
+    with pytest.raises(UserError, match="no cloud could be asked: gcp: no credentials"):
+        reap.check(reap.Reaped((not_used,), ()))
+    with pytest.raises(UserError, match="--cloud: gpc is not one of aws, gcp, azure"):
+        ask("gpc")

@@ -58,7 +58,12 @@ def test_the_json_of_a_receipt_is_a_contract(record: Record, mistralctl: Run, ho
     assert lines[0] == "deployment  mine (smollm2-135m-instruct, served as smollm2-135m-instruct)"
     assert lines[3] == "down        not yet"
     assert lines[6] == f"            model.safetensors: 7 bytes, sha256 {'a' * 64}"
-    assert lines[7:] == ["phases      engine 42 s", "check       verified", "flags       /weights --port 8000"]
+    assert lines[7:] == [
+        "phases      engine 42 s",
+        "check       verified",
+        "gate        none",
+        "flags       /weights --port 8000",
+    ]
     receipt.close("mine")
     closed = json.loads(mistralctl("receipt", "mine", "-o", "json").stdout)
     assert time.time() - 60 < closed["down_at"] <= time.time()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
 
+from mistralctl.errors import UserError
+
 LOCAL = "local"
 
 
@@ -77,7 +79,8 @@ CLOUDS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Something in a cloud that bears our labels: a `machine` or a `disk`, by the cloud's own listing. `created` is in seconds."""
+    """Something in a cloud that bears our labels, by the cloud's own listing: a `machine`, or what is left without one, which is a
+    `disk`, an `address` or an `interface`. `created` is in seconds since the epoch, None where the cloud does not say it."""
 
     cloud: str
     kind: str
@@ -85,18 +88,22 @@ class Part:
     place: str
     state: str
     size: str
-    created: float
+    created: float | None
     labels: dict[str, str]
 
 
+class NotUsed(UserError):
+    """This user has no SDK or no credentials for a cloud here: it is not asked, which is no failure of it."""
+
+
 class Listing(Protocol):
-    """What the module of a cloud can be asked."""
+    """What the module of a cloud can be asked. Each raises NotUsed, or UserError when the cloud refuses."""
 
     def ours(self, owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
-        """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's."""
+        """Machines that are not gone, and disks, addresses and interfaces without one, with our labels; `owner` None: everybody's."""
 
     def delete(self, parts: Sequence[Part]) -> None:
-        """Asks the cloud to take these away; `ours` says when they are gone."""
+        """Asks the cloud to take these away; what is gone already is no error. `ours` says when they are gone."""
 
     def relabel(self, part: Part, labels: Mapping[str, str]) -> None:
         """Sets these labels of a machine and leaves its others as they are."""
@@ -111,6 +118,8 @@ class Firewall(Protocol):
 
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.
 DISK_PRICES = {"aws": 0.08}
+# USD an hour for a public address that nothing uses. AWS: public IPv4, all regions, by its price list of EC2 and VPC.
+ADDRESS_PRICES = {"aws": 0.005}
 
 
 def narrow(cloud: str, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> bool:

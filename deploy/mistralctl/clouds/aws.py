@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from mistralctl.clouds import Part
+from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
 
 GONE = "terminated"
@@ -19,7 +19,7 @@ def _client(service: str, region: str) -> Any:
         import boto3
         from botocore.config import Config
     except ImportError as error:
-        raise UserError("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
+        raise NotUsed("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
     return boto3.client(service, region_name=region, config=Config(**TIMEOUTS, retries={"mode": "standard", "max_attempts": 6}))
 
 
@@ -51,6 +51,16 @@ def _region(region: str, owner: str | None, name: str | None) -> Iterator[Part]:
                     "aws", "disk", one["VolumeId"], one["AvailabilityZone"], one["State"], f"{one['Size']} GiB",
                     one["CreateTime"].timestamp(), _tags(one),
                 )  # fmt: skip
+    # Neither SkyPilot nor mistralctl makes these two on AWS; who gives a deployment one and labels it finds it here.
+    for one in ec2.describe_addresses(Filters=_filters(owner, name))["Addresses"]:
+        if "AssociationId" not in one:
+            yield Part("aws", "address", one["AllocationId"], region, "unused", one["PublicIp"], None, _tags(one))
+    for page in ec2.get_paginator("describe_network_interfaces").paginate(Filters=_filters(owner, name)):
+        for one in page["NetworkInterfaces"]:
+            if one["Status"] == "available":
+                tags = _tags({"Tags": one.get("TagSet", [])})
+                place = one["AvailabilityZone"]
+                yield Part("aws", "interface", one["NetworkInterfaceId"], place, "unused", one["PrivateIpAddress"], None, tags)
 
 
 def regions() -> list[str]:
@@ -61,10 +71,12 @@ def regions() -> list[str]:
 @contextmanager
 def _asked() -> Iterator[None]:
     """AWS's errors as one line."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
         yield
+    except NoCredentialsError as error:
+        raise NotUsed("there are no credentials for AWS here; run aws configure", Exit.CLOUD) from error
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         raise UserError(f"AWS refused {error.operation_name} ({code}); give this identity that right", Exit.CLOUD) from error
@@ -73,7 +85,10 @@ def _asked() -> Iterator[None]:
 
 
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
-    """Machines that are not gone and disks without one, with our labels; `owner` None: everybody's. UserError if AWS refuses."""
+    """Machines that are not gone, and disks, addresses and interfaces without one, with our labels; `owner` None: everybody's.
+
+    NotUsed without credentials, UserError if AWS refuses.
+    """
     with _asked(), ThreadPoolExecutor(8) as pool:
         places = list(within) if within is not None else regions()
         return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
@@ -91,14 +106,24 @@ def relabel(part: Part, labels: Mapping[str, str]) -> None:
 
 
 def delete(parts: Sequence[Part]) -> None:
-    """Asks AWS to terminate machines, with their disks, and to delete disks without one; UserError if it refuses."""
+    """Asks AWS to terminate machines, with their disks, and to delete what is left without one; UserError if it refuses."""
+    from botocore.exceptions import ClientError
+
     with _asked():
         for part in parts:
             ec2 = _client("ec2", _region_of(part))
-            if part.kind == "machine":
-                ec2.terminate_instances(InstanceIds=[part.id])
-            else:
-                ec2.delete_volume(VolumeId=part.id)
+            try:
+                if part.kind == "machine":
+                    ec2.terminate_instances(InstanceIds=[part.id])
+                elif part.kind == "disk":
+                    ec2.delete_volume(VolumeId=part.id)
+                elif part.kind == "address":
+                    ec2.release_address(AllocationId=part.id)
+                else:
+                    ec2.delete_network_interface(NetworkInterfaceId=part.id)
+            except ClientError as error:
+                if not error.response.get("Error", {}).get("Code", "").endswith(".NotFound"):  # another one was faster
+                    raise
 
 
 def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class Extended:
 
 def lifetime_label(part: Part, until: float | None) -> str:
     """The machine's mistralctl-ttl: minutes from its start to the end of its life; `never` without one."""
-    return "never" if until is None else str(math.ceil((until - part.created) / 60))
+    return "never" if until is None else str(math.ceil((until - (part.created or time.time())) / 60))
 
 
 def tell_cloud(record: Record, until: float | None) -> int:

@@ -1,29 +1,32 @@
 """`mistralctl reap`: finds by the clouds' own listings what nobody will take down any more, and deletes it after a yes.
 
-It needs neither a file of this laptop nor SkyPilot's database; it touches machines and disks that bear our labels and nothing else.
+It needs neither a file of this laptop nor SkyPilot's database; it touches what bears our labels and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
-from mistralctl.clouds import CLOUDS, DISK_PRICES, Listing, Part, listing
+from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, Listing, NotUsed, Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
 from mistralctl.task import owner
 
-GRACE_MINUTES = 15.0  # the launcher, its wrapper and autostop come first
+# A server's life begins when its machine is set up; and launcher, wrapper and autostop come first.
+GRACE_MINUTES = 45.0
 ORPHAN_MINUTES = 30.0  # a disk without a machine that is younger may be on its way to one
-GONE_SECONDS = 180.0
+GONE_SECONDS = 300.0
 GIB_MONTH_DAYS = 30.4
 
 
 @dataclass(frozen=True)
 class Found:
-    """A machine or disk with our labels. `due` is why it should go, empty if it should not; `per_day` is in USD, None if unknown."""
+    """A part with our labels. `due` is why it should go, empty if it should not; `per_day` is in USD; None: unknown."""
 
     cloud: str
     kind: str
@@ -32,13 +35,35 @@ class Found:
     size: str
     name: str
     state: str
-    age_minutes: float
+    age_minutes: float | None
     per_day: float | None
     due: str
     deleted: bool = False
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Whether a cloud was `asked`, is `not used` here, cannot be asked by this version (`no listing`), or is `unknown`; and why."""
+
+    cloud: str
+    state: Literal["asked", "not used", "no listing", "unknown"]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Reaped:
+    """What was found, and of which clouds."""
+
+    clouds: tuple[Asked, ...]
+    parts: tuple[Found, ...]
+
+
 def _per_day(part: Part) -> float | None:
+    if part.kind == "interface":
+        return 0.0
+    if part.kind == "address":
+        hour = ADDRESS_PRICES.get(part.cloud)
+        return None if hour is None else round(hour * 24, 2)
     if part.kind == "disk":
         price = DISK_PRICES.get(part.cloud)
         return None if price is None else round(float(part.size.split()[0]) * price / GIB_MONTH_DAYS, 2)
@@ -49,52 +74,79 @@ def _per_day(part: Part) -> float | None:
     return round(near[0].price * 24, 2) if near else None
 
 
-def judge(part: Part, now: float) -> str:
-    """Why a part should go; empty if it should not."""
-    age = (now - part.created) / 60
-    if part.kind == "disk":
-        return "its machine is gone" if age > ORPHAN_MINUTES else ""
-    ttl = part.labels.get("mistralctl-ttl", "")
-    if ttl.isdigit() and age > int(ttl) + GRACE_MINUTES:
-        return f"its lifetime of {int(ttl)} minutes is over"
-    return ""
+def _name(part: Part) -> str:
+    return part.labels.get("mistralctl-name", "?")
 
 
-def _found(part: Part, now: float, deleted: bool = False) -> Found:
-    return Found(
-        part.cloud, part.kind, part.id, part.place, part.size, part.labels.get("mistralctl-name", "?"), part.state,
-        round((now - part.created) / 60, 1), _per_day(part), judge(part, now), deleted,
-    )  # fmt: skip
+def judge(part: Part, now: float, with_machine: Collection[str] = ()) -> str:
+    """Why a part should go, empty if it should not; `with_machine` are the names of deployments that have one."""
+    age = None if part.created is None else (now - part.created) / 60
+    if part.kind == "machine":
+        ttl = part.labels.get("mistralctl-ttl", "")
+        over = age is not None and ttl.isdigit() and age > int(ttl) + GRACE_MINUTES
+        return f"its lifetime of {int(ttl)} minutes is over" if over else ""
+    gone = _name(part) not in with_machine if age is None else age > ORPHAN_MINUTES
+    return "its machine is gone" if gone else ""
 
 
-def run(clouds: Sequence[str], *, all_owners: bool, dry_run: bool, confirm: Callable[[list[Found]], bool]) -> list[Found]:
-    """What bears our labels on these clouds; what is due is deleted after `confirm` said yes. UserError if some of it stays."""
+def _ask(cloud: str, asked: str | None) -> tuple[Asked, list[Part]]:
+    module = listing(cloud)
+    if module is None:
+        why = "reap cannot ask it yet; look at its console for the label mistralctl-owner"
+        return Asked(cloud, "no listing", why), []
+    try:
+        return Asked(cloud, "asked"), module.ours(asked)
+    except NotUsed as error:
+        return Asked(cloud, "not used", str(error)), []
+    except UserError as error:
+        return Asked(cloud, "unknown", str(error)), []
+
+
+def _delete(due: Sequence[Part], asked: str | None) -> None:
+    """Deletes these and waits until the clouds do not list them any more; UserError if some of it stays."""
+    modules: dict[str, Listing] = {part.cloud: module for part in due if (module := listing(part.cloud)) is not None}
+    for cloud, module in modules.items():
+        module.delete([part for part in due if part.cloud == cloud])
+    wanted, deadline = {part.id for part in due}, time.monotonic() + GONE_SECONDS
+    while left := wanted & {part.id for module in modules.values() for part in module.ours(asked)}:
+        if time.monotonic() > deadline:
+            raise UserError(f"still there: {', '.join(sorted(left))}; run reap again, or delete them by hand", Exit.CLOUD)
+        time.sleep(5)
+
+
+def run(clouds: Sequence[str], *, all_owners: bool, dry_run: bool, confirm: Callable[[list[Found]], bool]) -> Reaped:
+    """What bears our labels on these clouds (none: on all); what is due is deleted after `confirm` said yes."""
     for cloud in clouds:
         if cloud not in CLOUDS:
             raise UserError(f"--cloud: {cloud} is not one of {', '.join(CLOUDS)}")
-        if listing(cloud) is None:
-            raise UserError(
-                f"--cloud: reap cannot ask {cloud} yet; look at its console for the label mistralctl-owner", Exit.CLOUD
-            )
     asked = None if all_owners else owner(os.environ)
+    with ThreadPoolExecutor(len(CLOUDS)) as pool:
+        answers = list(pool.map(lambda cloud: _ask(cloud, asked), dict.fromkeys(clouds or CLOUDS)))
     now = time.time()
-    parts = [part for cloud in clouds for part in _module(cloud).ours(asked)]
-    due = [part for part in parts if judge(part, now)]
-    if dry_run or not due or not confirm([_found(part, now) for part in due]):
-        return [_found(part, now) for part in parts]
-    for cloud in clouds:
-        _module(cloud).delete([part for part in due if part.cloud == cloud])
-    wanted = {part.id for part in due}
-    deadline = time.monotonic() + GONE_SECONDS
-    while left := wanted & {part.id for cloud in clouds for part in _module(cloud).ours(asked)}:
-        if time.monotonic() > deadline:
-            raise UserError(f"still there: {', '.join(sorted(left))}; run reap again, or delete them by hand", Exit.CLOUD)
-        time.sleep(2)
-    return [_found(part, now, part.id in wanted) for part in parts]
+    parts = [part for _, every in answers for part in every]
+    with_machine = {_name(part) for part in parts if part.kind == "machine"}
+    due = {part.id: part for part in parts if judge(part, now, with_machine)}
+
+    def found(part: Part, deleted: bool = False) -> Found:
+        age = None if part.created is None else round((now - part.created) / 60, 1)
+        why = judge(part, now, with_machine)
+        return Found(
+            part.cloud, part.kind, part.id, part.place, part.size, _name(part), part.state, age, _per_day(part), why, deleted
+        )
+
+    delete = bool(due) and not dry_run and confirm([found(part) for part in due.values()])
+    if delete:
+        _delete(list(due.values()), asked)
+    # A cloud that was named has to be asked, whether or not it is used here.
+    states = (Asked(one.cloud, "unknown", one.why) if clouds and one.state != "asked" else one for one, _ in answers)
+    return Reaped(tuple(states), tuple(found(part, delete and part.id in due) for part in parts))
 
 
-def _module(cloud: str) -> Listing:
-    module = listing(cloud)
-    if module is None:
-        raise ValueError(cloud)
-    return module
+def check(result: Reaped) -> None:
+    """UserError if a cloud that should have been asked was not: nothing may be left there, or it may not."""
+    unknown = [one for one in result.clouds if one.state == "unknown"]
+    if unknown:
+        raise UserError("; ".join(f"{one.cloud}: {one.why}" for one in unknown), Exit.CLOUD)
+    if not [one for one in result.clouds if one.state == "asked"]:
+        why = "; ".join(f"{one.cloud}: {one.why}" for one in result.clouds)
+        raise UserError(f"no cloud could be asked: {why}", Exit.CLOUD)

@@ -99,7 +99,7 @@ def write(record: Record) -> None:
         SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
         record.served_model_name, round(time.time(), 1), None, versions, envs["MISTRALCTL_WEIGHTS"], envs["MISTRALCTL_REVISION"],
         tuple(files), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
-        getattr(record, "gate", None) or None, record.task,
+        record.gate or None, record.task,
     ))  # fmt: skip
 
 

@@ -34,15 +34,14 @@ NOT_FOR_THE_NODE = (
     "PYTHONHOME",
     "VIRTUAL_ENV",
     "PYTHONDONTWRITEBYTECODE",
-    "OPENAI_API_KEY",
-    "HF_TOKEN",
     "PYDANTIC_DISABLE_PLUGINS",
 )
 
 
 def environment(task: Task, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the task's scripts: the user's, less what is the laptop's own, with the task's envs on top."""
-    found = {k: v for k, v in environ.items() if k not in NOT_FOR_THE_NODE and not k.startswith("MISTRALCTL_")}
+    kept = state.without_secrets(environ)
+    found = {k: v for k, v in kept.items() if k not in NOT_FOR_THE_NODE and not k.startswith("MISTRALCTL_")}
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", os.defpath)])
     if found.get("PIP_FIND_LINKS"):  # uv does not read pip's variable; torch's CPU build may lie there
         found.setdefault("UV_FIND_LINKS", found["PIP_FIND_LINKS"])

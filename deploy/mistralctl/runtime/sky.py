@@ -112,6 +112,8 @@ def _sdk() -> Iterator[Any]:
         state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(users))))
         os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
+    # Its API server, which the first call starts, inherits our environment and stays.
+    hidden = {name: os.environ.pop(name) for name in state.SECRET_VARIABLES if name in os.environ}
     try:
         with _quiet():
             import sky
@@ -125,6 +127,8 @@ def _sdk() -> Iterator[Any]:
         raise
     except Exception as error:
         raise _in_our_words(sky, error) from error
+    finally:
+        os.environ.update(hidden)
 
 
 def _in_our_words(sky: Any, error: Exception) -> UserError:

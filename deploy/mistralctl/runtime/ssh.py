@@ -68,7 +68,13 @@ def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
     """What a shell script printed on the node; UserError if it cannot be reached or the script fails."""
     try:
         done = subprocess.run(
-            [*command(name), HOST, script], input=given, capture_output=True, text=True, check=False, timeout=seconds
+            [*command(name), HOST, script],
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
+            env=state.without_secrets(os.environ),
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{name}: its machine did not answer over SSH within {seconds:.0f} s", Exit.NETWORK) from None
@@ -103,7 +109,7 @@ def start_tunnel(name: str) -> tuple[int, float]:
         process = subprocess.Popen(
             [sys.executable, "-m", "mistralctl.runtime.tunnel", name], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
-            env={k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "HF_TOKEN")},
+            env=state.without_secrets(os.environ),
         )  # fmt: skip
     return process.pid, psutil.Process(process.pid).create_time()
 
