@@ -442,9 +442,9 @@ def weights_mirror(
     output: Output = Form.text,
 ) -> None:
     """Bring weights from one place to another: on a cheap machine near the bucket, or --here."""
-    from mistralctl import mirror
+    from mistralctl import mirror, stores
 
-    spec = mirror.make(source, target, revision, region)
+    spec = mirror.make(source, target, revision, region, endpoints=stores.endpoints((source, target), os.environ))
     if here and (dry_run or region):
         raise UserError(f"--here: means nothing with {'--dry-run' if dry_run else '--region'}; leave one of the two out")
     if stage and not here:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -21,17 +22,21 @@ DISK_GIB = 128  # the system, and one set of weights on its way; 7B in bf16 is 1
 
 @dataclass(frozen=True)
 class MirrorSpec:
-    """What is brought from where to where. `revision` pins a source that knows commits; `region` is the target's."""
+    """What is brought from where to where. `revision` pins a source that knows commits; `region` is the target's.
+
+    `endpoints` are the clouds' own variables for those buckets that another server than the cloud's answers for.
+    """
 
     source: str
     target: str
     revision: str = ""
     region: str | None = None
+    endpoints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """`mirror-` and a hash of what it does, so that the same mirror is the same machine."""
-        return f"mirror-{digest([self.source, self.revision, self.target], 8)}"
+        return f"mirror-{digest([self.source, self.revision, self.target, *self.endpoints.values()], 8)}"
 
     @property
     def cloud(self) -> str | None:
@@ -47,12 +52,14 @@ def _checked(uri: str, place: str) -> str:
         raise UserError(f"{place}: {error}") from None
 
 
-def make(source: str, target: str, revision: str = "", region: str | None = None) -> MirrorSpec:
+def make(
+    source: str, target: str, revision: str = "", region: str | None = None, *, endpoints: Mapping[str, str] | None = None
+) -> MirrorSpec:
     """The checked mirror. A row of the table of models stands for its weights, at the commit that the table pins."""
     row = MODELS.get(source)
     if row is not None:
         source, revision = row.weights, revision or row.revision
-    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region)
+    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region, endpoints or {})
     scheme = target.partition("://")[0]
     if scheme not in BUCKETS and scheme != "file":
         raise UserError(f"TARGET: weights cannot be written to {scheme}://; name a bucket or a folder")
@@ -71,7 +78,8 @@ def rights(spec: MirrorSpec) -> tuple[Right, ...]:
     """What the machine's role needs: to write the target, and to read the source where that is a bucket."""
     if spec.cloud is None:
         return ()
-    write, read = right(spec.target, spec.cloud, write=True), right(spec.source, spec.cloud)
+    write = right(spec.target, spec.cloud, write=True, endpoints=spec.endpoints)
+    read = right(spec.source, spec.cloud, endpoints=spec.endpoints)
     if read is not None and read.has == "no":
         read = replace(read, mend="add --here: this machine's own credentials are used")
     return tuple(one for one in (write, read) if one is not None)
@@ -106,6 +114,7 @@ def render(spec: MirrorSpec, *, owner: str) -> Task:
         "MISTRALCTL_MIRROR_TARGET": spec.target,
         "MISTRALCTL_REVISION": spec.revision,
         "MISTRALCTL_TTL_MINUTES": str(LIFETIME_MINUTES),
+        **spec.endpoints,
     }
     task["file_mounts"] = {f"{NODE_DIR}/run/{spec.name}/model": str(package_dir("model"))}
     return task

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from mistralctl import fit as memory
 from mistralctl import prices
@@ -56,7 +57,8 @@ class Plan:
     """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not.
 
     `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options;
-    `quotas` are there only when the clouds were asked for them.
+    `quotas` are there only when the clouds were asked for them; `endpoints` are the clouds' own variables for those buckets that
+    another server than the cloud's answers for.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Plan:
     refused: tuple[Option, ...]
     rights: tuple[Right, ...] = ()
     quotas: tuple[Quota, ...] = ()
+    endpoints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -115,9 +118,9 @@ def _check_public(sourced: Sourced) -> None:
         raise UserError(
             f"{sourced.place('public')}: --cloud local serves this machine alone, on 127.0.0.1; leave one of the two out"
         )
-    for field in ("allow", "cert", "key"):
-        if getattr(spec, field) and not spec.public:
-            raise UserError(f"{sourced.place(field)}: means nothing without --public; add that or leave this out")
+    for name in ("allow", "cert", "key"):
+        if getattr(spec, name) and not spec.public:
+            raise UserError(f"{sourced.place(name)}: means nothing without --public; add that or leave this out")
     if (spec.cert is None) != (spec.key is None):
         given, other = ("cert", "key") if spec.cert else ("key", "cert")
         raise UserError(f"{sourced.place(given)}: needs --{other} as well")
@@ -332,8 +335,9 @@ def _auto_dtype(model: Model, on_cpu: bool) -> str:
     return "float32" if on_cpu and small else "bfloat16"
 
 
-def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
+def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Mapping[str, str] | None = None) -> Plan:
     """The plan for a spec. `machine` is needed for `--cloud local` only. UserError when nothing fits."""
+    endpoints = endpoints or {}
     spec = sourced.spec
     _check_places(sourced)
     local = spec.cloud == (LOCAL,)
@@ -375,6 +379,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
     weights = spec.weights or model.weights
     revision = model.revision if weights == model.weights else ""
     window = model.shape.sliding_window if model.shape else None
+    came_from = "@".join((weights, revision, *endpoints.values()))
     slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40]
     return Plan(
         name=deployment_name(spec, model),
@@ -383,7 +388,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         engine=engine,
         weights=weights,
         revision=revision,
-        weights_id=f"{slug}-{hashlib.sha256(f'{weights}@{revision}'.encode()).hexdigest()[:8]}",
+        weights_id=f"{slug}-{hashlib.sha256(came_from.encode()).hexdigest()[:8]}",
         served_model_name=spec.served_model_name or model.name,
         max_model_len=draft.max_model_len,
         max_num_seqs=spec.max_concurrency or DEFAULT_SEQS[engine],
@@ -396,5 +401,6 @@ def make(sourced: Sourced, model: Model, machine: Machine | None) -> Plan:
         ttl_minutes=minutes(spec.ttl),
         options=tuple(fitting),
         refused=tuple(refused),
-        rights=tuple(rights((weights, *spec.lora.values()), (option.cloud for option in fitting))),
+        rights=tuple(rights((weights, *spec.lora.values()), (option.cloud for option in fitting), endpoints)),
+        endpoints=endpoints,
     )

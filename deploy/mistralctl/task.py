@@ -18,6 +18,7 @@ from mistralctl.clouds import LOCAL
 from mistralctl.fit import MEMORY_UTILIZATION
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
+from mistralctl.rights import BUCKETS
 
 Task = dict[str, Any]
 
@@ -89,7 +90,8 @@ _SETUP = (
 
 def setup_id(task: Task) -> str:
     """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
-    return digest([*(task["envs"][name] for name in _SETUP), _tree(package_dir("model"))])
+    endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
+    return digest([*(task["envs"][name] for name in _SETUP), *endpoints, _tree(package_dir("model"))])
 
 
 def resources_id(task: Task) -> str:
@@ -188,6 +190,7 @@ def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str, certi
         "MISTRALCTL_IDLE_MINUTES": _text_or_empty(plan.idle_minutes),
         "MISTRALCTL_TTL_MINUTES": _text_or_empty(plan.ttl_minutes),
     }
+    envs |= plan.endpoints
     sources = _tree(package_dir("model"))
     return envs | {"MISTRALCTL_SERVING_ID": digest([envs, sources])}
 

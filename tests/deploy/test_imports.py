@@ -17,8 +17,9 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "models", "gpus", "clouds", "prices", "durations", "rights", "quotas"),
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
-    "outside": ("state", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights", "clouds.aws",
-                "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh", "runtime.rundir", "runtime.tunnel", "runtime.sky"),
+    "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
+                "clouds.aws", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh", "runtime.rundir",
+                "runtime.tunnel", "runtime.sky"),
     "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.launch", "commands.up",
                  "commands.down", "commands.reap", "commands.status", "commands.logs", "commands.env", "commands.chat", "commands.tables",
                  "commands.doctor", "commands.weights"),

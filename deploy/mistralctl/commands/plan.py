@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mistralctl import certificates, checkpoints, node, state
+from mistralctl import certificates, checkpoints, node, state, stores
 from mistralctl import plan as planning
 from mistralctl import task as tasks
 from mistralctl.clouds import LOCAL
@@ -20,7 +20,9 @@ def run(sourced: Sourced) -> Plan:
         from mistralctl.machine import this_machine
 
         machine = this_machine()
-    return planning.make(sourced, checkpoints.resolve(sourced), machine)
+    model, spec = checkpoints.resolve(sourced), sourced.spec
+    endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values()), os.environ)
+    return planning.make(sourced, model, machine, endpoints)
 
 
 def render(sourced: Sourced, port: int | None = None) -> tasks.Task:
