@@ -60,7 +60,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class PartialFile:
-    """A file that is filled range by range, in any order. With `direct` the page cache is passed by."""
+    """A file that is filled range by range, in any order. With `direct` the page cache is passed by.
+
+    Through it, too, a range is on the disk when it is written (O_DSYNC): disk and network work at once, where a sync at the end
+    would find everything still to be done.
+    """
 
     def __init__(self, path: Path, size: int, *, direct: bool) -> None:
         self.path = path
@@ -68,11 +72,11 @@ class PartialFile:
         self._direct: int | None = None
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DSYNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             if os.fstat(self._handle).st_size > size:
                 os.ftruncate(self._handle, size)
-            if direct and size > PAGE:
-                with suppress(OSError):  # a file system without O_DIRECT (tmpfs): through the page cache
+            if direct and size > PAGE and hasattr(os, "O_DIRECT"):
+                with suppress(OSError):  # a file system without it (tmpfs): through the page cache
                     self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
             if self._direct is not None:
                 os.posix_fallocate(self._handle, 0, size)  # O_DIRECT is twice as fast into blocks that are there already
