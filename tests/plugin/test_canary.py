@@ -151,7 +151,7 @@ def test_figures_of_this_package_are_taken_for_the_very_weights_that_they_are_of
     manifest = {"files": [{"name": "a.gguf", "sha256": figures["weights_sha256"]}]}
     (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
     assert canary.stored_figures(served) == figures
-    assert len(figures["prompt_token_ids"]) > 2048
+    assert len(figures["prompt_token_ids"]) == 640  # enough to show what is wrong (test_reference_command.py), on a CPU 1 s
     manifest["files"][0]["sha256"] = "0" * 64
     (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
     assert canary.stored_figures(served) is None

@@ -84,5 +84,6 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["HF_HUB_OFFLINE"] == "1"
     assert got["VLLM_PLUGINS"] == "mistral_swa"
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert got["TORCH_COMPILE_DISABLE"] == "1"
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral"
     assert not [value for value in got.values() if "mctl-" in value]

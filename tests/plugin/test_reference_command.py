@@ -105,6 +105,7 @@ def test_canary_prompts_are_long_ordinary_and_always_the_same(changed: dict[str,
     prompt = canary_prompt(config_of(**changed))
     assert len(prompt) == length
     assert prompt == canary_prompt(config_of(**changed)) != canary_prompt(config_of(**changed), seed=1)
+    assert len(canary_prompt(config_of(**changed), length=640)) == 640
     assert all(1000 <= token < 16384 for token in prompt)
 
 

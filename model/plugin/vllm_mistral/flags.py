@@ -77,6 +77,8 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
         "TOKENIZERS_PARALLELISM": "false",
     }
     if contract.engine == "cpu":
+        # Our engines on a CPU are eager; what vLLM compiles nevertheless (the first log-probabilities) takes a C++ compiler and 15 s.
+        found.setdefault("TORCH_COMPILE_DISABLE", "1")
         found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)
         # Without this vLLM leaves one core to the system, which halves a machine with two.
         cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))

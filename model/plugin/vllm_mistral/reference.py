@@ -635,8 +635,8 @@ class Engine:
 # --- the canary --------------------------------------------------------------------------------------------------------
 
 
-def canary_prompt(config: ModelConfig, seed: int = 0) -> list[int]:
-    """Token ids on which a wrong window, rotary embedding or weight shows; a quarter longer than the window and than a chunk.
+def canary_prompt(config: ModelConfig, seed: int = 0, length: int | None = None) -> list[int]:
+    """Token ids on which a wrong window, rotary embedding or weight shows; a quarter longer than the window and than a chunk, or `length`.
 
     Words drawn by lot, and again and again among them a key of 8 tokens and what follows it: behind the window always one
     answer, inside the window always another; and the prompt ends with the key. So a right model goes by the second. With the
@@ -644,7 +644,8 @@ def canary_prompt(config: ModelConfig, seed: int = 0) -> list[int]:
     embedding or wrong weights find none of them. A model without a window gets the prompt for window 4096.
     """
     window = config.sliding_window or 4096
-    length = min(max(window, PREFILL_CHUNK) * 5 // 4, config.max_position_embeddings - CANARY_TOKENS)
+    wanted = max(window, PREFILL_CHUNK) * 5 // 4 if length is None else length
+    length = min(wanted, config.max_position_embeddings - CANARY_TOKENS)
     near = window if window < length else length * 4 // 5
     if near < 64 or config.vocab_size < 64:
         raise BadInput(f"a window or context of {near} tokens or a vocabulary of {config.vocab_size} is too small for a canary")
@@ -660,7 +661,7 @@ def canary_prompt(config: ModelConfig, seed: int = 0) -> list[int]:
     return [*behind, *words(20), *inside, *words(near - 28 - len(inside)), *key]
 
 
-def make_canary(engine: Engine) -> dict[str, Any]:
+def make_canary(engine: Engine, length: int | None = None) -> dict[str, Any]:
     """What a right engine answers to `canary_prompt`: the eight greedy tokens, to be forced, and their log-probabilities.
 
     Rounding sways some prompts five times as much as others, and a check in bfloat16 has to tell it from faults. So each prompt is
@@ -669,7 +670,7 @@ def make_canary(engine: Engine) -> dict[str, Any]:
     model, candidates = engine.model, list[dict[str, Any]]()
     rounded = Mistral(model.config, model.weights, torch.bfloat16)
     for seed in range(CANARY_SEEDS):
-        prompt = canary_prompt(model.config, seed)
+        prompt = canary_prompt(model.config, seed, length)
         [completion] = engine.generate([prompt], Sampling(max_tokens=CANARY_TOKENS))
         narrow = Engine(rounded, engine.block_size, engine.max_num_batched_tokens, engine.progress)
         [rows] = narrow.score([prompt + completion.token_ids], last=CANARY_TOKENS + 1)
@@ -756,6 +757,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="folder with config.json or params.json and *.safetensors")
     parser.add_argument("prompt", nargs="?", help="text to go on with")
     parser.add_argument("--canary", action="store_true", help=f"write {CANARY_FILE} into the folder instead")
+    parser.add_argument("--canary-tokens", type=int, help="length of its prompt; default: a quarter more than the window")
     parser.add_argument("--chat", action="store_true", help="the prompt is a chat message")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -788,7 +790,7 @@ def command(options: argparse.Namespace) -> str:
     model = Mistral.load(options.weights, options.device, DTYPES[dtype], widen=not options.canary)
     engine = Engine(model, options.block_size, options.max_num_batched_tokens, ProgressLine())
     if options.canary:
-        return str(write_canary(options.weights, make_canary(engine)))
+        return str(write_canary(options.weights, make_canary(engine, options.canary_tokens)))
     [completion] = engine.generate([prompt], sampling)
     return decode([token for token in completion.token_ids if token not in config.eos_token_ids])
 
