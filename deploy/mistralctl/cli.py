@@ -212,6 +212,9 @@ def up(
 def plan(
     sourced: Sourced,
     quota: Annotated[bool, typer.Option("--quota", help="ask the clouds whether their quotas allow it")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="ask cloud and server whether what is up is still as it was")
+    ] = False,
     output: Output = Form.text,
 ) -> None:
     """Say what would run where: what fits, what it costs, why others were refused."""
@@ -225,7 +228,7 @@ def plan(
 
         planned = replace(planned, quotas=preflight.run(planned))
     _say(planned, output, "plan_text")
-    for line in plan_command.difference(planned):
+    for line in plan_command.difference(planned, refresh=refresh):
         sys.stderr.write(f"{planned.name} is up: {line}\n")
 
 
@@ -398,12 +401,17 @@ def gpus(output: Output = Form.text) -> None:
     _say(tables.gpus(), output, "gpus_text")
 
 
-@app.command()
-def doctor(output: Output = Form.text) -> None:
+@app.command(epilog="Examples: mistralctl doctor; mistralctl doctor --cloud aws")
+def doctor(
+    cloud: Annotated[
+        list[str] | None, typer.Option(help="also ask this cloud, and SkyPilot about it (repeatable) [default: asks nobody]")
+    ] = None,
+    output: Output = Form.text,
+) -> None:
     """Say what is missing on this machine or account, and the command that mends it."""
     from mistralctl.commands import doctor as doctor_command
 
-    _say(doctor_command.run(), output, "doctor_text")
+    _say(doctor_command.run(cloud or ()), output, "doctor_text")
 
 
 weights_app = typer.Typer(

@@ -106,6 +106,35 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "us-west-2" in aws.regions()
 
 
+def test_doctor_asks_the_clouds_that_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mistralctl.commands import doctor
+    from mistralctl.runtime import sky
+    from moto import mock_aws
+
+    monkeypatch.setattr(sky, "refusal_of", lambda cloud, log: "no rights on EC2")  # its real one runs in tests/e2e
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def asked() -> list[tuple[str, bool, str, str]]:
+        found = [check for check in doctor.run(["aws"]).checks if check.name.endswith(" on aws")]
+        return [(check.name, check.ok, check.found, check.mend) for check in found]
+
+    machines = ("machines on aws", False, "no rights on EC2", "aws configure")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert asked() == [
+        ("identity on aws", False, "AWS cannot be asked: Unable to locate credentials", "aws configure"), machines,
+    ]  # fmt: skip
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with mock_aws():
+        assert asked() == [("identity on aws", True, "arn:aws:sts::123456789012:user/moto", "aws configure"), machines]
+    assert not [check for check in doctor.run().checks if " on " in check.name]
+    with pytest.raises(UserError, match="--cloud: 'nowhere' is not one of aws, gcp, azure"):
+        doctor.run(["nowhere"])
+
+
 def test_a_cloud_without_a_listing_has_none() -> None:
     assert listing("aws") is aws
     assert listing("nowhere") is None

@@ -125,7 +125,7 @@ def test_plan_says_what_up_would_change(tmp_path: Path, monkeypatch: pytest.Monk
         cluster="mctl-x", machine="m6i.large", region="us-east-1", resources_id=task.resources_id(wanted),
     )  # fmt: skip
     state.save(record)
-    same = "nothing would change; mistralctl status says whether the machine is still there"
+    same = "nothing would change; --refresh asks whether it is still as it was"
     assert plan_command.difference(planned()) == [same]
     assert plan_command.difference(planned(max_model_len=4096)) == [
         "the server would be replaced on its machine", "max_model_len: 8192 -> 4096",

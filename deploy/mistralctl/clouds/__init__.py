@@ -116,6 +116,13 @@ class Firewall(Protocol):
         """Lets a port of a deployment's machines be reached from these networks and from nowhere else."""
 
 
+class Account(Protocol):
+    """What the module of a cloud may offer besides."""
+
+    def identity(self) -> str:
+        """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
+
+
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.
 DISK_PRICES = {"aws": 0.08}
 # USD an hour for a public address that nothing uses. AWS: public IPv4, all regions, by its price list of EC2 and VPC.
@@ -129,6 +136,12 @@ def narrow(cloud: str, owner: str, name: str, region: str, port: int, networks: 
         return False
     cast(Firewall, module).narrow(owner, name, region, port, networks)
     return True
+
+
+def account(cloud: str) -> Account | None:
+    """The module that asks a cloud who this laptop is; None where there is none yet."""
+    module = listing(cloud)
+    return cast(Account, module) if hasattr(module, "identity") else None
 
 
 def listing(cloud: str) -> Listing | None:

@@ -63,6 +63,12 @@ def _region(region: str, owner: str | None, name: str | None) -> Iterator[Part]:
                 yield Part("aws", "interface", one["NetworkInterfaceId"], place, "unused", one["PrivateIpAddress"], None, tags)
 
 
+def identity() -> str:
+    """The ARN that these credentials stand for; UserError if AWS does not take them (expired, wrong, none)."""
+    with _asked():
+        return str(_client("sts", "us-east-1").get_caller_identity()["Arn"])
+
+
 def regions() -> list[str]:
     """The regions that this account may use."""
     return sorted(one["RegionName"] for one in _client("ec2", "us-east-1").describe_regions()["Regions"])

@@ -6,11 +6,13 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mistralctl import node, state
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds import CLOUDS, account
+from mistralctl.errors import UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import this_machine
 
@@ -83,8 +85,34 @@ def _local_checks() -> list[Check]:
     ]  # fmt: skip
 
 
-def run() -> Doctor:
-    """Looks at this machine and account; asks no cloud and starts nothing."""
+def _asked(check: str, cloud: str, ask: Callable[[], str]) -> Check:
+    use, mend = f"--cloud {cloud}", CLOUDS[cloud].sign_in
+    try:
+        return Check(f"{check} on {cloud}", True, ask(), use, mend)
+    except UserError as error:
+        return Check(f"{check} on {cloud}", False, str(error), use, mend)
+
+
+def _ask(cloud: str) -> list[Check]:
+    """Asks a cloud whom it takes this laptop for, and SkyPilot whether it would rent a machine there."""
+    from mistralctl.runtime import sky
+
+    def enabled() -> str:
+        why = sky.refusal_of(cloud, state.home() / "check.log")
+        if why:
+            raise UserError(why)
+        return "enabled"
+
+    module = account(cloud)
+    identity = [] if module is None else [_asked("identity", cloud, module.identity)]
+    return [*identity, _asked("machines", cloud, enabled)]
+
+
+def run(clouds: Sequence[str] = ()) -> Doctor:
+    """Looks at this machine and account; starts nothing. Asks only the clouds that are named."""
+    for named in clouds:
+        if named not in CLOUDS:
+            raise UserError(f"--cloud: {named!r} is not one of {', '.join(CLOUDS)}")
     sky = _skypilot()
     checks = _local_checks()
     for cloud in CLOUDS.values():
@@ -100,6 +128,8 @@ def run() -> Doctor:
         )
         found = _credentials(cloud.name)
         checks.append(Check(f"credentials for {cloud.name}", found is not None, found or "none", use, cloud.sign_in))
+        if cloud.name in clouds and sky is not None:
+            checks += _ask(cloud.name)
     engine = "cuda" if this_machine().gpus else "cpu"
     python = node.local_python(engine)
     return Doctor(str(state.home()), Place(sys.executable, True), Place(str(python), python.exists()), tuple(checks))

@@ -11,6 +11,7 @@ from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
 from mistralctl.endpoint import FIRST_PORT
 from mistralctl.plan import Plan
+from mistralctl.state import Record
 
 
 def run(sourced: Sourced) -> Plan:
@@ -41,11 +42,25 @@ def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
     return tasks.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
 
 
-def difference(plan: Plan) -> list[str]:
-    """What `up` would change of what is up under this name, by this laptop's record; empty if nothing is. Asks no cloud."""
+def _drift(record: Record) -> str:
+    """How what is up differs from what this laptop's last `up` left, by the cloud's and the server's own words; empty if it does not."""
+    from mistralctl.commands import status
+
+    [now] = status.run(record.name)
+    if now.state == record.state and not now.why:
+        return ""
+    return f"{now.state} ({now.why})" if now.why else now.state
+
+
+def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
+    """What `up` would change of what is up under this name, by this laptop's record; empty if nothing is.
+
+    Asks nobody; with `refresh` its cloud and its server are asked whether it is still as it was.
+    """
     record = state.read(plan.name)
     if record is None or record.state == "down":
         return []
+    drift = _drift(record) if refresh else ""
     wanted = render_plan(plan)
     old, new = record.task.get("envs", {}), wanted["envs"]
     changed = [
@@ -59,6 +74,8 @@ def difference(plan: Plan) -> list[str]:
         what = f"another machine is needed: {record.machine} in {record.region} would go, after a yes"
     elif changed or old.get("MISTRALCTL_SERVING_ID") != new["MISTRALCTL_SERVING_ID"]:
         what = "the server would be replaced on its machine"
+    elif refresh:
+        what = "up would bring it back" if drift else "nothing would change, and it is as it was"
     else:
-        what = "nothing would change; mistralctl status says whether the machine is still there"
-    return [what, *changed]
+        what = "nothing would change; --refresh asks whether it is still as it was"
+    return [*([drift] if drift else []), what, *changed]

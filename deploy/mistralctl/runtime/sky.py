@@ -22,6 +22,7 @@ import yaml
 from mistralctl import refusals, state
 from mistralctl.clouds import CLOUDS
 from mistralctl.errors import Exit, UserError
+from mistralctl.runtime import api_server
 from mistralctl.runtime.ssh import Address
 from mistralctl.task import Task
 
@@ -31,6 +32,8 @@ LAUNCH_SECONDS = 3600.0
 QUICK_SECONDS = 120.0
 DOWN_SECONDS = 900.0
 CANCEL_SECONDS = 60.0  # a drain is at most 25 s, and SkyPilot kills after 30 s
+# What its client raises when the API server cannot be reached, or ends while it is listened to.
+LOST = ("ApiServerConnectionError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingError")
 COPIES_KEYS = ("LOCAL_CREDENTIALS", None)
 
 
@@ -117,10 +120,13 @@ def _sdk() -> Iterator[Any]:
     try:
         with _quiet():
             import sky
+            from sky.server import common
     except ImportError as error:
         raise UserError(
             "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
         ) from error
+    if common.is_api_server_local():
+        api_server.clear_the_way(common.get_server_url())
     try:
         yield sky
     except UserError:
@@ -133,14 +139,20 @@ def _sdk() -> Iterator[Any]:
 
 def _in_our_words(sky: Any, error: Exception) -> UserError:
     """SkyPilot's exceptions as one line with a way out."""
+    from sky.server import common
+
     kind, text = type(error).__name__, refusals.plain(str(error))
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
     if isinstance(error, sky.exceptions.NoCloudAccessError):
         return UserError("SkyPilot has no access to any cloud; mistralctl doctor says what is missing", Exit.CLOUD)
-    if isinstance(error, sky.exceptions.ApiServerConnectionError):
-        return UserError(f"SkyPilot's API server does not answer ({first}); run: sky api start", Exit.CLOUD)
     if "API server process exited" in text:
-        return UserError("SkyPilot's API server does not start; run: sky api stop; then the same again", Exit.CLOUD)
+        return UserError(
+            f"SkyPilot's API server does not start: {api_server.last_words()[:300]} (log: {api_server.LOG})", Exit.CLOUD
+        )
+    if kind in LOST:
+        local = common.is_api_server_local()
+        what = "run the same again, which starts it anew and goes on" if local else "see that it runs, then run the same again"
+        return UserError(f"SkyPilot's API server at {common.get_server_url()} ended or does not answer; {what}", Exit.CLOUD)
     if "API server and client version mismatch" in text or kind == "APIVersionMismatchError":
         return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
@@ -213,6 +225,20 @@ def clusters(names: Sequence[str], *, refresh: bool) -> dict[str, Cluster]:
         request = sky.status(list(names), refresh=mode, _include_credentials=True)
         found = sky.get(request)
         return {one.name: _cluster(one) for one in found}
+
+
+def refusal_of(cloud: str, log: Path) -> str:
+    """Why SkyPilot would rent no machine on a cloud, in its own check's words; empty if it would."""
+    said: list[str] = []
+    with _sdk() as sky:
+        from sky.client import sdk  # `sky.check` is a module
+
+        found = _bounded(sky, sdk.check((cloud,), verbose=False), QUICK_SECONDS, log, said.append)
+        if any("compute" in enabled.get(cloud.upper(), ()) or "compute" in enabled.get(cloud, ()) for enabled in found.values()):
+            return ""
+    text = refusals.plain("\n".join(said))
+    reason = text.partition("Reason")[2].partition(":")[2]
+    return " ".join(reason.split())[:120] or "sky check says no more than that it is not enabled"
 
 
 def _task(sky: Any, task: Task) -> Any:
