@@ -6,6 +6,9 @@ Each line that is printed is a row of the table: the story, what was seen, and h
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from mistralctl.task import NODE_PYTHON, environment_id
 from simcloud import SimCloud
 from test_aws import UP, on_node, sim, up
 
@@ -62,6 +67,13 @@ def test_wrong_credentials_are_named(sim: SimCloud) -> None:
         assert refused.returncode == 8
         assert "permission InvalidClientTokenId" in refused.stderr or "AuthFailure" in refused.stderr
         assert "Traceback" not in refused.stderr
+        print(refused.stderr)
+        [identity] = [
+            line for line in sim.run(["mistralctl", "doctor", "--cloud", "aws"]).stdout.splitlines() if "identity on aws" in line
+        ]
+        assert identity.startswith("--  identity on aws")
+        assert "AWS refused GetCallerIdentity (InvalidClientTokenId)" in identity
+        assert identity.endswith("aws configure")
         sim.clear_faults()
         gone(sim, "wrong")
 
@@ -123,12 +135,99 @@ def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
         gone(sim, "dies")
 
 
-def test_a_gpu_machine_is_rented_and_one_without_a_driver_is_named(sim: SimCloud) -> None:
-    with story("a GPU machine type; its simulated image has no NVIDIA driver"):
-        command = ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--accelerators", "L4", "--name", "gpu"]
-        refused = sim.run([*command, "--weights", "s3://models/smollm2"], check=False, timeout=600)
+GPU = ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--accelerators", "L4", "--name", "gpu"]
+
+
+def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud) -> None:
+    with story("a GPU machine type whose image has no NVIDIA driver"):
+        sim.fault("aws", "no_driver")
+        refused = sim.run([*GPU, "--weights", "s3://models/smollm2"], check=False, timeout=600)
         assert refused.returncode == 9
         assert "this machine shows no NVIDIA GPU (nvidia-smi)" in refused.stderr
         [instance] = sim.instances("aws")
         assert instance.type.startswith(("g6.", "g5."))
         gone(sim, "gpu")
+
+
+def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, tmp_path: Path) -> None:
+    with story("a GPU machine type up to the launcher's exact command line; there vLLM finds no GPU"):
+        (tmp_path / "tokenizer").mkdir()
+        sim.put_weights(tiny.write(tmp_path / "tiny", tmp_path / "tokenizer"), "s3://models/tiny")
+        ended = sim.run([*GPU, "--weights", "s3://models/tiny"], check=False, timeout=600)
+        print(ended.stderr)
+        assert ended.returncode == 9
+        assert "vLLM ended with code 1: " in ended.stderr
+        assert on_node(sim, "gpu", "nvidia-smi -L").startswith("GPU 0: NVIDIA L4 ")
+        log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
+        [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
+        python, *arguments = shlex.split(line)
+        assert python == f"/home/ubuntu/.mistralctl/envs/{environment_id('cuda', NODE_PYTHON)}/bin/python"
+        weights = arguments.pop(3)
+        assert weights.startswith("/home/ubuntu/.mistralctl/weights/mistral-7b-instruct-v0.1-")
+        assert arguments == shlex.split("")
+        gone(sim, "gpu")
+
+
+@pytest.mark.parametrize(("mib", "full"), [(64, "/weights/"), (400, "/weights ")])
+def test_a_node_with_a_full_disk_is_named(sim: SimCloud, mib: int, full: str) -> None:
+    with story(f"a node on whose disk {mib} MiB can be written"):
+        sim.fault("aws", "small_disk", mib=mib)
+        ended = sim.run([*UP, "--name", "full"], check=False, timeout=600)
+        print(ended.stderr)
+        assert ended.returncode == 9
+        assert "the disk " in ended.stderr
+        assert full in ended.stderr
+        gone(sim, "full")
+
+
+def kill_the_api_server(sim: SimCloud) -> None:
+    sim.run(["pkill", "-9", "-f", "sky.server.server"])
+
+
+def test_an_api_server_that_is_killed_is_started_again(sim: SimCloud) -> None:
+    with story("SkyPilot's API server is killed: in the middle of up, before status, before down"):
+        process = sim.popen([*UP, "--name", "again"])
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("SkyPilot's runtime"):
+                break
+        kill_the_api_server(sim)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 8
+        [line] = [line for line in said.splitlines() if line.startswith("mistralctl: ")]
+        assert "ended or does not answer; run the same again, which starts it anew and goes on" in line
+        assert up(sim, "--name", "again")["answer"]
+        assert len(sim.instances("aws")) == 1
+        kill_the_api_server(sim)
+        assert status(sim, "again")["state"] == "up"
+        kill_the_api_server(sim)
+        gone(sim, "again")
+
+
+OLD_SERVER = """
+import runpy, sys
+import sky.server.constants
+sky.server.constants.API_VERSION = 1
+sys.argv[1:] = ["--host=127.0.0.1", "--port=46580"]
+runpy.run_module("sky.server.server", run_name="__main__")
+"""
+
+
+def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: SimCloud) -> None:
+    with story("SkyPilot's API server is of another version"):
+        sim.run(["sky", "api", "stop"], timeout=60)
+        server = sim.popen([sys.executable, "-c", OLD_SERVER, "--port=46580"])
+        refused = subprocess.CompletedProcess[str]([], 0, "", "")
+        for _ in range(60):
+            refused = sim.run(["curl", "-sf", "http://127.0.0.1:46580/api/health"], check=False)
+            if refused.returncode == 0:
+                break
+            time.sleep(1)
+        refused = sim.run([*UP, "--name", "old"], check=False, timeout=120)
+        print(refused.stderr)
+        assert refused.returncode == 8
+        [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
+        assert line.endswith("is of another version; run: sky api stop; sky api start")
+        sim.run(["bash", "-c", "sky api stop; sky api start"], timeout=120)
+        server.communicate(timeout=60)
+        assert "enabled" in sim.run(["mistralctl", "doctor", "--cloud", "aws"], timeout=120).stdout

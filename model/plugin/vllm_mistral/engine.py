@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -76,6 +77,8 @@ class Engine:
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+        sys.stdout.write(f"starts {shlex.join(command)}\n")
+        sys.stdout.flush()
         self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {}), "key": client.key}))
 
     def _say(self, line: str) -> None:

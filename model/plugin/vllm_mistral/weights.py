@@ -110,6 +110,12 @@ def convert(gguf_file: Path, target: Path) -> None:
             tie_word_embeddings="lm_head.weight" not in tensors, sliding_window=None,
             bos_token_id=ids["bos"], eos_token_id=ids["eos"], architectures=["MistralForCausalLM"], dtype="bfloat16",
         )  # fmt: skip
+        size, free = sum(2 * tensor.numel() for tensor in tensors.values()), shutil.disk_usage(temporary).free
+        if size >= free:
+            raise LaunchError(
+                Code.WEIGHTS,
+                f"the disk of {target.parent} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are needed; free some space",
+            )
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(temporary)
         GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"]).save_pretrained(temporary)

@@ -34,7 +34,7 @@ def require_space(folder: Path, size: int) -> None:
     if free < size:
         raise WeightsError(
             Kind.DISK,
-            f"{folder} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are still to come; free some space",
+            f"the disk of {folder} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are still to come; free some space",
         )
 
 

@@ -16,6 +16,7 @@ from simcloud.node_init import Machine
 from simcloud.nodes import Nodes, Service
 
 SLOW_SECONDS = 60.0
+SMALL_MIB = 64
 
 
 class Cloud(ABC):
@@ -57,9 +58,13 @@ class Cloud(ABC):
         faults = {kind: self.faults.find((kind,), **where) for kind in ON_BOOT}
         if faults["no_ssh"]:
             self.no_ssh.add(machine.id)
-        slow, dies = faults["slow_boot"], faults["node_dies"]
+        slow, dies, small = faults["slow_boot"], faults["node_dies"], faults["small_disk"]
         if slow:
             machine = replace(machine, boot_seconds=slow.seconds or SLOW_SECONDS)
+        if faults["no_driver"]:
+            machine = replace(machine, driver=False)
+        if small:
+            machine = replace(machine, disk_mib=small.mib or SMALL_MIB)
         self.nodes.boot(machine, lambda: ports() - ({22} if machine.id in self.no_ssh else set()))
         self.journal.write("boot", id=machine.id, address=machine.address, **where)
         if dies:

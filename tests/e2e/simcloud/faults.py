@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 REFUSALS = ("capacity", "quota", "permission", "throttle", "credentials", "price")
-ON_BOOT = ("slow_boot", "node_dies", "no_ssh")
+ON_BOOT = ("slow_boot", "node_dies", "no_ssh", "no_driver", "small_disk")
 KINDS = (*REFUSALS, *ON_BOOT)
 
 
 @dataclass
 class Fault:
     """`None` means any; names may hold `*`. `action`: the API call that is refused (a launch if not given). `count`: how
-    often at most. `seconds`: how long a slow boot takes, or after what time a node dies."""
+    often at most. `seconds`: how long a slow boot takes, or after what time a node dies. `mib`: what can be written on a small disk."""
 
     kind: str
     region: str | None = None
@@ -28,6 +28,7 @@ class Fault:
     action: str | None = None
     count: int | None = None
     seconds: float | None = None
+    mib: int | None = None
     tokens: set[str] = field(default_factory=set)
 
     def matches(self, where: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from simcloud import linux, tls
+from simcloud import gpus, linux, tls
 
 IMAGE_USER = "ubuntu"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -27,7 +27,8 @@ METADATA_ADDRESS = "169.254.169.254"
 @dataclass(frozen=True)
 class Machine:
     """What a cloud tells a machine when it boots. `keys`: user name to the public keys that may sign in; `hosts`: names of hosts to
-    their addresses; `authority`: the file with the certificate that the machine trusts."""
+    their addresses; `authority`: the file with the certificate that the machine trusts; `gpus`: their names, with `driver` if its image has one;
+    `disk_mib`: how much may be written on its disk, which is then forgotten over a stop."""
 
     id: str
     address: str
@@ -39,6 +40,9 @@ class Machine:
     hosts: dict[str, str] = field(default_factory=dict)
     authority: str = ""
     boot_seconds: float = 0
+    gpus: tuple[str, ...] = ()
+    driver: bool = True
+    disk_mib: int = 0
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -47,19 +51,24 @@ class Machine:
 def lay_out(machine: Machine) -> Path:
     """The machine's file system, mounted: its disk (kept over a stop) over the image, and what a kernel and a boot make."""
     folder = Path(machine.folder)
-    root, work = folder / "root", folder / "work"
+    root, disk = folder / "root", folder
+    if machine.disk_mib:
+        disk = folder / "disk"
+        disk.mkdir(exist_ok=True)
+        linux.mount("tmpfs", disk, "tmpfs", 0, f"size={machine.disk_mib}m")
+    work = disk / "work"
     shutil.rmtree(work, ignore_errors=True)  # what `volatile` left there would forbid a second boot
-    for made in (root, work, folder / "upper", folder / "tmp"):
+    for made in (root, work, disk / "upper", disk / "tmp"):
         made.mkdir(exist_ok=True)
-    (folder / "tmp").chmod(0o1777)
-    linux.overlay(root, machine.image, folder / "upper", work, ",volatile")
+    (disk / "tmp").chmod(0o1777)
+    linux.overlay(root, machine.image, disk / "upper", work, ",volatile")
     linux.mount("proc", root / "proc", "proc")
     linux.mount("sysfs", root / "sys", "sysfs", linux.READ_ONLY)
     linux.minimal_devices(root / "dev")
     linux.mount("tmpfs", root / "run", "tmpfs", linux.NO_SUID, "mode=755")
     for made in (root / "run" / "sshd", root / "run" / "lock"):
         made.mkdir()
-    linux.bind(folder / "tmp", root / "tmp")
+    linux.bind(disk / "tmp", root / "tmp")
     etc = root / "etc"
     trusted: dict[str, str] = {}
     if machine.authority:
@@ -106,6 +115,8 @@ def main() -> None:
     root = lay_out(machine)
     for user, keys in machine.keys.items():
         let_in(root, user, keys)
+    if machine.gpus and machine.driver:
+        gpus.show(root, tuple(machine.gpus))
     time.sleep(machine.boot_seconds)
     key = root / "etc/ssh/ssh_host_ed25519_key"
     if not key.exists():

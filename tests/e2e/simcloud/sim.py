@@ -252,13 +252,14 @@ class SimCloud:
     def fault(
         self, cloud: str, kind: str, *, region: str | None = None, zone: str | None = None, instance_type: str | None = None,
         spot: bool | None = None, action: str | None = None, count: int | None = None, seconds: float | None = None,
+        mib: int | None = None,
     ) -> None:  # fmt: skip
         """Lets something go wrong from now on: see faults.py for the kinds and what the arguments mean."""
         if kind not in KINDS:
             raise ValueError(f"{kind}: one of {', '.join(KINDS)}")
         self._call(
             cloud, "fault", kind=kind, region=region, zone=zone, instance_type=instance_type, spot=spot, action=action, count=count,
-            seconds=seconds,
+            seconds=seconds, mib=mib,
         )  # fmt: skip
 
     def quota(self, cloud: str, code: str, limit: float, *, region: str = "*") -> None:

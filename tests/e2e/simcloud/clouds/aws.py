@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from simcloud import catalog, s3
+from simcloud import catalog, gpus, s3
 from simcloud.cloud import Cloud
 from simcloud.node_init import METADATA_ADDRESS, Machine
 from simcloud.nodes import Service
@@ -192,6 +192,7 @@ class Amazon(Cloud):
         machine = Machine(
             instance.id, instance.private_ip, f"ip-{instance.private_ip.replace('.', '-')}", str(self.nodes.image),
             str(self.nodes.path(instance.id)), keys, NODE_VARIABLES | {"AWS_DEFAULT_REGION": instance.region_name},
+            gpus=gpus.of_type("aws", instance.instance_type),
         )  # fmt: skip
         self.power_on(machine, lambda: self.ports(instance), where)
 
