@@ -62,18 +62,23 @@ def test_zone_after_zone_refuses_and_the_next_region_gives(sim: SimCloud) -> Non
 
 def test_wrong_credentials_are_named(sim: SimCloud) -> None:
     with story("credentials that AWS refuses"):
+        sim.run(["sky", "check", "aws"], timeout=120)
         sim.fault("aws", "credentials")
         refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
-        assert refused.returncode == 8
-        assert "permission InvalidClientTokenId" in refused.stderr or "AuthFailure" in refused.stderr
-        assert "Traceback" not in refused.stderr
         print(refused.stderr)
-        [identity] = [
-            line for line in sim.run(["mistralctl", "doctor", "--cloud", "aws"]).stdout.splitlines() if "identity on aws" in line
-        ]
-        assert identity.startswith("--  identity on aws")
-        assert "AWS refused GetCallerIdentity (InvalidClientTokenId)" in identity
-        assert identity.endswith("aws configure")
+        assert refused.returncode == 8
+        assert "permission AuthFailure" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        sim.run(["sky", "check", "aws"], check=False, timeout=120)  # from here on SkyPilot knows it, too
+        refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
+        assert refused.returncode == 8
+        assert refused.stderr.splitlines()[-1] == (
+            "mistralctl: SkyPilot has no access to any cloud; mistralctl doctor --cloud CLOUD says what a cloud does not like"
+        )
+        doctor = sim.run(["mistralctl", "doctor", "--cloud", "aws"], timeout=120).stdout
+        [identity, machines] = [line for line in doctor.splitlines() if " on aws " in line]
+        assert identity.startswith("--  identity on aws        AWS refused GetCallerIdentity (InvalidClientTokenId)")
+        assert machines.startswith("--  machines on aws")
         sim.clear_faults()
         gone(sim, "wrong")
 

@@ -85,5 +85,5 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["VLLM_PLUGINS"] == "mistral_swa"
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert got["TORCH_COMPILE_DISABLE"] == "1"
-    assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral"
+    assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]

@@ -144,7 +144,8 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
     kind, text = type(error).__name__, refusals.plain(str(error))
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
     if isinstance(error, sky.exceptions.NoCloudAccessError):
-        return UserError("SkyPilot has no access to any cloud; mistralctl doctor says what is missing", Exit.CLOUD)
+        what = "mistralctl doctor --cloud CLOUD says what a cloud does not like"
+        return UserError(f"SkyPilot has no access to any cloud; {what}", Exit.CLOUD)
     if "API server process exited" in text:
         return UserError(
             f"SkyPilot's API server does not start: {api_server.last_words()[:300]} (log: {api_server.LOG})", Exit.CLOUD
