@@ -153,7 +153,7 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
     if kind in LOST:
         local = common.is_api_server_local()
         what = "run the same again, which starts it anew and goes on" if local else "see that it runs, then run the same again"
-        return UserError(f"SkyPilot's API server at {common.get_server_url()} ended or does not answer; {what}", Exit.CLOUD)
+        return UserError(f"SkyPilot's API server does not answer ({common.get_server_url()}); {what}", Exit.CLOUD)
     if "API server and client version mismatch" in text or kind == "APIVersionMismatchError":
         return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
