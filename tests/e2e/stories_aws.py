@@ -230,7 +230,7 @@ runpy.run_module("sky.server.server", run_name="__main__")
 def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: SimCloud) -> None:
     with story("SkyPilot's API server is of another version"):
         sim.run(["sky", "api", "stop"], timeout=60)
-        server = sim.popen([sys.executable, "-c", OLD_SERVER, "--port=46580"])
+        server = sim.popen([sys.executable, "-c", OLD_SERVER, "-m", "sky.server.server", "--port=46580"])
         refused = subprocess.CompletedProcess[str]([], 0, "", "")
         for _ in range(60):
             refused = sim.run(["curl", "-sf", "http://127.0.0.1:46580/api/health"], check=False)
