@@ -122,14 +122,19 @@ class SecretsSender:
             raise self._error
 
 
-def _connect(record: Record) -> Record:
-    """The record with a tunnel that works; UserError if the server cannot be reached through one."""
+def _open_tunnel(record: Record) -> Record:
+    """The record with a tunnel, which dials until there is a machine and lets through what its server answers."""
     ssh.end_tunnel(record.pid, record.pid_started)
     record = replace(record, pid=None, pid_started=None)
     state.save(record)  # the tunnel reads its port there
     pid, started = ssh.start_tunnel(record.name)
     record = replace(record, pid=pid, pid_started=started)
     state.save(record)
+    return record
+
+
+def _reach(record: Record) -> Record:
+    """Waits until the server answers through the tunnel; UserError if it does not."""
     deadline = time.monotonic() + TUNNEL_SECONDS
     while not readiness.answers(record, probing=True):
         if time.monotonic() > deadline:
@@ -138,7 +143,7 @@ def _connect(record: Record) -> Record:
                 f"{state.folder(record.name) / 'tunnel.log'}); mistralctl status {record.name} says whether it runs",
                 Exit.NETWORK,
             )
-        time.sleep(0.3)
+        time.sleep(0.1)
     return record
 
 
@@ -173,7 +178,7 @@ def connect(name: str) -> Record:
     _free(record)
     if not endpoint.is_free(record.port):
         raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
-    return _connect(learn(record))
+    return _reach(_open_tunnel(learn(record)))
 
 
 def _free(record: Record) -> None:
@@ -252,6 +257,8 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         state.save(record)
         sender.finish()
         action = "replaced" if jobs else "started"
+    if not record.public:
+        record = _open_tunnel(record)  # while the engine starts
     if not sky.follow(
         record.cluster,
         job,
@@ -331,7 +338,7 @@ def run(
     try:
         record, action = _start(record, task, old, secrets, progress)
         state.save(record)
-        record = _publish(record, task) if record.public else _connect(record)
+        record = _publish(record, task) if record.public else _reach(record)
         record, answer = _gate(record, progress)
     except KeyboardInterrupt:
         raise UserError(
@@ -340,6 +347,8 @@ def run(
             Exit.INTERRUPTED,
         ) from None
     except UserError as error:
+        left = state.known(plan.name)
+        ssh.end_tunnel(left.pid, left.pid_started)
         if error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False):
             state.save(replace(record, state="down"))
         raise

@@ -89,19 +89,24 @@ def _machines(records: Sequence[Record]) -> dict[str, Cluster]:
     return sky.clusters(names, refresh=True)
 
 
-def _launcher(record: Record) -> dict[str, Any] | None:
+def _launcher(record: Record) -> tuple[dict[str, Any] | None, str]:
+    """The launcher's status.json on the node, None where there is none; and why the node could not be asked."""
     from mistralctl.runtime import ssh
 
     try:
-        found = json.loads(ssh.read_status(record.name))
-    except (UserError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        text = ssh.read_status(record.name)
+    except UserError as error:
+        return None, str(error)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None, ""
+    return (found if isinstance(found, dict) else None), ""
 
 
 def _cloud(record: Record, machine: Cluster | None) -> Status:
     """A deployment on a cloud: the cloud's word on the machine, the launcher's on the server."""
-    launcher = _launcher(record) if machine is not None and machine.status == "UP" else None
+    launcher, unreachable = _launcher(record) if machine is not None and machine.status == "UP" else (None, "")
     said = str((launcher or {}).get("state") or "")
     why, now = "", str(record.state)
     if record.state == "down":
@@ -119,11 +124,17 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
         why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
+    elif (launcher or {}).get("serving_id", record.serving_id) != record.serving_id:
+        why = "another task than this laptop's last up runs on its machine; run up again, or from here on leave it to the other"
     elif said == "ready" and not readiness.answers(record, probing=True):
         mend = f"cannot be reached at {record.address}:{record.port} from here" if record.public else "tunnel is not open"
         why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
         now = "starting"
+    elif unreachable:
+        now, why = "lost", f"{unreachable}, though the cloud says that it runs; run down, then up again"
+    elif not said and record.state == "up":
+        now, why = "lost", "its machine is there without a server of ours; run up again"
     up = machine is not None
     envs = record.task.get("envs", {})
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
