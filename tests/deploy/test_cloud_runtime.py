@@ -124,7 +124,7 @@ def test_doctor_asks_the_clouds_that_are_named(monkeypatch: pytest.MonkeyPatch, 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     assert asked() == [
-        ("identity on aws", False, "AWS cannot be asked: Unable to locate credentials", "aws configure"), machines,
+        ("identity on aws", False, "there are no credentials for AWS here; run aws configure", "aws configure"), machines,
     ]  # fmt: skip
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")

@@ -20,8 +20,8 @@ TIERS: dict[str, tuple[str, ...]] = {
     "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
                 "clouds.aws", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh", "runtime.rundir",
                 "runtime.tunnel", "runtime.api_server", "runtime.sky"),
-    "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.launch", "commands.up",
-                 "commands.down", "commands.reap", "commands.status", "commands.logs", "commands.env", "commands.chat", "commands.tables",
+    "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
+                 "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",
                  "commands.doctor", "commands.weights"),
     "cli": ("progress", "output", "cli"),
 }  # fmt: skip

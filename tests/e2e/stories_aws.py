@@ -134,9 +134,11 @@ def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
         one = status(sim, "dies")
         assert one["state"] == "failed"
         assert "vLLM ended with code" in one["why"]
+        kept = Path(result["log"]).with_name("serve.log").read_text()
+        assert kept.rindex("vLLM ended with code") > kept.index('"phase": "ready"')  # also what it said after up had ended
         assert '"phase": "ready"' in sim.run(["mistralctl", "logs", "dies"], timeout=60).stdout
         assert up(sim, "--name", "dies")["action"] == "started"
-        assert Path(result["log"]).exists()
+        assert "vLLM ended with code" in Path(result["log"]).with_name("serve.before.log").read_text()
         gone(sim, "dies")
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from mistralctl import certificates, endpoint, gate, phases, readiness, state
 from mistralctl.clouds import LOCAL, narrow
-from mistralctl.commands import extend
+from mistralctl.commands import extend, logs
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -221,6 +221,9 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     jobs = sky.running_jobs(record.cluster) if living else None
     same = [job for job, name in (jobs or {}).items() if name == task["name"]]
     set_up = jobs is not None and record.setup_id == setup_id(task)
+    if jobs == {}:  # its server has ended: what it said last stays beside the next one's log
+        logs.keep(record)
+        (log.parent / "serve.log").replace(log.parent / "serve.before.log")
     if there is not None and not same:  # SkyPilot does not change a machine's labels, and its life begins anew
         ttl = task["envs"]["MISTRALCTL_TTL_MINUTES"]
         until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
@@ -257,6 +260,7 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
         state.save(record)
         sender.finish()
         action = "replaced" if jobs else "started"
+    (log.parent / "serve.log").write_bytes(b"")
     if not record.public:
         record = _open_tunnel(record)  # while the engine starts
     if not sky.follow(
@@ -332,7 +336,7 @@ def run(
             record = replace(record, created_at=old.created_at, setup_id=old.setup_id)  # set only once it was seen through
     else:
         check(False)
-    (state.folder(plan.name) / "serve.log").write_bytes(b"")
+    (state.folder(plan.name) / "serve.log").touch()
     state.save(record)
     progress = Progress(on_phase)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -26,6 +27,16 @@ def _cloud(record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
             raise
         kept = (folder / "serve.log").read_text("utf-8", "replace").splitlines(keepends=True)
         yield "".join(kept[-lines:] if lines else kept)
+
+
+def keep(record: Record) -> None:
+    """Fetches what a machine's last server wrote, as far as it can be had, so that it is here when the machine goes."""
+    from mistralctl.runtime import sky
+
+    with contextlib.suppress(UserError):
+        text = "".join(sky.job_log(record.cluster, follow=False, lines=None))
+        if text:
+            state.write_private(state.folder(record.name) / "serve.log", text)
 
 
 def run(name: str, *, follow: bool, lines: int | None) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mistralctl import readiness, state
+from mistralctl.commands import logs
 from mistralctl.errors import UserError
 from mistralctl.state import Record
 
@@ -123,6 +124,7 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
+        logs.keep(record)
         why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
     elif (launcher or {}).get("serving_id", record.serving_id) != record.serving_id:
         why = "another task than this laptop's last up runs on its machine; run up again, or from here on leave it to the other"
