@@ -10,7 +10,7 @@ from typing import Literal
 
 from mistralctl.errors import Exit, UserError
 
-Kind = Literal["capacity", "quota", "permission", "other"]
+Kind = Literal["capacity", "quota", "permission", "credentials", "other"]
 
 # The clouds' own codes. AWS: API reference of EC2, error codes; GCP: Compute Engine, error messages; Azure: Resource Manager, common
 # deployment errors.
@@ -34,8 +34,12 @@ CODES: dict[str, Kind] = {
     "OperationNotAllowed": "quota",
     "UnauthorizedOperation": "permission",
     "AccessDenied": "permission",
-    "AuthFailure": "permission",
-    "InvalidClientTokenId": "permission",
+    "AuthFailure": "credentials",
+    "InvalidClientTokenId": "credentials",
+    "SignatureDoesNotMatch": "credentials",
+    "ExpiredToken": "credentials",
+    "ExpiredTokenException": "credentials",
+    "RequestExpired": "credentials",
     "AuthorizationFailed": "permission",
     "PERMISSION_DENIED": "permission",
     "forbidden": "permission",
@@ -44,11 +48,15 @@ _CODE = re.compile(r"\b(" + "|".join(sorted(CODES, key=len, reverse=True)) + r")
 _ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])\b")
 _REGION = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d|[a-z]+-[a-z]+\d+)\b")
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|<rich_[^>]*>|</rich_[^>]*>")
+_PRICE_LIMIT = re.compile(
+    r"Max hourly cost limit\s+\(\$([\d.]+)/hr\)"
+)  # SkyPilot's hint where its catalog has nothing for the price
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|(standard\w+Family)")
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
     "quota": "ask the cloud for a larger quota, or use another --region",
     "permission": "give the identity the right that is named",
+    "credentials": "sign in again (mistralctl doctor --cloud CLOUD says how)",
     "other": "see the log",
 }
 
@@ -107,6 +115,10 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
     except OSError:
         logged = ""
     rows = read([*(str(error) for error in history), logged])
+    limit = _PRICE_LIMIT.search(plain(logged))
+    if not rows and limit:
+        what = "by today's catalog of SkyPilot no such machine costs so little; raise --max-price, or allow more places"
+        return UserError(f"--max-price {float(limit[1]):g} USD an hour: {what} (log: {log})", Exit.CLOUD)
     if not rows:
         first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
         return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)

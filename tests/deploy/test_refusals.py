@@ -64,3 +64,14 @@ def test_without_a_code_skypilots_own_words_are_passed_on(tmp_path: Path) -> Non
 
 def test_every_kind_has_its_advice() -> None:
     assert set(refusals.CODES.values()) <= set(refusals.ADVICE)
+
+
+def test_a_price_limit_that_todays_catalog_cannot_meet(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    log.write_text(
+        "No resource satisfying AWS([cpus=2+]) on AWS.\n\x1b[90m- Max hourly cost limit ($0.2/hr) may be too restrictive. Try\n"
+    )
+    assert str(refused("Catalog does not contain any instances", [], log)) == (
+        "--max-price 0.2 USD an hour: by today's catalog of SkyPilot no such machine costs so little; raise --max-price, or allow more "
+        f"places (log: {log})"
+    )

@@ -5,6 +5,7 @@ Each line that is printed is a row of the table: the story, what was seen, and h
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import subprocess
@@ -67,7 +68,7 @@ def test_wrong_credentials_are_named(sim: SimCloud) -> None:
         refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
         print(refused.stderr)
         assert refused.returncode == 8
-        assert "permission AuthFailure" in refused.stderr
+        assert "credentials AuthFailure" in refused.stderr
         assert "Traceback" not in refused.stderr
         sim.run(["sky", "check", "aws"], check=False, timeout=120)  # from here on SkyPilot knows it, too
         refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
@@ -124,10 +125,10 @@ def test_a_laptop_that_is_killed_goes_on(sim: SimCloud) -> None:
         gone(sim, "again")
 
 
-def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
+def test_a_server_that_dies_leaves_exactly_what_it_said(sim: SimCloud) -> None:
     with story("vLLM dies on the node; its log is here and up starts it again"):
         result = up(sim, "--name", "dies")
-        on_node(sim, "dies", "pkill -9 -f vllm.entrypoints.cli.main")
+        on_node(sim, "dies", "sudo pkill -9 -f '[v]llm.entrypoints.cli.main'")
         deadline = time.monotonic() + 60
         while status(sim, "dies")["state"] == "up" and time.monotonic() < deadline:
             time.sleep(1)
@@ -140,6 +141,31 @@ def test_a_server_that_dies_leaves_its_log(sim: SimCloud) -> None:
         assert up(sim, "--name", "dies")["action"] == "started"
         assert "vLLM ended with code" in Path(result["log"]).with_name("serve.before.log").read_text()
         gone(sim, "dies")
+
+
+def test_a_price_of_today_above_the_limit_is_said_in_exactly_one_line(sim: SimCloud) -> None:
+    with story("SkyPilot's catalog asks more than --max-price, which the snapshot does not know"):
+        catalog = sim.home / ".sky" / "catalogs" / "v8" / "aws" / "vms.csv"
+        before = catalog.read_text()
+        head, *rows = csv.reader(before.splitlines())
+        with catalog.open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [head, *([f"{float(cell) * 10}" if name == "Price" and cell else cell for name, cell in zip(head, row, strict=True)]
+                         for row in rows)]
+            )  # fmt: skip
+        sim.run(["sky", "api", "stop"], timeout=60)  # it has read the old one
+        try:
+            refused = sim.run([*UP, "--name", "dear", "--max-price", "0.2"], check=False, timeout=300)
+        finally:
+            catalog.write_text(before)
+            sim.run(["sky", "api", "stop"], timeout=60)
+        print(refused.stderr)
+        assert refused.returncode == 8
+        [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
+        assert line.startswith(
+            "mistralctl: --max-price 0.2 USD an hour: by today's catalog of SkyPilot no such machine costs so little; "
+        )
+        gone(sim, "dear")
 
 
 GPU = ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--accelerators", "L4", "--name", "gpu"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
+from mistralctl.refusals import CODES
 
 GONE = "terminated"
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
@@ -85,7 +86,8 @@ def _asked() -> Iterator[None]:
         raise NotUsed("there are no credentials for AWS here; run aws configure", Exit.CLOUD) from error
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
-        raise UserError(f"AWS refused {error.operation_name} ({code}); give this identity that right", Exit.CLOUD) from error
+        what = "sign in again: aws configure" if CODES.get(code) == "credentials" else "give this identity that right"
+        raise UserError(f"AWS refused {error.operation_name} ({code}); {what}", Exit.CLOUD) from error
     except BotoCoreError as error:
         raise UserError(f"AWS cannot be asked: {error}", Exit.CLOUD) from error
 
