@@ -111,15 +111,15 @@ def test_two_at_once_are_one(sim: SimCloud) -> None:
         gone(sim, "twice")
 
 
-def test_a_laptop_that_is_killed_goes_on(sim: SimCloud) -> None:
-    with story("kill -9 while the machine is made, then up"):
-        process = sim.popen([*UP, "--name", "again"])
-        assert process.stderr
-        for line in process.stderr:
-            if line.startswith("SkyPilot's runtime"):
-                break
-        process.kill()
-        process.communicate(timeout=30)
+def test_a_laptop_that_is_killed_in_each_phase_goes_on(sim: SimCloud) -> None:
+    with story("kill -9 in each phase of one up after the other, then one that is left alone"):
+        for phase in ("choice of machine", "machine", "SkyPilot's runtime", "files", "weights", "engine", "check", "gate"):
+            process = sim.popen([*UP, "--name", "again"])
+            assert process.stderr
+            seen = any(line.startswith((f"{phase} ...", f"{phase} on it")) for line in process.stderr)
+            process.kill()
+            process.communicate(timeout=30)
+            assert seen, phase
         assert up(sim, "--name", "again")["answer"]
         assert len(sim.instances("aws")) == 1
         gone(sim, "again")
