@@ -86,7 +86,7 @@ test-e2e: .venv/.made simcloud-packages
 
 # Failure stories in the simulated clouds, longer than what every run should take.
 e2e: .venv/.made simcloud-packages
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -s tests/e2e/stories_aws.py
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -s tests/e2e/stories_*.py
 
 # The Debian packages that the simulated clouds of tests/e2e need: installed if one is missing, by root on Debian's kind.
 SIMCLOUD_PACKAGES := tests/e2e/simcloud/packages.txt

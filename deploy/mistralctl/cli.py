@@ -556,6 +556,7 @@ def main() -> NoReturn:
         _end("interrupted; nothing was left half-done", Exit.INTERRUPTED)
     except Exception as error:
         if debug:
+            sys.tracebacklimit = 1000  # SkyPilot leaves it at 0, and then there is none
             raise
         if isinstance(error, UserError):
             _end(str(error), error.code, error.details)

@@ -101,12 +101,10 @@ class Cloud(ABC):
         self.faults.clear()
         self.limits.clear()
 
-    def listen(self) -> None:
-        """Opens the back door for the test."""
-        control.listen(
-            self.folder,
-            {
-                "instances": self.instances, "volumes": self.volumes, "firewalls": self.firewalls, "fault": self.fault,
-                "clear_faults": self.clear, "quota": self.quota, "preempt": self.preempt, "kill_node": self.kill_node,
-            },
-        )  # fmt: skip
+    def listen(self, **further: Callable[..., Any]) -> None:
+        """Opens the back door for the test; `further` is what only some clouds can be asked."""
+        operations: dict[str, Callable[..., Any]] = {
+            "instances": self.instances, "volumes": self.volumes, "firewalls": self.firewalls, "fault": self.fault,
+            "clear_faults": self.clear, "quota": self.quota, "preempt": self.preempt, "kill_node": self.kill_node,
+        }  # fmt: skip
+        control.listen(self.folder, operations | further)

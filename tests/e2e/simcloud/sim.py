@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 from simcloud import clouds, control, image, linux, tls
 from simcloud.faults import KINDS, Journal
@@ -277,6 +280,20 @@ class SimCloud:
     def preempt(self, instance: str) -> None:
         """The cloud takes a spot machine back."""
         self._call(self._owner(instance), "preempt", id=instance)
+
+    def age(self, instance: str, minutes: float) -> None:
+        """A machine was launched so many minutes earlier, as its cloud says from now on."""
+        self._call(self._owner(instance), "age", id=instance, minutes=minutes)
+
+    def kill_laptop(self) -> list[str]:
+        """Kills every process of the laptop, as a flat battery does; their commands. The next `run` is after a reboot."""
+        killed = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("HOME") == str(self.home):
+                    killed.append(" ".join(process.cmdline()))
+                    process.kill()
+        return killed
 
     def kill_node(self, instance: str) -> None:
         """The hardware below a machine dies; the cloud goes on listing it."""

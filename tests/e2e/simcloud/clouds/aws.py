@@ -218,6 +218,10 @@ class Amazon(Cloud):
         instance.state_reason.message = "Server.SpotInstanceTermination: Spot instance termination"
         self.journal.write("preempt", id=id)
 
+    def age(self, id: str, minutes: float) -> None:
+        """An instance was launched so many minutes earlier."""
+        self.find(id).launch_time -= timedelta(minutes=minutes)
+
 
 def tags_of(resource: Any) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in resource.get_tags()}
@@ -439,7 +443,7 @@ def serve(folder: Path, image: Path) -> None:
     teach_refusals(amazon)
     teach_quotas(amazon)
     make_role()
-    amazon.listen()
+    amazon.listen(age=amazon.age)
     service = ThreadingHTTPServer((ADDRESS, METADATA_PORT), metadata(amazon))
     threading.Thread(target=service.serve_forever, daemon=True).start()
     import moto.server
