@@ -96,6 +96,11 @@ class NotUsed(UserError):
     """This user has no SDK or no credentials for a cloud here: it is not asked, which is no failure of it."""
 
 
+# How the clouds call a machine that is on its way out, and one that is stopped (GCP says TERMINATED), in small letters.
+GOING = frozenset(("shutting-down", "deleting"))
+STOPPED = frozenset(("stopping", "stopped", "suspending", "suspended", "terminated", "deallocating", "deallocated"))
+
+
 class Listing(Protocol):
     """What the module of a cloud can be asked. Each raises NotUsed, or UserError when the cloud refuses."""
 

@@ -7,15 +7,25 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mistralctl import readiness, state
+from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.commands import logs
-from mistralctl.errors import UserError
+from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
-if TYPE_CHECKING:
-    from mistralctl.runtime.sky import Cluster
+SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A deployment's machine by its cloud's word: its zone or region, whether it is stopped, its start in seconds since the epoch."""
+
+    place: str
+    stopped: bool
+    created: float | None
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,49 @@ def _one(name: str) -> Status:
     )  # fmt: skip
 
 
-def _machines(records: Sequence[Record]) -> dict[str, Cluster]:
-    """What the clouds say of these deployments' machines, in one question."""
-    names = [record.cluster for record in records if record.cluster and record.state != "down"]
-    if not names:
-        return {}
+def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
+    """These deployments' machines by the cloud's own listing, in one question a region; UserError if it does not say."""
+    module = listing(cloud)
+    if module is None:
+        raise UserError(f"{cloud} cannot be listed", Exit.CLOUD)
+    owners = {record.name: record.task.get("resources", {}).get("labels", {}).get("mistralctl-owner") for record in records}
+    found: dict[str, Machine] = {}
+    one_owner = next(iter(owners.values())) if len(set(owners.values())) == 1 else None
+    for part in module.ours(one_owner, None, sorted({record.region for record in records})):
+        name = part.labels.get("mistralctl-name", "")
+        if part.kind == "machine" and part.state.lower() not in GOING and owners.get(name) == part.labels.get("mistralctl-owner"):
+            found[name] = Machine(part.place, part.state.lower() in STOPPED, part.created)
+    return found
+
+
+def _known_to_skypilot(records: Sequence[Record]) -> dict[str, Machine]:
+    """These deployments' machines by SkyPilot, which asks the cloud for one after the other."""
     from mistralctl.runtime import sky
 
-    return sky.clusters(names, refresh=True)
+    names = {record.cluster: record.name for record in records}
+    found = sky.clusters(list(names), refresh=True)
+    return {names[key]: Machine(one.zone or one.region, one.status == "STOPPED", one.launched_at) for key, one in found.items()}
+
+
+def _machines(records: Sequence[Record]) -> dict[str, Machine]:
+    """What the clouds say of these deployments' machines: all clouds at once, SkyPilot where a cloud cannot be listed."""
+    by_cloud: dict[str, list[Record]] = {}
+    silent: list[Record] = []
+    for record in records:
+        if record.cluster and record.state != "down":
+            if record.region:
+                by_cloud.setdefault(record.cloud, []).append(record)
+            else:  # of a launch that nobody saw the end of SkyPilot alone knows where it went
+                silent.append(record)
+    found: dict[str, Machine] = {}
+    with ThreadPoolExecutor(max(1, len(by_cloud))) as pool:
+        asked = {cloud: pool.submit(_listed, cloud, group) for cloud, group in by_cloud.items()}
+    for cloud, answer in asked.items():
+        try:
+            found |= answer.result()
+        except UserError:
+            silent += by_cloud[cloud]
+    return found | (_known_to_skypilot(silent) if silent else {})
 
 
 def _launcher(record: Record) -> tuple[dict[str, Any] | None, str]:
@@ -95,7 +140,7 @@ def _launcher(record: Record) -> tuple[dict[str, Any] | None, str]:
     from mistralctl.runtime import ssh
 
     try:
-        text = ssh.read_status(record.name)
+        text = ssh.read_status(record.name, seconds=SSH_SECONDS)
     except UserError as error:
         return None, str(error)
     try:
@@ -105,9 +150,9 @@ def _launcher(record: Record) -> tuple[dict[str, Any] | None, str]:
     return (found if isinstance(found, dict) else None), ""
 
 
-def _cloud(record: Record, machine: Cluster | None) -> Status:
+def _cloud(record: Record, machine: Machine | None) -> Status:
     """A deployment on a cloud: the cloud's word on the machine, the launcher's on the server."""
-    launcher, unreachable = _launcher(record) if machine is not None and machine.status == "UP" else (None, "")
+    launcher, unreachable = _launcher(record) if machine is not None and not machine.stopped else (None, "")
     said = str((launcher or {}).get("state") or "")
     why, now = "", str(record.state)
     if record.state == "down":
@@ -117,10 +162,8 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
             "the cloud took its spot machine away" if record.spot else "its machine is gone (idle, lifetime, or by other hands)"
         )
         now, why = "lost", f"{taken}; run up again, or down to forget it"
-    elif machine.status == "STOPPED":
+    elif machine.stopped:
         now, why = "stopped", "its machine is stopped and its disk still costs; run up again, or down"
-    elif machine.status == "INIT":
-        now, why = "starting", "its machine is half made; run up again to go on, or down"
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
@@ -133,6 +176,8 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
         why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
         now = "starting"
+    elif not said and record.state == "starting":
+        why = "its machine is half made; run up again to go on, or down"
     elif unreachable:
         now, why = "lost", f"{unreachable}, though the cloud says that it runs; run down, then up again"
     elif not said and record.state == "up":
@@ -140,15 +185,15 @@ def _cloud(record: Record, machine: Cluster | None) -> Status:
     up = machine is not None
     envs = record.task.get("envs", {})
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
-    since = machine.launched_at if machine is not None else record.created_at
+    since = (machine.created if machine is not None else None) or record.created_at
     hours = (time.time() - since) / 3600
-    price = machine.price if machine is not None else None
+    price = record.price if machine is not None else None
     return Status(
         record.name, now, record.cloud, record.model, record.base_url if up else None, round(hours * 60, 1) if up else None,
         _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
         _ttl_left(record, launcher, since) if up else None,
         why, launcher,
-        region=(machine.zone or machine.region) if machine is not None else record.region,
+        region=machine.place if machine is not None else record.region,
         machine=f"{record.machine}{' spot' if record.spot else ''}", price=price,
         cost=round(price * hours, 3) if price is not None else None,
     )  # fmt: skip
@@ -158,9 +203,9 @@ def run(name: str | None) -> list[Status]:
     """One deployment, or all that are known; the clouds are asked once for all of them."""
     records = [state.known(one) for one in ([name] if name is not None else state.names())]
     machines = _machines(records)
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(
             pool.map(
-                lambda record: _cloud(record, machines.get(record.cluster)) if record.cluster else _one(record.name), records
+                lambda record: _cloud(record, machines.get(record.name)) if record.cluster else _one(record.name), records
             )
         )

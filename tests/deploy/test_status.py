@@ -1,0 +1,121 @@
+"""What `status` says of deployments on a cloud: the cloud's own listing from moto, nodes that nobody answers for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistralctl import state
+from mistralctl.commands import status
+from mistralctl.runtime import ssh
+from mistralctl.runtime.ssh import Address
+from mistralctl.state import Record
+
+NEVER = Address("127.0.0.1", 9, "nobody", "/dev/null")
+
+
+def remember(name: str, **changes: Any) -> Record:
+    """A deployment on AWS of which this laptop has a record and an address where nothing listens."""
+    given: dict[str, Any] = {
+        "region": "us-west-2",
+        "machine": "g6.xlarge",
+        "price": 0.8,
+        "cluster": f"mctl-{name}",
+        "state": "up",
+    } | changes
+    record = Record(
+        name, "aws", given.pop("state"), "mistral", "mistral", 1, "~/.mistralctl", "id", time.time() - 60,
+        task={"envs": {}, "resources": {"labels": {"mistralctl-owner": "a1"}}}, **given,
+    )  # fmt: skip
+    state.save(record)
+    ssh.remember(name, NEVER)
+    return record
+
+
+@pytest.fixture
+def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    import boto3
+    from moto import mock_aws
+
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with mock_aws():
+        yield boto3.client("ec2", region_name="us-west-2")
+
+
+def rent(ec2: Any, name: str, owner: str = "a1") -> str:
+    from moto.ec2.models.amis import AMIS
+
+    tags = [{"Key": "mistralctl-name", "Value": name}, {"Key": "mistralctl-owner", "Value": owner}]
+    [one] = ec2.run_instances(
+        ImageId=AMIS[0]["ami_id"], MinCount=1, MaxCount=1, InstanceType="g6.xlarge",
+        TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+    )["Instances"]  # fmt: skip
+    return str(one["InstanceId"])
+
+
+def test_the_clouds_own_listing_decides_without_skypilot(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_known_to_skypilot", lambda records: pytest.fail("SkyPilot was asked"))
+    for name in ("runs", "halts", "ended"):
+        remember(name)
+        identity = rent(ec2, name)
+        if name == "halts":
+            ec2.stop_instances(InstanceIds=[identity])
+        if name == "ended":
+            ec2.terminate_instances(InstanceIds=[identity])
+    remember("taken", spot=True)
+    remember("theirs")
+    rent(ec2, "theirs", "b2")
+    remember("new", state="starting")
+    rent(ec2, "new")
+    remember("away", state="down")
+    found = {one.name: one for one in status.run(None)}
+    assert {name: one.state for name, one in found.items()} == {
+        "runs": "lost", "halts": "stopped", "ended": "lost", "taken": "lost", "theirs": "lost", "new": "starting", "away": "down",
+    }  # fmt: skip
+    assert "took its spot machine" in found["taken"].why
+    assert "though the cloud says that it runs" in found["runs"].why
+    assert (found["runs"].region, found["runs"].machine, found["runs"].price) == ("us-west-2a", "g6.xlarge", 0.8)
+    assert found["runs"].cost is not None
+    assert found["ended"].cost is None
+
+
+def test_skypilot_is_asked_where_the_cloud_cannot_be_listed_or_the_place_is_not_known(
+    ec2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def known(records: list[Record]) -> dict[str, status.Machine]:
+        asked.extend(record.name for record in records)
+        return {}
+
+    monkeypatch.setattr(status, "_known_to_skypilot", known)
+    remember("here")
+    remember("launching", state="starting", region="")
+    status.run(None)
+    assert asked == ["launching"]
+    monkeypatch.setattr(status, "listing", lambda cloud: None)
+    asked.clear()
+    status.run("here")
+    assert asked == ["here"]
+
+
+def test_fifty_nodes_that_never_answer_take_as_long_as_one(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "SSH_SECONDS", 1.0)
+    import socket
+
+    with socket.socket() as silent:  # takes connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(128)
+        for number in range(50):
+            remember(f"n{number}")
+            rent(ec2, f"n{number}")
+            ssh.remember(f"n{number}", Address("127.0.0.1", silent.getsockname()[1], "nobody", "/dev/null"))
+        began = time.monotonic()
+        found = status.run(None)
+    assert {(one.state, "did not answer over SSH" in one.why) for one in found} == {("lost", True)}
+    assert time.monotonic() - began < 15  # one after the other they would take 50
