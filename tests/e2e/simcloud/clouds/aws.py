@@ -382,6 +382,7 @@ def teach_refusals(amazon: Amazon) -> None:
     def call_action(self: Any) -> Any:
         service, action, region = str(self.service_name or ""), str(self._get_action() or ""), str(self.region)
         where: dict[str, Any] = {"region": region}
+        by = "node" if s3.ROLE["accessKey"] in str(self.headers.get("Authorization", "")) else "laptop"
         token = None
         if action == "RunInstances":
             subnets = [nic.get("SubnetId") for nic in self._get_param("NetworkInterfaces", []) or []] + [
@@ -397,7 +398,7 @@ def teach_refusals(amazon: Amazon) -> None:
         if found:
             refused = refusal(found.kind, service, bool(where.get("spot")))
             message = refused.message.format(service=service, action=action, **({"zone": "", "instance_type": ""} | where))
-            amazon.journal.write("call", service=service, action=action, error=refused.code, **where)
+            amazon.journal.write("call", by=by, service=service, action=action, error=refused.code, **where)
             inner = f"<Error><Code>{refused.code}</Code><Message>{message}</Message></Error>"
             body = f"<Response><Errors>{inner}</Errors><RequestID>simulated</RequestID></Response>"
             if service != "ec2":
@@ -405,7 +406,7 @@ def teach_refusals(amazon: Amazon) -> None:
             return refused.status, {"status": str(refused.status), "Content-Type": "text/xml"}, body
         answer: tuple[Any, Any, Any] = call(self)
         failed = {} if int(answer[0]) < 400 else {"error": str(answer[0])}
-        amazon.journal.write("call", service=service, action=action, **where, **failed)
+        amazon.journal.write("call", by=by, service=service, action=action, **where, **failed)
         return answer
 
     setattr(BaseResponse, "call_action", call_action)  # noqa: B010 - a method of a class that mypy knows
