@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from roles import forbidden
 from running import MODEL
 from simcloud import SimCloud
 
@@ -40,6 +41,8 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     with SimCloud(clouds=["aws"], root=folder / "root") as sim:
         sim.put_weights(folder / "weights", WEIGHTS)
         yield sim
+    assert forbidden(sim.journal("aws"), "laptop", "aws") == set()  # whatever the tests did, docs/roles is enough for it
+    assert forbidden(sim.journal("aws"), "node", "aws-node") == set()
 
 
 def up(sim: SimCloud, *options: str) -> dict[str, Any]:

@@ -205,7 +205,5 @@ def run(name: str | None) -> list[Status]:
     machines = _machines(records)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(
-            pool.map(
-                lambda record: _cloud(record, machines.get(record.name)) if record.cluster else _one(record.name), records
-            )
+            pool.map(lambda record: _cloud(record, machines.get(record.name)) if record.cluster else _one(record.name), records)
         )

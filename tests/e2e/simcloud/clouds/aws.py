@@ -187,7 +187,9 @@ class Amazon(Cloud):
         }  # fmt: skip
         given: Any = instance.user_data or ""  # moto's own kind of text, or plain text
         text: str = given.decode() if hasattr(given, "as_bytes") else given
-        users = (yaml.safe_load(text) or {}).get("users", []) if text else []
+        if not text:  # not SkyPilot's: it is listed and has no node
+            return
+        users = (yaml.safe_load(text) or {}).get("users", [])
         keys = {user["name"]: "".join(f"{key.strip()}\n" for key in user["ssh_authorized_keys"]) for user in users}
         machine = Machine(
             instance.id, instance.private_ip, f"ip-{instance.private_ip.replace('.', '-')}", str(self.nodes.image),
