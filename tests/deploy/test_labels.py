@@ -76,9 +76,8 @@ def test_whatever_the_model_and_the_owner_are_called(model: str, owner: str, ttl
 def test_a_name_that_is_given_is_accepted_by_all_or_refused_here(name: str) -> None:
     try:
         found = labels("me", name=name)
-    except UserError as error:
-        assert "--name" in str(error)
-        return
+    except UserError:
+        return  # one line says what a name looks like: test_config.py
     assert found["mistralctl-name"] == name
     accepted(found)
 
