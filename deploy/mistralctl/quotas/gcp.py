@@ -61,7 +61,7 @@ def _signed_in() -> tuple[Any, str]:
     except ImportError as error:
         raise Unknown("Google's SDK is not installed") from error
     try:
-        credentials, project = google.auth.default(scopes=["https://www.googleapis.com/auth/compute.readonly"])
+        credentials, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except DefaultCredentialsError as error:
         raise Unknown("no credentials (gcloud auth application-default login)") from error
     if not project:
