@@ -23,6 +23,7 @@ class Cloud(ABC):
     """A cloud's machines are nodes; what it lists of them, its own file says. `LAUNCH` is the API call that makes one."""
 
     LAUNCH: str
+    KINDS: tuple[str, ...] = (*REFUSALS, *ON_BOOT)
 
     def __init__(self, folder: Path, image: Path, services: list[Service]) -> None:
         self.folder = folder
@@ -83,6 +84,8 @@ class Cloud(ABC):
 
     def fault(self, kind: str, action: str | None, **where: Any) -> None:
         """Sets a fault; a refusal is one of launches unless another call is named, bad credentials are bad for all calls."""
+        if kind not in self.KINDS:
+            raise ValueError(f"{kind}: one of {', '.join(self.KINDS)}")
         if kind in REFUSALS and action is None:
             action = "*" if kind == "credentials" else self.LAUNCH
         self.faults.add(kind=kind, action=action, **where)

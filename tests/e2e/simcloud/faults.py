@@ -12,7 +12,8 @@ from typing import Any
 
 REFUSALS = ("capacity", "quota", "permission", "throttle", "credentials", "price")
 ON_BOOT = ("slow_boot", "node_dies", "no_ssh", "no_driver", "small_disk")
-KINDS = (*REFUSALS, *ON_BOOT)
+OWN = ("no_api",)  # those that one cloud knows
+KINDS = (*REFUSALS, *ON_BOOT, *OWN)
 
 
 @dataclass

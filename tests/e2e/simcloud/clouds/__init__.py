@@ -37,7 +37,7 @@ class Backend(Protocol):
         """Serves the cloud; never returns."""
 
 
-CLOUDS = {"aws": "simcloud.clouds.aws"}
+CLOUDS = {"aws": "simcloud.clouds.aws", "gcp": "simcloud.clouds.gcp"}
 
 
 def backend(name: str) -> Backend:
