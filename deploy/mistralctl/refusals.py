@@ -22,6 +22,7 @@ CODES: dict[str, Kind] = {
     "ZONE_RESOURCE_POOL_EXHAUSTED": "capacity",
     "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS": "capacity",
     "UNSUPPORTED_OPERATION": "capacity",
+    "insufficientCapacity": "capacity",
     "SkuNotAvailable": "capacity",
     "ZonalAllocationFailed": "capacity",
     "AllocationFailed": "capacity",
@@ -30,6 +31,7 @@ CODES: dict[str, Kind] = {
     "MaxSpotInstanceCountExceeded": "quota",
     "InstanceLimitExceeded": "quota",
     "QUOTA_EXCEEDED": "quota",
+    "quotaExceeded": "quota",
     "QuotaExceeded": "quota",
     "OperationNotAllowed": "quota",
     "UnauthorizedOperation": "permission",
@@ -43,6 +45,9 @@ CODES: dict[str, Kind] = {
     "AuthorizationFailed": "permission",
     "PERMISSION_DENIED": "permission",
     "forbidden": "permission",
+    "accessNotConfigured": "permission",
+    "invalid_grant": "credentials",
+    "rateLimitExceeded": "other",
 }
 _CODE = re.compile(r"\b(" + "|".join(sorted(CODES, key=len, reverse=True)) + r")\b")
 _ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])\b")
@@ -52,6 +57,9 @@ _PRICE_LIMIT = re.compile(
     r"Max hourly cost limit\s+\(\$([\d.]+)/hr\)"
 )  # SkyPilot's hint where its catalog has nothing for the price
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|(standard\w+Family)")
+# What SkyPilot says where a quota is 0, without an attempt.
+_NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
+TOLD = 8  # refusals in one line
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
     "quota": "ask the cloud for a larger quota, or use another --region",
@@ -77,6 +85,9 @@ def plain(text: str) -> str:
 
 
 def _of(text: str) -> Refusal | None:
+    none = _NO_QUOTA.search(text)
+    if none:
+        return Refusal(none[3], "quota", "no quota", f"{none[1]} {none[2]}")
     code = _CODE.search(text)
     if code is None:
         return None
@@ -85,9 +96,9 @@ def _of(text: str) -> Refusal | None:
     place = zone or region
     kind = CODES[code[1]]
     named = next((group for group in quota.groups() if group), "") if quota and kind == "quota" else ""
-    operation = re.search(r"calling the (\w+) operation|perform[:\s]+([\w:.]+)", text)
+    operation = re.search(r"calling the (\w+) operation|perform[:\s]+([\w:.]+)|Required '([\w.]+)' permission", text)
     if kind == "permission" and operation:
-        named = operation[1] or operation[2]
+        named = operation[1] or operation[2] or operation[3]
     return Refusal(place[1] if place else "", kind, code[1], named)
 
 
@@ -106,6 +117,16 @@ def read(texts: Iterable[str]) -> list[Refusal]:
                 found.setdefault((place, refusal.code), Refusal(place, refusal.kind, refusal.code, refusal.detail))
     placed = {refusal.code for refusal in found.values() if refusal.place}
     return [refusal for refusal in found.values() if refusal.place or refusal.code not in placed]
+
+
+def on_the_way(log: Path) -> str:
+    """One line on what refused before a machine was found; empty if nothing did."""
+    rows = read([log.read_text("utf-8", "replace")]) if log.exists() else []
+    if not rows:
+        return ""
+    told = [f"{row.place or '?'} ({row.kind}, {row.code}{': ' + row.detail if row.detail else ''})" for row in rows[:TOLD]]
+    more = [f"and {len(rows) - TOLD} more (log: {log})"] if len(rows) > TOLD else []
+    return f"refused on the way: {', '.join([*told, *more])}"
 
 
 def refused(message: str, history: Sequence[BaseException], log: Path) -> UserError:

@@ -18,7 +18,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "models", "gpus", "clouds", "prices", "durations", "rights", "quotas"),
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
-                "clouds.aws", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh", "runtime.rundir",
+                "clouds.aws", "clouds.gcp", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh", "runtime.rundir",
                 "runtime.tunnel", "runtime.api_server", "runtime.sky"),
     "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
                  "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",

@@ -33,6 +33,12 @@ def test_each_place_and_code_once_with_what_is_missing() -> None:
             Refusal("us-central1-a", "quota", "QUOTA_EXCEEDED", "NVIDIA_L4_GPUS"),
         ),
         ("Got return code 'ZONE_RESOURCE_POOL_EXHAUSTED' in us-east4-c", Refusal("us-east4-c", "capacity", "ZONE_RESOURCE_POOL_EXHAUSTED", "")),
+        ("Got return codes 'VM_MIN_COUNT_NOT_REACHED', 'ZONE_RESOURCE_POOL_EXHAUSTED' in us-east4-c: 'Requested minimum count of 1'",
+         Refusal("us-east4-c", "capacity", "ZONE_RESOURCE_POOL_EXHAUSTED", "")),
+        ("Got return code 'forbidden' in us-east4-c: \"Required 'compute.instances.create' permission for 'projects/p'\"",
+         Refusal("us-east4-c", "permission", "forbidden", "compute.instances.create")),
+        ("\x1b[33mFound no quota for g2-standard-4 on-demand instances in region us-east4 in GCP. \x1b[0mTo request quotas, see",
+         Refusal("us-east4", "quota", "no quota", "g2-standard-4 on-demand")),
         ("(OperationNotAllowed) Operation could not be completed: standardNCADSA100v4Family Cores quota",
          Refusal("", "quota", "OperationNotAllowed", "standardNCADSA100v4Family")),
         ("(SkuNotAvailable) The requested VM size is not available", Refusal("", "capacity", "SkuNotAvailable", "")),
@@ -40,6 +46,21 @@ def test_each_place_and_code_once_with_what_is_missing() -> None:
 )  # fmt: skip
 def test_the_codes_of_other_clouds(line: str, expected: Refusal) -> None:
     assert read([line]) == [expected]
+
+
+def test_what_refused_before_a_machine_was_found(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    assert refusals.on_the_way(log) == ""
+    log.write_text("Launching on AWS us-east-1 (us-east-1a).\nAll is well.\n")
+    assert refusals.on_the_way(log) == ""
+    log.write_text("".join(f"Got return code 'QUOTA_EXCEEDED' in us-east4-{zone}: Quota 'CPUS' exceeded.\n" for zone in "abc"))
+    assert refusals.on_the_way(log) == (
+        "refused on the way: us-east4-a (quota, QUOTA_EXCEEDED: CPUS), us-east4-b (quota, QUOTA_EXCEEDED: CPUS), "
+        "us-east4-c (quota, QUOTA_EXCEEDED: CPUS)"
+    )
+    with log.open("a") as file:
+        file.writelines(f"(SkuNotAvailable) in asia-east{n}-a\n" for n in range(9))
+    assert refusals.on_the_way(log).endswith(f"asia-east4-a (capacity, SkuNotAvailable), and 4 more (log: {log})")
 
 
 def test_the_error_is_one_line_and_a_table(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ CLOUDS = {
 @dataclass(frozen=True)
 class Part:
     """Something in a cloud that bears our labels, by the cloud's own listing: a `machine`, or what is left without one, which is a
-    `disk`, an `address` or an `interface`. `created` is in seconds since the epoch, None where the cloud does not say it."""
+    `disk`, an `address`, an `interface` or a `rule` of a firewall. `created` is in seconds since the epoch, None where the cloud does not say it."""
 
     cloud: str
     kind: str
@@ -128,8 +128,9 @@ class Account(Protocol):
         """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
 
 
-# USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1.
-DISK_PRICES = {"aws": 0.08}
+# USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1; GCP: balanced persistent disk, us-central1
+# (https://cloud.google.com/compute/disks-image-pricing).
+DISK_PRICES = {"aws": 0.08, "gcp": 0.10}
 # USD an hour for a public address that nothing uses. AWS: public IPv4, all regions, by its price list of EC2 and VPC.
 ADDRESS_PRICES = {"aws": 0.005}
 

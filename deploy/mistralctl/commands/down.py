@@ -25,12 +25,16 @@ class DownResult:
     was: str
 
 
-def _gone(record: Record) -> None:
-    """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come."""
+def _gone(record: Record, known: bool) -> None:
+    """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come.
+
+    What SkyPilot does not take away is deleted here: disks and rules that outlived their machine, and the machine too if SkyPilot
+    has forgotten it (`known` is False).
+    """
     module = listing(record.cloud)
     if module is None:
         return
-    deadline = time.monotonic() + GONE_SECONDS
+    deadline, asked = time.monotonic() + GONE_SECONDS, set[str]()
     while left := module.ours(owner(os.environ), record.name, [record.region] if record.region else None):
         if time.monotonic() > deadline:
             rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
@@ -39,6 +43,9 @@ def _gone(record: Record) -> None:
                 "or delete them by hand",
                 Exit.CLOUD, rows,
             )  # fmt: skip
+        alone = [part for part in left if part.id not in asked and not (known and part.kind == "machine")]
+        module.delete(alone)
+        asked |= {part.id for part in alone}
         time.sleep(2)
 
 
@@ -48,7 +55,7 @@ def _cloud(record: Record) -> DownResult:
     ssh.end_tunnel(record.pid, record.pid_started)
     there = sky.down(record.cluster, state.folder(record.name) / "down.log")
     if there or record.state != "down":
-        _gone(record)
+        _gone(record, there)
     state.save(replace(record, state="down", pid=None, pid_started=None))
     ssh.config_file(record.name).unlink(missing_ok=True)
     return DownResult(record.name, "up" if there else "down")

@@ -59,7 +59,7 @@ class Reaped:
 
 
 def _per_day(part: Part) -> float | None:
-    if part.kind == "interface":
+    if part.kind in ("interface", "rule"):
         return 0.0
     if part.kind == "address":
         hour = ADDRESS_PRICES.get(part.cloud)

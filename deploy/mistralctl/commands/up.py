@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mistralctl import certificates, endpoint, gate, phases, readiness, state
+from mistralctl import certificates, endpoint, gate, phases, readiness, refusals, state
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
@@ -161,6 +161,9 @@ def _cloud(
     record, action, answer = done
     if action != "unchanged":
         receipt.write(record)
+    launched = action == "started" and any(phase["phase"] == "provision" for phase in record.phases)
+    if launched and (told := refusals.on_the_way(state.folder(record.name) / "up.log")):
+        note(told)
     return _result(record, plan, action, answer)
 
 

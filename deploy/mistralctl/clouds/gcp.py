@@ -1,0 +1,223 @@
+"""What of ours a Google Cloud project has, by its own API: without SkyPilot's database.
+
+SkyPilot labels instances alone. A disk or a firewall rule that outlived its machine is known by its name, which holds the machine's
+(`mctl-NAME-USER`, where USER is SkyPilot's hash of its user): those of this user are ours, those of others only where everybody's are
+asked for. What all machines share (the network skypilot-vpc and its rules, the account skypilot-v1) is no part of this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mistralctl.clouds import NotUsed, Part
+from mistralctl.errors import Exit, UserError
+
+ENDPOINT = "https://compute.googleapis.com/compute/v1"
+SCOPES = ("https://www.googleapis.com/auth/compute",)
+SECONDS = 30
+ATTEMPTS = 5
+BUSY = {429, 500, 502, 503}
+CLUSTER = r"(?P<cluster>mctl-(?P<name>.+)-(?P<user>[0-9a-f]{8}))"
+DISK = re.compile(rf"{CLUSTER}-(?:head|worker)-.+")
+RULE = re.compile(rf"sky-ports-{CLUSTER}")
+SHORTENED = 35  # SkyPilot's limit for a cluster's name on GCP; of a longer one it keeps the beginning and adds two letters
+_SIGNING_IN = threading.Lock()
+
+
+@cache
+def _signed_in() -> tuple[Any, str]:
+    """A session with this user's credentials, and the project."""
+    try:
+        import google.auth
+        from google.auth.exceptions import DefaultCredentialsError
+        from google.auth.transport.requests import AuthorizedSession
+    except ImportError as error:
+        raise NotUsed("Google's SDK is not installed; pip install 'mistralctl[gcp]'", Exit.CLOUD) from error
+    try:
+        credentials, project = google.auth.default(scopes=SCOPES)
+    except DefaultCredentialsError as error:
+        raise NotUsed("there are no credentials for GCP here; run gcloud auth application-default login", Exit.CLOUD) from error
+    if not project:
+        raise NotUsed("no project of GCP is chosen; run gcloud config set project NAME", Exit.CLOUD)
+    session: Any = AuthorizedSession
+    return session(credentials), str(project)
+
+
+def _refused(answer: Any, what: str, project: str) -> UserError:
+    """Google's refusal as one line."""
+    try:
+        error = answer.json()["error"]
+        reason, message = str(error["errors"][0]["reason"]), str(error["message"]).splitlines()[0]
+    except (ValueError, KeyError, IndexError, TypeError):
+        reason, message = str(answer.status_code), str(answer.reason)
+    if reason == "accessNotConfigured":
+        return UserError(
+            f"GCP: the Compute Engine API is not enabled in {project}; run gcloud services enable compute.googleapis.com",
+            Exit.CLOUD,
+        )
+    return UserError(f"GCP refused {what} ({reason}: {message[:200]}); give this identity that right", Exit.CLOUD)
+
+
+def _call(
+    method: str, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """The answer to a call of Compute Engine about this project, None if what it is about is not there."""
+    from google.auth.exceptions import GoogleAuthError
+    from requests.exceptions import RequestException
+
+    with _SIGNING_IN:
+        session, project = _signed_in()
+    url = f"{ENDPOINT}/projects/{project}/{path}".rstrip("/")
+    try:
+        for attempt in range(ATTEMPTS):
+            answer = session.request(method, url, params=query, json=body, timeout=SECONDS)
+            if answer.status_code not in BUSY or attempt == ATTEMPTS - 1:
+                break
+            time.sleep(2**attempt)
+    except GoogleAuthError as error:
+        why = str(error.args[0] if error.args else error)[:200]
+        raise UserError(
+            f"GCP does not accept these credentials ({why}); run gcloud auth application-default login", Exit.CLOUD
+        ) from error
+    except RequestException as error:
+        raise UserError(f"GCP cannot be asked: {type(error).__name__}", Exit.CLOUD) from error
+    if answer.status_code == 404:
+        return None
+    if answer.status_code >= 400:
+        raise _refused(answer, f"{method} {path.split('?')[0]}", project)
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def _pages(path: str, **query: str) -> Iterator[dict[str, Any]]:
+    while True:
+        page = _call("GET", path, query=query) or {}
+        yield page
+        if "nextPageToken" not in page:
+            return
+        query["pageToken"] = page["nextPageToken"]
+
+
+def _everywhere(kind: str, **query: str) -> Iterator[dict[str, Any]]:
+    """Resources of a kind in all zones."""
+    for page in _pages(f"aggregated/{kind}", **query):
+        for scope in page.get("items", {}).values():
+            yield from scope.get(kind, [])
+
+
+def identity() -> str:
+    """The project that these credentials are for; UserError if Google does not take them (expired, wrong) for it."""
+    found = _call("GET", "") or {}
+    return f"project {found.get('name', '?')}"
+
+
+def _last(link: str) -> str:
+    return link.rsplit("/", 1)[-1]
+
+
+def _created(one: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(one["creationTimestamp"]).timestamp()
+
+
+def _skypilot_user() -> str | None:
+    """SkyPilot's hash of this user, which is part of the names that it gives; None where it never ran."""
+    given = os.environ.get("SKYPILOT_USER_ID")
+    try:
+        return given or Path("~/.sky/user_hash").expanduser().read_text("ascii").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def named_like(found: re.Match[str], name: str) -> bool:
+    """Whether a cluster's name on the cloud is that of a deployment; of a long one SkyPilot keeps the beginning only."""
+    whole = f"mctl-{name}"
+    user = found["user"]
+    if len(whole) + 1 + len(user) <= SHORTENED:
+        return found["name"] == name
+    kept, _, added = found["cluster"].removesuffix(f"-{user}").rpartition("-")
+    return len(added) == 2 and len(found["cluster"]) <= SHORTENED and whole.startswith(kept)
+
+
+def _left_behind(
+    kind: str, one: Mapping[str, Any], pattern: re.Pattern[str], living: set[str], owner: str | None, name: str | None
+) -> Part | None:
+    """A disk or rule without its machine, if it is of the deployment and the user that are asked for."""
+    found = pattern.fullmatch(one["name"])
+    labels = dict(one.get("labels", {}))
+    if found is None or found["cluster"] in living or (name and not named_like(found, name)):
+        return None
+    if owner and labels.get("mistralctl-owner", owner if found["user"] == _skypilot_user() else None) != owner:
+        return None
+    place = _last(one["zone"]) if "zone" in one else "global"
+    size = f"{one['sizeGb']} GiB" if "sizeGb" in one else ""
+    return Part("gcp", kind, one["name"], place, "unused", size, _created(one), {"mistralctl-name": found["name"]} | labels)
+
+
+def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """Machines that are not gone with our labels, disks and firewall rules that outlived one; `owner` None: everybody's.
+
+    NotUsed without credentials, UserError if Google refuses.
+    """
+    found: list[Part] = []
+    living: set[str] = set()
+    for one in _everywhere("instances", filter="labels.mistralctl-name:*"):
+        labels = one.get("labels", {})
+        living.add(labels.get("ray-cluster-name", ""))
+        if labels.get("mistralctl-owner") == (owner or labels.get("mistralctl-owner")) and name in (
+            None,
+            labels["mistralctl-name"],
+        ):
+            state = "stopped" if one["status"] == "TERMINATED" else one["status"].lower()
+            kind, place = _last(one["machineType"]), _last(one["zone"])
+            found.append(Part("gcp", "machine", one["name"], place, state, kind, _created(one), labels))
+    disks = [one for one in _everywhere("disks") if not one.get("users")]  # one that is attached goes with its machine
+    rules = [one for page in _pages("global/firewalls") for one in page.get("items", [])]
+    left = [_left_behind("disk", one, DISK, living, owner, name) for one in disks]
+    left += [_left_behind("rule", one, RULE, living, owner, name) for one in rules]
+    found += [part for part in left if part is not None]
+    places = None if within is None else tuple(f"{region}-" for region in within)
+    return [part for part in found if places is None or part.place == "global" or part.place.startswith(places)]
+
+
+def _path(part: Part) -> str:
+    if part.kind == "rule":
+        return f"global/firewalls/{part.id}"
+    return f"zones/{part.place}/{'instances' if part.kind == 'machine' else 'disks'}/{part.id}"
+
+
+def relabel(part: Part, labels: Mapping[str, str]) -> None:
+    """Sets these labels of a machine and leaves its others as they are; UserError if Google refuses."""
+    one = _call("GET", _path(part))
+    if one is None:
+        raise UserError(f"GCP has no machine {part.id} in {part.place} any more", Exit.NOT_FOUND)
+    body = {"labels": {**one.get("labels", {}), **labels}, "labelFingerprint": one["labelFingerprint"]}
+    _call("POST", f"{_path(part)}/setLabels", body)
+
+
+def delete(parts: Sequence[Part]) -> None:
+    """Asks Google to delete machines, with their disks, and what is left without one; what is gone is no error."""
+    for part in parts:
+        _call("DELETE", _path(part))
+
+
+def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
+    """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine.
+
+    Its machines have no address of version 6; networks of that version say nothing here.
+    """
+    four = [network for network in networks if ":" not in network]
+    body: dict[str, Any] = {"sourceRanges": four, "disabled": False} if four else {"disabled": True}
+    for machine in ours(owner, name, [region]):
+        if machine.kind == "machine":
+            path = f"global/firewalls/sky-ports-{machine.labels['ray-cluster-name']}"
+            rule = _call("GET", path)
+            if rule is not None and any(str(port) in one.get("ports", []) for one in rule["allowed"]):
+                _call("PATCH", path, body)
