@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from simcloud import SimCloud, SimUnavailable
+from simcloud import SimCloud, SimUnavailable, s3
 from simcloud.sim import check
 
 E2E = Path(__file__).parent
@@ -90,7 +90,8 @@ def test_a_launch_avoids_the_zone_without_capacity_and_down_leaves_nothing(sim: 
     (tmp_path / "weights" / "config.json").write_text("{}")
     sim.put_weights(tmp_path / "weights", "s3://models/tiny")
     program = (
-        "import boto3; print(boto3.client('s3').get_object(Bucket='models', Key='tiny/config.json')['Body'].read().decode())"
+        f"import boto3; s3 = boto3.client('s3', endpoint_url='{s3.ENDPOINT}');"
+        "print(s3.get_object(Bucket='models', Key='tiny/config.json')['Body'].read().decode())"
     )
     read = on_node(sim, f'mv ~/.aws ~/.not-aws; ~/skypilot-runtime/bin/python -c "{program}"')
     assert read.stdout == "{}\n", read.stderr
