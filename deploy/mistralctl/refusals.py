@@ -103,7 +103,7 @@ def _of(text: str) -> Refusal | None:
 
 
 def read(texts: Iterable[str]) -> list[Refusal]:
-    """What was refused, each place and code once, in the order in which it was said."""
+    """What was refused, each place and code once with the first detail, in the order in which it was said."""
     found: dict[tuple[str, str], Refusal] = {}
     near = ""  # SkyPilot names the zone that it tries in a line of its own
     for text in texts:
@@ -114,7 +114,9 @@ def read(texts: Iterable[str]) -> list[Refusal]:
             refusal = _of(line)
             if refusal is not None:
                 place = refusal.place or near
-                found.setdefault((place, refusal.code), Refusal(place, refusal.kind, refusal.code, refusal.detail))
+                before = found.get((place, refusal.code))
+                if before is None or (refusal.detail and not before.detail):
+                    found[place, refusal.code] = Refusal(place, refusal.kind, refusal.code, refusal.detail)
     placed = {refusal.code for refusal in found.values() if refusal.place}
     return [refusal for refusal in found.values() if refusal.place or refusal.code not in placed]
 

@@ -48,6 +48,14 @@ def test_the_codes_of_other_clouds(line: str, expected: Refusal) -> None:
     assert read([line]) == [expected]
 
 
+def test_a_detail_that_is_said_later_counts() -> None:
+    log = (
+        'Launching on GCP europe-west4 (europe-west4-a).\nWARNING:googleapiclient.http:Encountered 403 with reason "forbidden"\n'
+        "Got return code 'forbidden' in europe-west4-a: \"Required 'compute.instances.create' permission for 'projects/p'\"\n"
+    )
+    assert read([log]) == [Refusal("europe-west4-a", "permission", "forbidden", "compute.instances.create")]
+
+
 def test_what_refused_before_a_machine_was_found(tmp_path: Path) -> None:
     log = tmp_path / "up.log"
     assert refusals.on_the_way(log) == ""

@@ -102,7 +102,12 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     assert refused.returncode == 8
     print(refused.stderr)
     assert "no cloud gave a machine" in refused.stderr
-    for word in ("us-central1-a", *(GCP.codes[kind] for kind in ("capacity", "quota", "permission")), "N2_CPUS"):
+    for word in (
+        "us-central1-a",
+        *(GCP.codes[kind] for kind in ("capacity", "quota", "permission")),
+        "N2_CPUS",
+        "compute.instances.create",
+    ):
         assert word in refused.stderr
     assert "Traceback" not in refused.stderr
     assert sim.instances("gcp") == []

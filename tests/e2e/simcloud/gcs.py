@@ -66,8 +66,8 @@ def front(handler: BaseHTTPRequestHandler) -> int:
         answer = server.getresponse()
         handler.send_response(answer.status)
         for name, value in answer.getheaders():
-            if name.lower() not in HOP:
-                handler.send_header(name, value)
+            if name.lower() not in HOP:  # where an upload goes on, it says by the scheme that it serves itself
+                handler.send_header(name, value.replace(f"http://{HOST}/", f"https://{HOST}/") if name == "Location" else value)
         if answer.length is None:
             handler.send_header("Connection", "close")
         else:
