@@ -32,7 +32,9 @@ def test_wrong_credentials_are_named(sim: SimCloud) -> None:
         refused = sim.run([*GCP.up, "--name", "wrong"], check=False, timeout=300)
         print(refused.stderr)
         assert refused.returncode == 8
-        assert "invalid_grant" in refused.stderr
+        assert "SkyPilot has no access to any cloud; mistralctl doctor --cloud CLOUD says" in refused.stderr
+        doctor = sim.run(["mistralctl", "doctor", "--cloud", "gcp"], timeout=120).stdout
+        assert "GCP does not accept these credentials (invalid_grant: Token has been expired or revoked.)" in doctor
         assert "Traceback" not in refused.stderr
         sim.clear_faults()
         gone(sim, GCP, "wrong")
