@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from mistralctl import certificates, endpoint, gate, phases, readiness, state
-from mistralctl.clouds import LOCAL, narrow
+from mistralctl.clouds import LOCAL, account, narrow
 from mistralctl.commands import extend, logs
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import Sourced
@@ -355,6 +355,8 @@ def run(
         ssh.end_tunnel(left.pid, left.pid_started)
         if error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False):
             state.save(replace(record, state="down"))
+        if error.code == Exit.CLOUD and (who := account(record.cloud)) is not None:
+            who.identity()  # credentials that are refused make SkyPilot say all kinds of things; this says it plainly
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(progress.events)))
     state.save(record)
