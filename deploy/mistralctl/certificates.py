@@ -83,7 +83,7 @@ def _systems() -> str:
 def pin(name: str, certificate: str) -> None:
     """Keeps what a deployment's server shows, as it was read over SSH; UserError if that is no certificate."""
     try:
-        ssl.create_default_context(cadata=certificate)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificate)
     except (ssl.SSLError, ValueError) as error:
         raise UserError(
             f"{name}: its server has no certificate that can be read ({error}); see mistralctl logs {name}", Exit.SERVER

@@ -142,8 +142,10 @@ def up_text(result: UpResult) -> str:
     data = json.dumps({"model": result.served_model_name, **body})
     trust = f"--cacert {shlex.quote(result.ssl_cert_file)} " if result.ssl_cert_file else ""
     seconds = " + ".join(f"{phase.phase} {phase.seconds:.0f} s" for phase in result.phases)
+    named = result.ssl_cert_file and f"//{result.address}:" not in result.base_url
     lines = [
         f"{result.name} {done[result.action]}: {result.base_url} ({result.model} on {result.cloud})",
+        *([f"let that name point to {result.address}"] if named else []),
         *([f"phases: {seconds}"] if seconds and result.action != "unchanged" else []),
         *([f"gate: {_gate(result.gate)}"] if result.gate else []),
         ends(result),
@@ -183,6 +185,9 @@ def status_text(results: list[Status]) -> str:
     head = ["NAME", "STATE", "WHERE", "MODEL", "ENDPOINT", "UP", "USD SO FAR", "IDLE LEFT", "TTL LEFT"]
     lines = [table(head, rows)]
     lines += [f"{r.name}: {r.why}" for r in results if r.why]
+    for r in results:
+        if why := ((r.launcher or {}).get("isolation") or {}).get("why"):
+            lines.append(f"{r.name}: vLLM is less apart from the rest of its machine than it should be: {why}")
     for engine in ((r.launcher or {}).get("engine") for r in results if len(results) == 1):
         if engine:
             window = engine.get("sliding_window") or "none"

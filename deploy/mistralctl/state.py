@@ -19,6 +19,9 @@ State = Literal["starting", "up", "down"]
 SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
+NOWHERE = "127.0.0.1"  # the address of a machine that has none for others, or none yet
+
+
 @dataclass(frozen=True)
 class Record:
     """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine.
@@ -54,7 +57,7 @@ class Record:
     resources_id: str = ""
     ends_at: float | None = None
     public: bool = False
-    address: str = "127.0.0.1"
+    address: str = NOWHERE
     host: str = ""
     gate: dict[str, Any] = field(default_factory=dict)
 

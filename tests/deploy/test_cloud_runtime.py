@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from mistralctl import task
-from mistralctl.clouds import CLOUDS, Listing, Part, aws, listing
+from mistralctl.clouds import CLOUDS, Listing, Part, aws, listing, narrow
 from mistralctl.commands import extend, reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
@@ -133,6 +133,48 @@ def test_doctor_asks_the_clouds_that_are_named(monkeypatch: pytest.MonkeyPatch, 
     assert not [check for check in doctor.run().checks if " on " in check.name]
     with pytest.raises(UserError, match="--cloud: 'nowhere' is not one of aws, gcp, azure"):
         doctor.run(["nowhere"])
+
+
+def test_aws_narrows_the_rule_of_one_port_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+    from moto import mock_aws
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with mock_aws():
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        group, other = (ec2.create_security_group(GroupName=name, Description=name)["GroupId"] for name in ("one", "other"))
+        world = [{"CidrIp": "0.0.0.0/0"}]
+        for one in (group, other):
+            every = [{"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": world} for port in (22, 8000)]
+            ec2.authorize_security_group_ingress(GroupId=one, IpPermissions=every)
+        tags = [{"Key": "mistralctl-owner", "Value": "a1"}, {"Key": "mistralctl-name", "Value": "one"}]
+        ec2.run_instances(
+            ImageId=image, MinCount=1, MaxCount=1, InstanceType="m6i.large", SecurityGroupIds=[group],
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+        )  # fmt: skip
+
+        def rules(group: str) -> dict[int, list[str]]:
+            [found] = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+            return {
+                rule["FromPort"]: sorted(
+                    [one["CidrIp"] for one in rule["IpRanges"]] + [one["CidrIpv6"] for one in rule["Ipv6Ranges"]]
+                )
+                for rule in found["IpPermissions"]
+            }
+
+        asked = ["2001:db8::/32", "203.0.113.0/24"]
+        for _ in range(2):  # the second time there is nothing to do
+            assert narrow("aws", "a1", "one", "us-west-2", 8000, asked)
+            assert rules(group) == {22: ["0.0.0.0/0"], 8000: asked}
+        assert narrow("aws", "a1", "one", "us-west-2", 8000, ["198.51.100.7/32"])
+        assert rules(group)[8000] == ["198.51.100.7/32"]
+        assert narrow("aws", "a1", "one", "us-west-2", 8000, ["0.0.0.0/0"])
+        assert rules(group) == rules(other) == {22: ["0.0.0.0/0"], 8000: ["0.0.0.0/0"]}
+        narrow("aws", "b2", "one", "us-west-2", 8000, asked)
+        assert rules(group)[8000] == ["0.0.0.0/0"]  # not that owner's
+    assert not narrow("nowhere", "a1", "one", "r", 8000, asked)
 
 
 def test_a_cloud_without_a_listing_has_none() -> None:

@@ -222,7 +222,7 @@ def test_the_receipt_has_what_was_served(served: tuple[Cli, dict[str, Any]]) -> 
     weights = cli.home / "node" / "weights" / receipt["task"]["envs"]["MISTRALCTL_WEIGHTS_ID"] / file["name"]
     with weights.open("rb") as content:
         assert hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
-    assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "vllm_mistral.guard.Guard"
+    assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "vllm_mistral.front.Guard"
     assert (receipt["engine"]["class"], receipt["canary"]["state"], receipt["down_at"]) == (CLASS, "verified", None)
 
 

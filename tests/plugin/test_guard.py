@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_mistral.guard import LARGEST_BODY, WITH_KEY, Guard
+from vllm_mistral.guard import LARGEST_BODY, WITH_KEY, Guard, probe_token
 from vllm_mistral.traffic import Traffic
 
 KEY = "mctl-0123456789abcdef"
@@ -59,7 +59,7 @@ def guard(run_dir: Path, behind: Behind) -> Guard:
 
 def ask(
     app: Callable[[Any, Any, Any], Awaitable[None]], method: str, path: str, *headers: tuple[bytes, bytes],
-    body: list[bytes] | None = None, kind: str = "http",
+    body: list[bytes] | None = None, kind: str = "http", client: tuple[str, int] | None = ("127.0.0.1", 5000),
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """Status and JSON body of an answer."""
     parts = list(body or [b""])
@@ -72,7 +72,7 @@ def ask(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": kind, "method": method, "path": path, "headers": list(headers)}
+    scope = {"type": kind, "method": method, "path": path, "headers": list(headers), "client": client}
     asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
     if kind == "websocket":
         return sent[0]["code"], {}
@@ -114,6 +114,86 @@ def test_no_other_route_is_served_with_a_key_or_without(method: str, guard: Guar
 def test_websockets_are_closed_before_they_open(guard: Guard, behind: Behind) -> None:
     assert ask(guard, "GET", "/v1/realtime", BEARER, kind="websocket")[0] == 1008
     assert behind.reached == []
+
+
+def test_it_is_closed_to_all_but_the_probe_until_it_is_opened(
+    run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MISTRALCTL_GATE", "probe")
+    guard, token = Guard(behind, run_dir), (b"x-mistralctl-probe", probe_token(KEY).encode())
+    for headers in ([], [BEARER], [BEARER, (b"x-mistralctl-probe", b"wrong")], [BEARER, token, token]):
+        for path in ("/health", "/v1/models", "/metrics"):
+            assert ask(guard, "GET", path, *headers)[0] == 503
+    assert behind.reached == []
+    assert ask(guard, "GET", "/health", token)[0] == 200
+    assert ask(guard, "GET", "/v1/models", token)[0] == 401  # it opens nothing but the door
+    assert ask(guard, "GET", "/metrics", token, BEARER)[0] == 404
+    assert ask(guard, "GET", "/v1/models", token, BEARER)[0] == 200
+    behind.traffic.open()
+    assert ask(guard, "GET", "/v1/models", BEARER)[0] == 200
+    assert ask(guard, "GET", "/v1/models", token)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("client", "status"),
+    [(("203.0.113.9", 1), 200), (("203.0.114.9", 1), 403), (("2001:db8::5", 1), 200), (("2001:db9::5", 1), 403), (("127.0.0.1", 1), 403),
+     (None, 403)],
+)  # fmt: skip
+def test_only_allowed_addresses_may_ask(
+    client: tuple[str, int] | None, status: int, run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRALCTL_ALLOW", '["203.0.113.0/24", "2001:db8::/32"]')
+    guard = Guard(behind, run_dir)
+    for path in ("/health", "/v1/models"):
+        assert ask(guard, "GET", path, BEARER, client=client)[0] == status
+    monkeypatch.setenv("MISTRALCTL_GATE", "probe")  # while it is closed, the launcher asks from beside it
+    token = (b"x-mistralctl-probe", probe_token(KEY).encode())
+    beside = client is not None and client[0] == "127.0.0.1"
+    assert ask(Guard(behind, run_dir), "GET", "/v1/models", BEARER, token, client=client)[0] == (200 if beside else status)
+
+
+def test_the_key_comes_through_a_pipe(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "secrets.json").unlink()
+    read, write = os.pipe()
+    os.write(write, KEY.encode())
+    os.close(write)
+    monkeypatch.setenv("MISTRALCTL_KEY_FD", str(read))
+    monkeypatch.setenv("MISTRALCTL_RUN_DIR", str(run_dir))
+    for _ in range(2):  # vLLM may build its application more than once
+        assert ask(Guard(behind), "GET", "/v1/models", BEARER)[0] == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_mistral.guard.BODY_SECONDS", 0.2)
+    sent: list[dict[str, Any]] = []
+    given = [{"type": "http.request", "body": b"x", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if not given:
+            await asyncio.sleep(60)
+        return given.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [BEARER], "client": ("127.0.0.1", 1)}
+    asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert behind.traffic.read().running == 0
+
+
+def test_what_the_application_makes_of_a_body_that_ended_is_not_sent(guard: Guard) -> None:
+    async def forgiving(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (await receive()).get("more_body"):
+                pass
+        except Exception:  # noqa: BLE001 - as FastAPI does
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            await send({"type": "http.response.body", "body": b"there was an error"})
+
+    guard.app = forgiving
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[bytes(LARGEST_BODY), b"x"])[0] == 413
 
 
 def test_lifespan_passes(guard: Guard, behind: Behind) -> None:

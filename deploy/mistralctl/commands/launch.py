@@ -19,7 +19,7 @@ from mistralctl.phases import Milestones, PhaseEvent
 from mistralctl.plan import Plan
 from mistralctl.runtime import rundir, ssh
 from mistralctl.runtime.local import alive
-from mistralctl.state import Record
+from mistralctl.state import NOWHERE, Record
 from mistralctl.task import Task, node_port, owner, resources_id, setup_id
 
 START_SECONDS = 2400.0
@@ -83,6 +83,8 @@ def learn(record: Record) -> Record:
 
 def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
     """Writes the secrets to the node, and the address by which the world knows it, for its certificate."""
+    if record.public and record.address == NOWHERE:
+        raise UserError(f"{record.name}: SkyPilot does not know its machine's address yet; run mistralctl up again", Exit.CLOUD)
     ssh.write_secrets(record.name, {**secrets, **({"address": record.address} if record.public else {})})
 
 

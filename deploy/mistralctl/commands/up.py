@@ -39,6 +39,7 @@ class UpResult:
     log: str
     gate: dict[str, Any]
     ssl_cert_file: str
+    address: str
 
 
 def _from_hub(plan: Plan) -> bool:
@@ -76,7 +77,7 @@ def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
         record.name, action, record.cloud, record.model, record.served_model_name, record.base_url,
         str(folder / "api_key"), answer, record.chat, plan.spec.idle, plan.spec.ttl,
         tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"), record.gate,
-        str(certificates.bundle_file(record.name)) if record.public else "",
+        str(certificates.bundle_file(record.name)) if record.public else "", record.address,
     )  # fmt: skip
 
 

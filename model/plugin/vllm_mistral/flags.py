@@ -11,7 +11,7 @@ from vllm_mistral import ARCHITECTURE, tls
 from vllm_mistral.contract import Contract
 from vllm_mistral.weights import is_consolidated
 
-GUARD = "vllm_mistral.guard.Guard"
+GUARD = "vllm_mistral.front.Guard"
 DRAIN_SECONDS = 25
 # TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"

@@ -1,7 +1,8 @@
 """The guard: an ASGI middleware in front of all of vLLM's routes.
 
 vLLM's own `--api-key` protects a list of prefixes; this refuses whatever is not on a short list, with a key or without, and
-asks for the key on all but `/health`. Give it to vLLM with `--middleware vllm_mistral.guard.Guard`, which puts it outermost.
+asks for the key on all but `/health`. Give it to vLLM with `--middleware vllm_mistral.front.Guard`, which puts it outermost and bounds
+the HTTP server below it, too.
 
 Where MISTRALCTL_GATE is `probe` it starts closed: until the launcher opens it, it serves only who bears the probe's token. It
 says in routes.json which routes the application has, so that the probe can walk them all.

@@ -22,6 +22,7 @@ from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.engine import Engine, check_installed, check_port
 from vllm_mistral.guard import read_key
+from vllm_mistral.isolation import prepare
 from vllm_mistral.phases import Status, say
 from vllm_mistral.traffic import Traffic
 
@@ -146,14 +147,17 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     run_dir, shared = wanted.run_dir, wanted.shared_dir
     (run_dir / PASSED).unlink(missing_ok=True)
     shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir()
+    isolation = prepare(wanted)
+    shared.mkdir(exist_ok=True)
     traffic = Traffic(shared, fresh=True)
+    status.set(isolation={"user": isolation.user, "why": isolation.why})
     key = wait_for_key(run_dir, signals.asked)
     url, context, files = f"http://127.0.0.1:{wanted.port}", None, {}
     if wanted.tls:
         private, certificate = _certificate(wanted)
         url, context = f"https://127.0.0.1:{wanted.port}", tls.trusting(certificate)
-        files = {str(shared / tls.KEY_FILE): private, str(shared / tls.CERTIFICATE_FILE): certificate}
+        files = {str(shared / tls.KEY_FILE): private}
+        (shared / tls.CERTIFICATE_FILE).write_text(certificate, "ascii")
     client = Client(url, key, context)
     engine: Engine | None = None
     end_by: float | None = None
@@ -162,10 +166,10 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             check_installed()
             check_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
-            environ = flags.environment(wanted, os.environ)
+            environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
             status.set(flags=arguments)
-            engine = Engine(arguments, environ, client, files=files)
+            engine = Engine(arguments, environ, client, files=files, prefix=isolation.prefix(wanted.weights_dir, model_dir))
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):

@@ -37,6 +37,7 @@ class Traffic:
         path = run_dir / FILE
         if fresh or not path.exists():
             path.write_bytes(bytes(SIZE))
+            path.chmod(0o666)  # for the two users that can enter the folder
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), SIZE)
 

@@ -39,7 +39,10 @@ class Relay:
             linux.setns(self.cloud, linux.NEW_NET)
 
     def serve(self, here: int, at: Address, there: int, to: Address, source: str | None = None) -> socket.socket:
-        """Accepts connections at an address in one namespace and joins each to an address in the other."""
+        """Accepts connections at an address in one namespace and joins each to an address in the other.
+
+        They come from `source` there, or from where they came from here.
+        """
         listener = self.socket_in(here)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(at)
@@ -48,20 +51,19 @@ class Relay:
         def accept() -> None:
             while True:
                 try:
-                    client, _ = listener.accept()
+                    client, (came, _) = listener.accept()
                 except OSError:
                     return
-                threading.Thread(target=self.join, args=(client, there, to, source), daemon=True).start()
+                threading.Thread(target=self.join, args=(client, there, to, source or came), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
         return listener
 
-    def join(self, client: socket.socket, there: int, to: Address, source: str | None) -> None:
+    def join(self, client: socket.socket, there: int, to: Address, source: str) -> None:
         server = self.socket_in(there)
         with client, server:
             try:
-                if source:
-                    server.bind((source, 0))
+                server.bind((source, 0))
                 server.connect(to)
             except OSError:
                 return

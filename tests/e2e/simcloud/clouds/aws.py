@@ -230,7 +230,7 @@ def tags_of(resource: Any) -> dict[str, str]:
 
 
 def open_ports(groups: list[Any]) -> set[int]:
-    """TCP ports that the whole world may reach."""
+    """TCP ports that somebody outside may reach: from which networks is not enforced."""
     found: set[int] = set()
     for group in groups:
         for rule in group.ingress_rules:

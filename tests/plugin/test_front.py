@@ -1,0 +1,107 @@
+"""The bounded HTTP server below the guard: uvicorn as vLLM starts it, with an application of two routes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from hostile import raw, request
+from nodes import KEY, free_port
+from starlette.requests import Request
+from vllm_mistral import front
+from vllm_mistral.guard import LARGEST_BODY
+from vllm_mistral.traffic import Traffic
+
+HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(front, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr("vllm_mistral.guard.BODY_SECONDS", 1.0)
+    (tmp_path / "secrets.json").write_text(json.dumps({"api_key": KEY}))
+    Traffic(tmp_path, fresh=True)
+    app = FastAPI()
+    app.add_api_route("/health", lambda: None)
+
+    async def size(request: Request) -> dict[str, int]:
+        return {"size": len(await request.body())}
+
+    app.add_api_route("/v1/completions", size, methods=["POST"])
+    app.add_middleware(front.Guard, run_dir=tmp_path)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    assert server.config.http_protocol_class is front.BoundedProtocol
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_ordinary_requests_share_a_connection_also_when_it_rests(url: str) -> None:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for size in (0, 5, 1 << 20, 8 << 20):
+            assert client.post("/v1/completions", content=bytes(size)).json() == {"size": size}
+            assert client.get("/health").status_code == 200
+        time.sleep(1.5)
+        assert client.post("/v1/completions", content=iter([b"x" * 3] * 5000)).json() == {"size": 15000}
+
+
+def test_a_body_in_chunks_of_one_byte_is_taken(url: str) -> None:
+    assert raw(url, [HEAD, b"1\r\nx\r\n" * 60000, b"0\r\n\r\n"]) == 200
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"GET /health HTTP/1.1\r\nHost: x\r\n", *[b"X: " + b"v" * 60000 + b"\r\n"] * 100],
+        [b"GET /health HTTP/1.1\r\nX: ", *[b"v" * 65536] * 100],
+        [b"GET /" + b"v" * 65536, *[b"v" * 65536] * 100],
+        [HEAD + b"0\r\n", *[b"T: " + b"v" * 60000 + b"\r\n"] * 100],
+        [HEAD + b"1;", *[b"e" * 65536] * 100],
+    ],
+    ids=["many headers", "one header", "a path", "trailers", "an extension of a chunk"],
+)
+def test_what_never_ends_is_cut_off(pieces: list[bytes], url: str) -> None:
+    sent = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal sent
+        for piece in pieces:
+            sent += len(piece)
+            yield piece
+
+    assert raw(url, counted(), pause=0.02) in ("closed", 400, 413, 431)
+    assert sent < 3 << 20, "it took it all"
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_too_large_a_body_is_cut_off(url: str) -> None:
+    piece = b"%x\r\n" % (1 << 20) + b"x" * (1 << 20) + b"\r\n"
+    assert raw(url, [HEAD, *[piece] * (LARGEST_BODY // (1 << 20) + 1)]) in ("closed", 413)
+    assert raw(url, [request("POST", "/v1/completions", b"Content-Length: %d" % (LARGEST_BODY + 1))]) == 413
+
+
+@pytest.mark.parametrize(
+    ("pieces", "answer"),
+    [
+        ([b""], "closed"), ([b"GET /health HTTP/1.1\r\nX: ", *[b"v"] * 20], "closed"),
+        ([request("POST", "/v1/completions", b"Content-Length: 1000"), *[b"x"] * 20], 408),
+        ([request("GET", "/health") + b"GET /health HTTP/1.1\r\n", *[b"v"] * 20], 200),
+    ],
+    ids=["nothing", "a slow head", "a slow body", "a slow head after a whole request"],
+)  # fmt: skip
+def test_what_comes_too_slowly_is_not_waited_for(pieces: list[bytes], answer: int | str, url: str) -> None:
+    began = time.monotonic()
+    assert raw(url, pieces, pause=0.2, wait=5) == answer
+    assert time.monotonic() - began < 5

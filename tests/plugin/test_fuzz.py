@@ -1,0 +1,214 @@
+"""More than a thousand hostile requests to a real guarded server, which lives on: schemathesis over its own OpenAPI description (that the
+guard shows nobody: the test reads it from inside), headers, lengths and bodies that are too large, too slow, or no HTTP at all."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from checkpoints import mistral_tokenizer, write
+from hostile import raw, request
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from nodes import KEY, Launcher, launched, write_secrets
+from schemathesis import GenerationMode
+from vllm_mistral.guard import LARGEST_BODY, WITH_KEY
+
+SLOW_SECONDS = 3.0
+# In the server's process: writes down what the application says of itself, and waits for slow clients less long than usual.
+INSIDE = f"""
+import json, os, pathlib
+if "MISTRALCTL_KEY_FD" in os.environ:
+    from vllm_mistral import front, guard
+    front.HEAD_SECONDS = guard.BODY_SECONDS = {SLOW_SECONDS}
+    routes_of = guard.routes_of
+    def described(app, prefix=""):
+        if not prefix:
+            pathlib.Path(os.environ["MISTRALCTL_RUN_DIR"], "openapi.json").write_text(json.dumps(app.openapi()))
+        return routes_of(app, prefix)
+    guard.routes_of = described
+"""
+NEEDED = {"model": "tiny", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+SHORT = {"n": 1, "best_of": 1, "max_tokens": 1, "max_completion_tokens": 1}
+EXAMPLES = {True: 150, False: 8}  # of each mode, for each served route and for each other one
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    node_dir = tmp_path_factory.mktemp("fuzz")
+    shape = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
+    mistral_tokenizer(write(node_dir / "weights" / "tiny", **shape), "tokenizer.model.v1")
+    write_secrets(node_dir)
+    (node_dir / "inside").mkdir()
+    (node_dir / "inside" / "sitecustomize.py").write_text(INSIDE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(node_dir / "inside"))
+        with launched(node_dir, MAX_MODEL_LEN="256") as launcher:
+            launcher.until("ready")
+            yield launcher
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Counter[Any]]:
+    """Counts what came back; printed at the end of the test."""
+    counts: Counter[Any] = Counter()
+    yield counts
+    with capsys.disabled():
+        sys.stdout.write(f"\n{request.node.name}: {sum(counts.values())} requests: {dict(sorted(counts.items(), key=str))}\n")
+
+
+def cases(operation: Any, mode: GenerationMode, count: int) -> list[Any]:
+    """So many requests for an operation, made from its description (or made so that they break it)."""
+    found: list[Any] = []
+
+    @settings(max_examples=count, database=None, deadline=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def collect(case: Any) -> None:
+        found.append(case)
+
+    with suppress(Unsatisfiable):  # what takes nothing cannot be asked wrongly
+        collect()
+    return found
+
+
+def lives(served: Launcher) -> None:
+    """The server answers as before, and nothing of it has been started anew."""
+    answer = served.json("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2})
+    assert answer["usage"]["completion_tokens"] >= 1
+    assert served.ask("/health", key=None)[0] == 200
+    assert served.process.poll() is None
+    assert served.status()["state"] == "ready"
+    assert all(child.is_running() for child in served.children)
+
+
+def test_schemathesis_over_the_applications_own_description(served: Launcher, tally: Counter[Any]) -> None:
+    description = json.loads((served.run_dir / "shared" / "openapi.json").read_text())
+    schema = schemathesis.openapi.from_dict(description)
+    noise = random.Random(7)  # noqa: S311 - the same requests every time
+    walked = set()
+    alone = httpx.Limits(max_keepalive_connections=0)  # after a 500 of its application uvicorn hangs up
+    with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60, limits=alone) as client:
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            route = (operation.method.upper(), operation.path)
+            walked.add(route)
+            inside = route in WITH_KEY
+            for case in [case for mode in GenerationMode for case in cases(operation, mode, EXAMPLES[inside])]:
+                body = case.body if isinstance(case.body, dict | list) else {}
+                if inside and isinstance(body, dict):  # so that some are answered: what the model needs, and short
+                    body |= noise.choice([NEEDED, {}]) | SHORT
+                path = route[1].replace("{", "").replace("}", "")
+                answer = client.request(route[0], path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+                tally["served route" if inside else "other route", answer.status_code] += 1
+                assert inside or route == ("GET", "/health") or answer.status_code == 404, route
+    assert walked >= WITH_KEY
+    assert len(walked) > 20
+    lives(served)
+
+
+def test_hostile_headers_lengths_and_paths(served: Launcher, tally: Counter[Any]) -> None:
+    noise = random.Random(7)  # noqa: S311 - the same requests every time
+    junk = lambda n: bytes(noise.randrange(1, 256) for _ in range(n))  # noqa: E731
+    word = lambda: noise.choice([b"\x00", b"\r", b"\n", b"\r\n ", b"\xff", b"%00", b"../", b"A" * 9000, junk(20)])  # noqa: E731
+    methods = ["GET", "POST", "OPTIONS", "HEAD", "TRACE", "CONNECT", "PRI", "get", "G\tET", "M" * 300]
+    paths = ["/v1/models", "/metrics", "//metrics", "/./metrics", "/v1/../metrics", "/%2e%2e/metrics", "/health/../metrics", "*",
+             "http://x/metrics", "/\xff", "/v1/models?" + "q" * 60000, "/metrics#", "/metrics%00", "\\metrics"]  # fmt: skip
+    made = []
+    for _ in range(400):
+        kind = noise.randrange(6)
+        path = noise.choice(paths)
+        if kind == 0:
+            made.append(request(noise.choice(methods), path, b"X: " + word()))
+        elif kind == 1:
+            made.append(
+                request(
+                    "POST",
+                    "/v1/completions",
+                    b"Content-Length: " + noise.choice([b"-1", b"1e9", b"0x10", b"9" * 400, b"1,2", b" "]),
+                )
+            )
+        elif kind == 2:
+            made.append(
+                request("POST", "/v1/completions", b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n")
+            )
+        elif kind == 3:
+            made.append(
+                request(
+                    "POST",
+                    "/v1/completions",
+                    b"Transfer-Encoding: chunked",
+                    body=noise.choice([b"zz\r\n", b"-5\r\n", b"F" * 40, junk(50)]),
+                )
+            )
+        elif kind == 4:
+            made.append(
+                request("GET", path, *(b"H%d: %s" % (n, b"v" * noise.randrange(2000)) for n in range(noise.randrange(200))))
+            )
+        else:
+            made.append(junk(noise.randrange(1, 3000)))
+    stolen = [request("GET", path, key=key) for path in paths for key in ("", "x", KEY + "x", "é")]
+    with ThreadPoolExecutor(16) as pool:
+        for answer in pool.map(lambda data: raw(served.url, [data + b"\r\n\r\n"]), made):
+            tally[answer] += 1
+        strangers = list(pool.map(lambda data: raw(served.url, [data]), stolen))
+    tally.update(strangers)
+    assert set(strangers) <= {400, 401, 431}
+    assert not [code for code in tally if isinstance(code, int) and code >= 500]
+    lives(served)
+
+
+def memory(served: Launcher) -> int:
+    return sum(child.memory_info().rss for child in served.children if child.is_running())
+
+
+def test_huge_and_slow_requests_are_cut_off(served: Launcher, tally: Counter[Any]) -> None:
+    before = memory(served)
+    endless = [b"GET /health HTTP/1.1\r\nHost: x\r\n"] + [b"X-%d: " % n + b"v" * 60000 + b"\r\n" for n in range(300)]
+    one_header = [b"GET /health HTTP/1.1\r\nX: ", *[b"v" * 65536] * 300]
+    head = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
+    piece = b"%x\r\n" % (1 << 20) + b"x" * (1 << 20) + b"\r\n"
+    trailers = [head + b"0\r\n", *[b"T: " + b"v" * 60000 + b"\r\n"] * 300]
+    assert raw(served.url, endless) in ("closed", 431)
+    assert raw(served.url, one_header) in ("closed", 431)
+    assert raw(served.url, trailers) in ("closed", 400, 413, 431)
+    assert raw(served.url, [head, *[piece] * (LARGEST_BODY // (1 << 20) + 4)]) in ("closed", 413)
+    assert raw(served.url, [request("POST", "/v1/completions", b"Content-Length: %d" % (LARGEST_BODY + 1))]) == 413
+    assert memory(served) - before < 300 << 20
+
+    began = time.monotonic()
+    slow_heads = [[b"GET /health HTTP/1.1\r\nHost: x\r\n", b"X: "] + [b"v"] * 30] * 20
+    slow_bodies = [[request("POST", "/v1/completions", b"Content-Length: 1000"), *[b"x"] * 30]] * 20
+    kept: list[int] = []
+
+    def ask() -> None:
+        while len(kept) < 20:
+            kept.append(served.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0])
+
+    others = threading.Thread(target=ask)
+    others.start()
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda pieces: raw(served.url, pieces, pause=0.3), [*slow_heads, *slow_bodies]))
+    others.join(60)
+    tally.update(answers)
+    assert set(answers[:20]) == {"closed"}
+    assert set(answers[20:]) <= {408, "closed"}
+    assert 408 in answers
+    assert kept == [200] * 20  # slow ones hold nobody up
+    assert time.monotonic() - began < 60
+    lives(served)
+
+
+def test_the_key_is_not_in_the_log_of_all_that(served: Launcher) -> None:
+    assert KEY not in served.log.read_text(errors="replace")
