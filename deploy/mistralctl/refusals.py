@@ -43,20 +43,25 @@ CODES: dict[str, Kind] = {
     "ExpiredTokenException": "credentials",
     "RequestExpired": "credentials",
     "AuthorizationFailed": "permission",
+    "InvalidAuthenticationToken": "credentials",
+    "ExpiredAuthenticationToken": "credentials",
+    "ReadOnlyDisabledSubscription": "permission",
+    "TooManyRequests": "other",
     "PERMISSION_DENIED": "permission",
     "forbidden": "permission",
     "accessNotConfigured": "permission",
     "invalid_grant": "credentials",
     "rateLimitExceeded": "other",
 }
-_CODE = re.compile(r"\b(" + "|".join(sorted(CODES, key=len, reverse=True)) + r")\b")
+# Entra, where Azure's users sign in, numbers its refusals.
+_CODE = re.compile(r"\b(AADSTS\d+|" + "|".join(sorted(CODES, key=len, reverse=True)) + r")\b")
 _ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])\b")
 _REGION = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d|[a-z]+-[a-z]+\d+)\b")
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|<rich_[^>]*>|</rich_[^>]*>")
 _PRICE_LIMIT = re.compile(
     r"Max hourly cost limit\s+\(\$([\d.]+)/hr\)"
 )  # SkyPilot's hint where its catalog has nothing for the price
-_QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|(standard\w+Family)")
+_QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
 _NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
 TOLD = 8  # refusals in one line
@@ -94,9 +99,11 @@ def _of(text: str) -> Refusal | None:
     zone, region = _ZONE.search(text), _REGION.search(text)
     quota = _QUOTA.search(text)
     place = zone or region
-    kind = CODES[code[1]]
+    kind = CODES.get(code[1], "credentials")
     named = next((group for group in quota.groups() if group), "") if quota and kind == "quota" else ""
-    operation = re.search(r"calling the (\w+) operation|perform[:\s]+([\w:.]+)|Required '([\w.]+)' permission", text)
+    operation = re.search(
+        r"calling the (\w+) operation|perform(?: action)?[:\s]+'?([\w:./]+)|Required '([\w.]+)' permission", text
+    )
     if kind == "permission" and operation:
         named = operation[1] or operation[2] or operation[3]
     return Refusal(place[1] if place else "", kind, code[1], named)

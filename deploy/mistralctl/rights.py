@@ -79,8 +79,9 @@ NODE_ROLES: dict[str, tuple[Has, str, str]] = {
     ),
     "azure": (
         "grant",
-        "the identity that SkyPilot makes is Contributor of its resource group, which does not open blobs",
-        "az role assignment create --role '{role}' --assignee-object-id PRINCIPAL --scope CONTAINER",
+        "the identity that SkyPilot makes for each machine is Contributor of its resource group, which does not open blobs",
+        "name one of your own in ~/.sky/config.yaml (azure: remote_identity: ID) that is {role} of the container and Contributor of the "
+        "subscription",
     ),
 }
 NAMES = {"aws": "an AWS node", "gcp": "a GCP node", "azure": "an Azure node"}

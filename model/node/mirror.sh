@@ -15,7 +15,7 @@ mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 uv=$(find_uv) || { phase weights fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
 weights_tool "$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET"
-[ "$1" = run ] || exit 0
+[ "$1" = run ] || { ready_for_cloud; exit; }
 
 wanted=("$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" --stage "$node_dir/weights/$MISTRALCTL_NAME")
 [ -z "${MISTRALCTL_REVISION:-}" ] || wanted+=(--revision "$MISTRALCTL_REVISION")

@@ -91,6 +91,8 @@ weights_job=$!
 (make_environment) 2> >(tee "$errors/environment" >&2) &
 environment_job=$!
 set +m
+(ready_for_cloud) 2> >(tee "$errors/cloud" >&2) &
+cloud_job=$!
 trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
 
 last_error() { # PHASE: the last line that it wrote to standard error
@@ -122,3 +124,7 @@ wait "$weights_job" || {
 }
 kill -- -"$byte_code_job" 2> /dev/null || true
 wait "$byte_code_job" 2> /dev/null || true
+wait "$cloud_job" || {
+  phase environment fail "$(last_error cloud)"
+  exit 1
+}

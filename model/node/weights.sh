@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154 # the script that sources this sets node_dir, run_dir, model_dir, uv, and maybe limit
+# shellcheck shell=bash disable=SC2154 # the script that sources this sets here, node_dir, run_dir, model_dir, uv, and maybe limit
 # Sourced by the scripts beside it, after once.sh: the tool that moves weights, in a small environment of its own.
 # Sets weights_env.
 
@@ -8,6 +8,12 @@ phase() { # PHASE EVENT [MESSAGE]
   message=$(printf '%s' "${message//\"/\\\"}" | tr -d '\000-\037')
   printf 'mistralctl-phase {"phase": "%s", "event": "%s", "at": %s%s}\n' "$1" "$2" "${EPOCHREALTIME:-$(date +%s)}" \
     "${message:+, \"message\": \"$message\"}"
+}
+
+ready_for_cloud() { # what a node of this cloud needs first: clouds/CLOUD.sh, if there is one. SkyPilot says which cloud it is
+  local cloud
+  cloud=$(sed -n 's/.*"cloud": *"\([A-Za-z]*\)".*/\1/p' <<< "${SKYPILOT_CLUSTER_INFO:-}" | tr '[:upper:]' '[:lower:]')
+  [ ! -e "$here/clouds/$cloud.sh" ] || bash "$here/clouds/$cloud.sh"
 }
 
 find_uv() {

@@ -46,6 +46,24 @@ def test_a_driver_that_is_too_old_is_named_before_anything_is_installed(tmp_path
     assert not list((tmp_path / "node" / "envs").glob("cuda-*/bin"))
 
 
+@pytest.mark.parametrize(
+    ("info", "asked"),
+    [
+        ('{"cluster_name": "one", "cloud": "Azure", "region": "eastus"}', "login --identity --allow-no-subscriptions --output none\n"),
+        ('{"cluster_name": "one", "cloud": "AWS", "region": "us-east-1"}', ""),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_an_azure_node_signs_in_with_its_own_identity_and_others_need_not(tmp_path: Path, info: str | None, asked: str) -> None:
+    (tmp_path / "az").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "az").chmod(0o755)
+    (tmp_path / "asked").touch()
+    env = {"PATH": f"{tmp_path}:{os.defpath}", "HOME": str(tmp_path)} | ({"SKYPILOT_CLUSTER_INFO": info} if info else {})
+    script = f"set -euo pipefail; here={NODE}; . {NODE}/once.sh; . {NODE}/weights.sh; ready_for_cloud"
+    subprocess.run(["bash", "-c", script], env=env, check=True, timeout=60)
+    assert (tmp_path / "asked").read_text() == asked
+
+
 def test_vllm_for_gpus_resolves_whole(tmp_path: Path) -> None:
     """By the package index, for the node's Python and system, with what the plugin wants beside it; nothing is installed."""
     env = {key: value for key, value in os.environ.items() if key != "UV_FIND_LINKS"}

@@ -39,8 +39,14 @@ def test_each_place_and_code_once_with_what_is_missing() -> None:
          Refusal("us-east4-c", "permission", "forbidden", "compute.instances.create")),
         ("\x1b[33mFound no quota for g2-standard-4 on-demand instances in region us-east4 in GCP. \x1b[0mTo request quotas, see",
          Refusal("us-east4", "quota", "no quota", "g2-standard-4 on-demand")),
-        ("(OperationNotAllowed) Operation could not be completed: standardNCADSA100v4Family Cores quota",
-         Refusal("", "quota", "OperationNotAllowed", "standardNCADSA100v4Family")),
+        ("(OperationNotAllowed) Operation could not be completed as it results in exceeding approved StandardNCADSA100v4Family Cores quota.",
+         Refusal("", "quota", "OperationNotAllowed", "StandardNCADSA100v4Family")),
+        ("Launching on Azure eastus.\n(OperationNotAllowed) ... exceeding approved Standard NCASv3_T4 Family Cores quota.",
+         Refusal("eastus", "quota", "OperationNotAllowed", "Standard NCASv3_T4 Family")),
+        ("(AuthorizationFailed) The client 'a' with object id 'b' does not have authorization to perform action "
+         "'Microsoft.Compute/virtualMachines/write' over scope '/subscriptions/c'",
+         Refusal("", "permission", "AuthorizationFailed", "Microsoft.Compute/virtualMachines/write")),
+        ("ERROR: AADSTS700082: The refresh token has expired due to inactivity.", Refusal("", "credentials", "AADSTS700082", "")),
         ("(SkuNotAvailable) The requested VM size is not available", Refusal("", "capacity", "SkuNotAvailable", "")),
     ],
 )  # fmt: skip

@@ -38,7 +38,8 @@ def test_who_has_it_and_who_does_not_in_words() -> None:
     assert words["aws", "az"] == "an AWS node has no Azure identity"
     assert words["aws", "s3"] == "SkyPilot's role skypilot-v1 has AmazonS3FullAccess: every bucket of this account"
     assert (
-        words["azure", "az"] == "the identity that SkyPilot makes is Contributor of its resource group, which does not open blobs"
+        words["azure", "az"]
+        == "the identity that SkyPilot makes for each machine is Contributor of its resource group, which does not open blobs"
     )
 
 
@@ -46,8 +47,9 @@ def test_azures_default_identity_must_be_given_the_role() -> None:
     read, write = right(URIS["az"], "azure"), right(URIS["az"], "azure", write=True)
     assert read is not None
     assert write is not None
-    assert read.mend.startswith("az role assignment create --role 'Storage Blob Data Reader' ")
-    assert write.mend.startswith("az role assignment create --role 'Storage Blob Data Contributor' ")
+    mend = "name one of your own in ~/.sky/config.yaml (azure: remote_identity: ID) that is {} of the container and Contributor of the subscription"
+    assert read.mend == mend.format("Storage Blob Data Reader")
+    assert write.mend == mend.format("Storage Blob Data Contributor")
 
 
 def test_this_machine_uses_its_own_credentials_and_other_places_need_no_right() -> None:

@@ -80,7 +80,8 @@ CLOUDS = {
 @dataclass(frozen=True)
 class Part:
     """Something in a cloud that bears our labels, by the cloud's own listing: a `machine`, or what is left without one, which is a
-    `disk`, an `address`, an `interface` or a `rule` of a firewall. `created` is in seconds since the epoch, None where the cloud does not say it."""
+    `disk`, an `address`, an `interface`, a `rule` of a firewall or a `group` of resources. `created` is in seconds since the epoch, None
+    where the cloud does not say it."""
 
     cloud: str
     kind: str
@@ -129,8 +130,9 @@ class Account(Protocol):
 
 
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1; GCP: balanced persistent disk, us-central1
-# (https://cloud.google.com/compute/disks-image-pricing).
-DISK_PRICES = {"aws": 0.08, "gcp": 0.10}
+# (https://cloud.google.com/compute/disks-image-pricing); Azure: premium SSD, East US, P10 (128 GiB at 19.71;
+# https://azure.microsoft.com/pricing/details/managed-disks).
+DISK_PRICES = {"aws": 0.08, "gcp": 0.10, "azure": 0.154}
 # USD an hour for a public address that nothing uses. AWS: public IPv4, all regions, by its price list of EC2 and VPC.
 ADDRESS_PRICES = {"aws": 0.005}
 

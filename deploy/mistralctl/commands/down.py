@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mistralctl import endpoint, state
-from mistralctl.clouds import listing
+from mistralctl.clouds import GOING, listing
 from mistralctl.commands import receipt
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.task import owner
 
 GONE_SECONDS = 300.0
+PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was not taken away by SkyPilot
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,30 @@ class DownResult:
 def _gone(record: Record, known: bool) -> None:
     """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come.
 
-    What SkyPilot does not take away is deleted here: disks and rules that outlived their machine, and the machine too if SkyPilot
-    has forgotten it (`known` is False).
+    What SkyPilot does not take away is deleted here: what outlived its machine, and the machine too if SkyPilot has forgotten it
+    (`known` is False) or was promised a deletion that does not come.
     """
     module = listing(record.cloud)
     if module is None:
         return
-    deadline, asked = time.monotonic() + GONE_SECONDS, set[str]()
+    began, asked = time.monotonic(), set[str]()
     while left := module.ours(owner(os.environ), record.name, [record.region] if record.region else None):
-        if time.monotonic() > deadline:
-            rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
+        rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
+        waited = time.monotonic() - began
+        if waited > GONE_SECONDS:
             raise UserError(
                 f"{record.name}: {record.cloud} still lists {len(left)} of it after {GONE_SECONDS / 60:.0f} minutes; run down again, "
                 "or delete them by hand",
                 Exit.CLOUD, rows,
             )  # fmt: skip
-        alone = [part for part in left if part.id not in asked and not (known and part.kind == "machine")]
-        module.delete(alone)
+        promised = "machine" if known and waited < PROMISE_SECONDS else ""
+        alone = [
+            part for part in left if part.id not in asked and part.kind != promised and part.state.lower() not in GOING
+        ]  # fmt: skip
+        try:
+            module.delete(alone)
+        except UserError as error:
+            raise UserError(f"{record.name}: {len(left)} of it stay on {record.cloud}: {error}", Exit.CLOUD, rows) from error
         asked |= {part.id for part in alone}
         time.sleep(2)
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, Listing, NotUsed, Part, listing
+from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, STOPPED, Listing, NotUsed, Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
 from mistralctl.task import owner
@@ -67,7 +67,7 @@ def _per_day(part: Part) -> float | None:
     if part.kind == "disk":
         price = DISK_PRICES.get(part.cloud)
         return None if price is None else round(float(part.size.split()[0]) * price / GIB_MONTH_DAYS, 2)
-    if part.state == "stopped":
+    if part.state.lower() in STOPPED:
         return None
     same = [offer for offer in offers(part.cloud) if offer.instance_type == part.size]
     near = [offer for offer in same if part.place.startswith(offer.region)] or same

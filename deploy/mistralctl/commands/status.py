@@ -163,7 +163,8 @@ def _cloud(record: Record, machine: Machine | None) -> Status:
         )
         now, why = "lost", f"{taken}; run up again, or down to forget it"
     elif machine.stopped:
-        now, why = "stopped", "its machine is stopped and its disk still costs; run up again, or down"
+        stopped = "the cloud took its spot machine away; it" if record.spot else "its machine"
+        now, why = "stopped", f"{stopped} is stopped and its disk still costs; run up again, or down"
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"

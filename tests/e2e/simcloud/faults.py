@@ -12,7 +12,8 @@ from typing import Any
 
 REFUSALS = ("capacity", "quota", "permission", "throttle", "credentials", "price")
 ON_BOOT = ("slow_boot", "node_dies", "no_ssh", "no_driver", "small_disk")
-OWN = ("no_api",)  # those that one cloud knows
+# Those that one cloud knows: an API that is not enabled (GCP); a deletion that is refused, or accepted and then not done (Azure).
+OWN = ("no_api", "locked", "late_failure")
 KINDS = (*REFUSALS, *ON_BOOT, *OWN)
 
 

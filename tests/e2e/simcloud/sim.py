@@ -248,6 +248,11 @@ class SimCloud:
         found: list[dict[str, Any]] = self._call(cloud, "firewalls")
         return found
 
+    def groups(self, cloud: str) -> list[str]:
+        """The names of the resource groups that were made there (Azure)."""
+        found: list[str] = self._call(cloud, "groups")
+        return found
+
     def journal(self, cloud: str) -> list[dict[str, Any]]:
         """What happened: API calls (`event` "call", with `action` and, if refused, `error`) and what became of machines."""
         return Journal(self.root / cloud / "journal.jsonl").read()

@@ -37,7 +37,7 @@ class Backend(Protocol):
         """Serves the cloud; never returns."""
 
 
-CLOUDS = {"aws": "simcloud.clouds.aws", "gcp": "simcloud.clouds.gcp"}
+CLOUDS = {"aws": "simcloud.clouds.aws", "gcp": "simcloud.clouds.gcp", "azure": "simcloud.clouds.azure"}
 
 
 def backend(name: str) -> Backend:

@@ -1,0 +1,170 @@
+"""What of ours Azure has, by its own API: without SkyPilot's database.
+
+SkyPilot makes a resource group for each machine, named after cluster, user and region; only the machine and its disk bear our labels.
+So a group goes with the machine in it, and one that a machine has left is known by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mistralctl.clouds import NotUsed, Part
+from mistralctl.errors import Exit, UserError
+from mistralctl.quotas import Unknown
+from mistralctl.quotas.azure import subscription
+
+CLUSTER_TAG = "skypilot-cluster-name"
+TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 30}
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """Azure's errors as one line."""
+    try:
+        from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
+    except ImportError as error:
+        raise NotUsed("Azure's SDK is not installed; pip install 'mistralctl[azure]'", Exit.CLOUD) from error
+    try:
+        yield
+    except Unknown as error:
+        raise NotUsed("nobody is signed in to Azure here; run az login", Exit.CLOUD) from error
+    except ClientAuthenticationError as error:
+        raise UserError(f"Azure does not accept the sign-in ({_code(error)}); run az login", Exit.CLOUD) from error
+    except HttpResponseError as error:
+        words = " ".join(str(getattr(error.error, "message", None) or error.message).split())[:300]
+        raise UserError(f"Azure refused ({_code(error)}): {words}", Exit.CLOUD) from error
+    except AzureError as error:
+        raise UserError(f"Azure cannot be asked: {str(error).splitlines()[0][:300]}", Exit.CLOUD) from error
+
+
+def _code(error: Any) -> str:
+    known = getattr(getattr(error, "error", None), "code", None)
+    aad = re.search(r"AADSTS\d+", str(error))
+    return str(known or (aad and aad[0]) or getattr(error, "status_code", None) or type(error).__name__)
+
+
+def _clients() -> tuple[Any, Any]:
+    """Those of machines and of groups, as SkyPilot signs in: with the Azure CLI's account."""
+    from azure.identity import AzureCliCredential
+    from azure.mgmt.compute import ComputeManagementClient
+    from azure.mgmt.resource import ResourceManagementClient
+
+    account, credential = subscription(), AzureCliCredential(process_timeout=30)
+    return ComputeManagementClient(credential, account, **TIMEOUTS), ResourceManagementClient(credential, account, **TIMEOUTS)
+
+
+def identity() -> str:
+    """The subscription that this laptop works in; UserError if Azure does not take the sign-in (expired, wrong) for it."""
+    with _asked():
+        _, resource = _clients()
+        next(iter(resource.resource_groups.list(top=1)), None)
+        return f"subscription {subscription()}"
+
+
+def _is_ours(labels: Mapping[str, str], owner: str | None, name: str | None) -> bool:
+    wanted = {"mistralctl-owner": owner, "mistralctl-name": name}
+    return "mistralctl-name" in labels and all(value in (None, labels.get(key)) for key, value in wanted.items())
+
+
+def _group(part_id: str) -> str:
+    return part_id.split("/")[4]
+
+
+def _skypilot_user() -> str:
+    """SkyPilot's name for this user, which ends the names of clusters; empty if it has none yet."""
+    try:
+        return (Path.home() / ".sky" / "user_hash").read_text("utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _left_groups(resource: Any, name: str | None, held: set[str]) -> Iterator[Part]:
+    """This user's groups without a machine, by their names; of those that are empty nobody knows the age."""
+    user = _skypilot_user()
+    form = re.compile(rf"mctl-({re.escape(name) if name else '.+'})-{re.escape(user)}-[a-z0-9]+")
+    for group in resource.resource_groups.list():
+        named = form.fullmatch(group.name)
+        if not user or not named or group.name.lower() in held:
+            continue
+        parts = list(resource.resources.list_by_resource_group(group.name, expand="createdTime"))
+        made = [part.created_time.timestamp() for part in parts if part.created_time]
+        state = "deleting" if group.properties.provisioning_state == "Deleting" else "left behind"
+        labels = {"mistralctl-name": named[1]}
+        size = f"{len(parts)} resources"
+        yield Part("azure", "group", group.id, group.location, state, size, min(made, default=time.time()), labels)
+
+
+def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """Machines and disks without one with our labels, and this user's resource groups that a machine has left; UserError if Azure
+    refuses."""
+    with _asked():
+        compute, resource = _clients()
+        found: list[Part] = []
+        machines = list(compute.virtual_machines.list_all())
+        for one in machines:
+            labels = one.tags or {}
+            if _is_ours(labels, owner, name):
+                state = "deleting" if one.provisioning_state == "Deleting" else _power(compute, one)
+                created = one.time_created.timestamp() if one.time_created else time.time()
+                found.append(Part("azure", "machine", one.id, one.location, state, one.hardware_profile.vm_size, created, labels))
+        for one in compute.disks.list():
+            if one.managed_by is None and _is_ours(one.tags or {}, owner, name):  # one that is attached goes with its machine
+                created = one.time_created.timestamp() if one.time_created else time.time()
+                size = f"{one.disk_size_gb} GiB"
+                found.append(Part("azure", "disk", one.id, one.location, str(one.disk_state).lower(), size, created, one.tags))
+        held = {_group(one.id).lower() for one in machines}
+        found += _left_groups(resource, name, held)
+    places = None if within is None else set(within)
+    return [part for part in found if places is None or part.place in places]
+
+
+def _power(compute: Any, machine: Any) -> str:
+    from azure.core.exceptions import ResourceNotFoundError
+
+    try:
+        view = compute.virtual_machines.instance_view(_group(machine.id), machine.name)
+    except ResourceNotFoundError:
+        return "deleting"
+    codes = dict((one.code or "").split("/", 1) for one in view.statuses or () if "/" in (one.code or ""))
+    return codes.get("PowerState", str(machine.provisioning_state).lower())
+
+
+def relabel(part: Part, labels: Mapping[str, str]) -> None:
+    """Sets these tags of a machine and leaves its others as they are; UserError if Azure refuses."""
+    with _asked():
+        compute, _ = _clients()
+        group, name = _group(part.id), part.id.rpartition("/")[2]
+        now = compute.virtual_machines.get(group, name).tags or {}
+        compute.virtual_machines.begin_update(group, name, {"tags": now | dict(labels)}).result()
+
+
+def delete(parts: Sequence[Part]) -> None:
+    """Takes these away and waits for it, each with the resource group that SkyPilot made for it; a group of the user's own stays, and
+    what else is in it. UserError if Azure refuses, at once or later."""
+    if not parts:
+        return
+    with _asked():
+        from azure.core.exceptions import ResourceNotFoundError
+
+        compute, resource = _clients()
+        calls: dict[str, tuple[Any, tuple[str, ...]]] = {}
+        for part in parts:
+            group, name = _group(part.id), part.id.rpartition("/")[2]
+            if part.kind == "group" or group == f"{part.labels.get(CLUSTER_TAG)}-{part.place}":
+                calls[group] = resource.resource_groups.begin_delete, (group,)
+            else:
+                calls[part.id] = (
+                    (compute.virtual_machines if part.kind == "machine" else compute.disks).begin_delete,
+                    (group, name),
+                )
+        going = []
+        for begin, names in calls.values():
+            with contextlib.suppress(ResourceNotFoundError):  # gone already
+                going.append(begin(*names))
+        for poller in going:
+            poller.result()
