@@ -31,7 +31,8 @@ class Place:
     """A cloud as the stories need it.
 
     `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
-    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu_types` begin the names of machines with one.
+    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu` is one that Mistral 7B fits,
+    `gpu_types` begin the names of machines with it; `taken` is what a deployment is whose spot machine the cloud took.
     """
 
     cloud: str
@@ -40,7 +41,9 @@ class Place:
     user: str
     codes: dict[str, str]
     secrets: tuple[str, ...]
+    gpu: str
     gpu_types: tuple[str, ...]
+    taken: str = "lost"
 
     @property
     def up(self) -> list[str]:
@@ -54,12 +57,17 @@ PLACES = {
         Place(
             "aws", "s3://models/smollm2", "us-east-1", "ubuntu",
             {"capacity": "InsufficientInstanceCapacity", "quota": "VcpuLimitExceeded", "permission": "UnauthorizedOperation"},
-            ("aws_secret_access_key",), ("g6.", "g5."),
+            ("aws_secret_access_key",), "L4", ("g6.", "g5."),
         ),
         Place(
             "gcp", "gs://models/smollm2", "us-central1", "gcpuser",
             {"capacity": "ZONE_RESOURCE_POOL_EXHAUSTED", "quota": "QUOTA_EXCEEDED", "permission": "forbidden"},
-            ("gcp_client_secret", "gcp_refresh_token"), ("g2-",),
+            ("gcp_client_secret", "gcp_refresh_token"), "L4", ("g2-",),
+        ),
+        Place(
+            "azure", "az://simulated/models/smollm2", "eastus", "azureuser",
+            {"capacity": "AllocationFailed", "quota": "OperationNotAllowed", "permission": "AuthorizationFailed"},
+            ("azure_refresh_token",), "A10", ("Standard_NV36ads_A10_v5",), taken="stopped",
         ),
     )
 }  # fmt: skip

@@ -1,0 +1,62 @@
+"""What goes wrong on Azure and nowhere else: `make e2e`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deployments import PLACES, gone, simulated, status, story, up
+from running import MODEL
+from simcloud import SimCloud
+from stories_clouds import AUTOSTOP_SECONDS
+
+AZURE = PLACES["azure"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("azure")
+
+
+@pytest.fixture(scope="module")
+def sim(folder: Path) -> Iterator[SimCloud]:
+    with simulated(folder, ["azure"]) as sim:
+        yield sim
+
+
+@pytest.fixture(autouse=True)
+def no_faults(sim: SimCloud) -> Iterator[None]:
+    yield
+    sim.clear_faults()
+
+
+def test_a_locked_group_is_named_and_taken_away_once_it_is_open(sim: SimCloud) -> None:
+    with story("a lock on the resource group; down names it, and takes all away without it", "azure"):
+        up(sim, AZURE, "locked")
+        sim.fault("azure", "locked")
+        refused = sim.run(["mistralctl", "down", "locked"], check=False, timeout=300)
+        print(refused.stderr)
+        assert (refused.returncode, "ScopeLocked" in refused.stderr, "Traceback" in refused.stderr) == (8, True, False)
+        assert len(sim.instances("azure")) == 1
+        sim.clear_faults()
+        gone(sim, AZURE, "locked")
+        assert sim.groups("azure") == []
+
+
+def test_the_identity_that_skypilot_makes_ends_its_machine_and_reads_no_blobs(sim: SimCloud, folder: Path) -> None:
+    with story("SkyPilot's own identity: blobs are refused and the role is named; an idle machine takes itself away", "azure"):
+        (sim.home / ".sky" / "config.yaml").unlink()
+        refused = sim.run([*AZURE.up, "--name", "plain"], check=False, timeout=600)
+        print(refused.stderr)
+        assert (refused.returncode, "Storage Blob Data Reader" in refused.stderr) == (9, True)
+        gone(sim, AZURE, "plain")
+        command = ["mistralctl", "up", MODEL, "--cloud", "azure", "--weights", f"file://{folder}/weights", "--name", "plain"]
+        sim.run([*command, "--idle", "1m"], timeout=600)
+        deadline = time.monotonic() + 60 + AUTOSTOP_SECONDS
+        while sim.groups("azure") and time.monotonic() < deadline:
+            time.sleep(1)
+        assert (sim.groups("azure"), sim.instances("azure"), sim.volumes("azure")) == ([], [], [])
+        assert status(sim, "plain")["state"] == "lost"
+        gone(sim, AZURE, "plain")

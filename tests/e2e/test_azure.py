@@ -1,0 +1,103 @@
+"""The main job on a simulated Azure: the real SkyPilot, a node of its own, weights from az://, vLLM, an answer, and down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from simcloud import SimCloud
+from simcloud.arm.identity import LAPTOP
+
+AZURE = PLACES["azure"]
+
+
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
+    with simulated(tmp_path_factory.mktemp("azure"), ["azure"]) as sim:
+        yield sim
+
+
+@pytest.fixture(scope="module")
+def served(sim: SimCloud) -> dict[str, Any]:
+    return up(sim, AZURE, "served")
+
+
+def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
+    assert (served["action"], served["cloud"]) == ("started", "azure")
+    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
+    assert "Paris" in ask(sim, "served")
+    [instance] = sim.instances("azure")
+    for port in (8000, 80, 443):
+        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
+    one = status(sim, "served")
+    assert (one["state"], one["region"], one["machine"]) == ("up", instance.region, instance.type)
+    assert one["launcher"]["engine"]["class"] == CLASS
+    assert one["launcher"]["canary"]["state"] == "verified"
+    assert 0 < one["cost"] < one["price"]
+    assert instance.tags["mistralctl-name"] == "served"
+
+
+def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud, served: dict[str, Any]) -> None:
+    read = [event for event in sim.journal("azure") if str(event.get("action")).endswith("/blobs/read")]
+    assert read
+    assert LAPTOP not in {event["who"] for event in read}
+    key = Path(served["key_file"]).read_text().strip()
+    assert secrets_on_node(sim, AZURE, "served", key) == ["/home/ubuntu/.mistralctl/run/served/secrets.json"]
+    # What the node has of Azure it has from its own sign-in.
+    signed_in = json.loads(on_node(sim, "served", "~/skypilot-runtime/bin/az account show"))
+    assert signed_in["user"] == {"assignedIdentityInfo": "MSI", "name": "systemAssignedIdentity", "type": "servicePrincipal"}
+    assert LAPTOP not in on_node(sim, "served", "cat ~/.azure/*.json")
+
+
+def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
+    [before] = sim.instances("azure")
+    changed = up(sim, AZURE, "served", "--max-model-len", "2048")
+    assert (changed["action"], changed["base_url"]) == ("replaced", served["base_url"])
+    [after] = sim.instances("azure")
+    assert after.id == before.id
+    assert status(sim, "served")["launcher"]["engine"]["max_model_len"] == 2048
+
+
+def test_down_sees_a_deletion_through_that_fails_after_it_was_accepted(sim: SimCloud, served: dict[str, Any]) -> None:
+    sim.fault("azure", "late_failure")
+    refused = sim.run(["mistralctl", "down", "served"], check=False, timeout=300)
+    assert refused.returncode == 8
+    print(refused.stderr)
+    assert "ResourceGroupDeletionBlocked" in refused.stderr
+    assert sim.instances("azure")[0].id in refused.stderr
+    sim.clear_faults()
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout.startswith("served ")
+    assert (sim.groups("azure"), sim.instances("azure"), sim.volumes("azure")) == ([], [], [])
+    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
+
+
+def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
+    sim.fault("azure", "capacity", region="eastus")
+    sim.fault("azure", "quota", region="westus2")
+    sim.fault("azure", "permission", region="westus3")
+    refused = sim.run([*AZURE.up, "--name", "refused"], check=False, timeout=600)
+    sim.clear_faults()
+    assert refused.returncode == 8
+    print(refused.stderr)
+    assert "no cloud gave a machine" in refused.stderr
+    for line in (
+        "eastus             capacity   AllocationFailed",
+        "westus2            quota      OperationNotAllowed: standardDSv5Family",
+        "westus3            permission AuthorizationFailed: Microsoft.Compute/virtualMachines/write",
+    ):
+        assert line in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sim.instances("azure") == []
+    assert status(sim, "refused")["state"] == "down"
+
+
+def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
+    copy = "az://simulated/models/copy"
+    done = json.loads(sim.run(["mistralctl", "weights", "mirror", AZURE.weights, copy, "-o", "json"], timeout=400).stdout)
+    assert (done["source"], done["target"], done["cloud"]) == (AZURE.weights, copy, "azure")
+    assert sim.instances("azure") == []
+    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
