@@ -56,6 +56,19 @@ class Cli:
         return [process for process in found if process.pid != os.getpid()]
 
 
+def launchers(below: Path, name: str) -> list[psutil.Process]:
+    """The launchers of a deployment on simulated nodes whose disks lie below this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("MISTRALCTL_NAME") == name and process.cmdline()[-1:] == ["vllm_mistral.serve"]
+            if ours and f"upperdir={below}/" in Path(f"/proc/{process.pid}/mountinfo").read_text():
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
 def share_node(home: Path) -> Path:
     """Lets a home folder use the environments and weights that the user's own home has (or will have)."""
     node, own = home / "node", state.home() / "node"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 from deployments import ASK, CLASS, simulated
+from mistralctl import state
 from roles import forbidden
-from running import MODEL
+from running import MODEL, launchers
+from secrets_search import Processes, in_files
 from simcloud import SimCloud
 
 WEIGHTS = "s3://models/smollm2"
@@ -30,9 +33,9 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     assert forbidden(sim.journal("aws"), "node", "aws-node") == set()
 
 
-def up(sim: SimCloud, *options: str) -> dict[str, Any]:
+def up(sim: SimCloud, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     """The JSON result of an `up` that works."""
-    done: dict[str, Any] = json.loads(sim.run([*UP, *options, "-o", "json"], timeout=600).stdout)
+    done: dict[str, Any] = json.loads(sim.run([*UP, *options, "-o", "json"], timeout=600, env=env).stdout)
     return done
 
 
@@ -46,8 +49,24 @@ def outside(sim: SimCloud, *words: str, given: str | None = None) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(sim: SimCloud) -> dict[str, Any]:
-    return up(sim, "--name", "served")
+def planted(sim: SimCloud) -> dict[str, str]:
+    """Secrets that can be told from everything else: a key in the file where mistralctl keeps it, and a token for the hub."""
+    key = f"mctl-planted-{secrets.token_urlsafe(32)}"
+    state.write_private(sim.home / ".mistralctl" / "deployments" / "served" / "api_key", f"{key}\n")
+    return {"key": key, "token": f"hf_planted{secrets.token_hex(16)}", "cloud": sim.credentials["aws_secret_access_key"]}
+
+
+@pytest.fixture(scope="module")
+def processes(planted: dict[str, str]) -> Iterator[Processes]:
+    """Every process on laptop and node, from before `up` on."""
+    found = Processes(planted).start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def served(sim: SimCloud, planted: dict[str, str], processes: Processes) -> dict[str, Any]:
+    return up(sim, "--name", "served", env={"HF_TOKEN": planted["token"]})
 
 
 def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -91,19 +110,55 @@ def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: di
     assert instance.tags["mistralctl-name"] == "served"
 
 
-def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
-    key = Path(served["key_file"]).read_text().strip()
-    cloud_key = sim.credentials["aws_secret_access_key"]
-    search = f"sudo grep -rlsF -e '{key}' -e '{cloud_key}' /home /root /tmp /run/user /var/log /etc --exclude-dir=envs || true"
-    # The search itself stands in the shell's history of this session and in nothing else.
-    found = [path for path in on_node(sim, "served", search).split() if not path.endswith(".bash_history")]
-    assert found == ["/home/ubuntu/.mistralctl/run/served/secrets.json"]
-    assert on_node(sim, "served", "stat -c %a ~/.mistralctl/run/served/secrets.json").strip() == "600"
-    arguments = on_node(sim, "served", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
-    assert "vllm_mistral.serve" in arguments
-    assert key not in arguments
-    kept = [path for path in sim.home.rglob("*") if path.is_file() and key in path.read_text("utf-8", "ignore")]
-    assert kept == [Path(served["key_file"])]
+def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(
+    sim: SimCloud, served: dict[str, Any], planted: dict[str, str], processes: Processes
+) -> None:
+    """Everything that `up` wrote, on laptop and node, and every process's arguments and environment."""
+    assert Path(served["key_file"]).read_text().strip() == planted["key"]
+    sim.fault("aws", "credentials")
+    try:
+        debug = sim.run(
+            ["mistralctl", "--debug", *UP[1:], "--name", "refused"], check=False, timeout=300, env={"HF_TOKEN": planted["token"]}
+        )
+    finally:
+        sim.clear_faults()
+    assert "Traceback" in debug.stderr
+    [instance] = sim.instances("aws")
+    node = sim.root / "aws" / "nodes" / instance.id
+    root = Path(f"/proc/{launchers(sim.root, 'served')[0].pid}/root")
+    # `control` makes sure that the search finds what is there: SkyPilot keeps the task with this hash, also encoded.
+    sought = planted | {"control": json.loads(receipt_file(sim).read_text())["task"]["envs"]["MISTRALCTL_SERVING_ID"]}
+    laptop = in_files([sim.home, sim.root / "tmp", sim.root / "runs"], sought)
+    there = in_files([node, root / "run", root / "dev" / "shm"], sought)
+    print(f"secrets: {laptop.files} files with {laptop.bytes:,} bytes on the laptop, {there.files} with {there.bytes:,} on the node, "
+          f"{processes.seen} processes")  # fmt: skip
+    run = Path("home/ubuntu/.mistralctl/run/served/secrets.json")
+    assert there.hits["key"] == [node / "upper" / run]
+    assert there.hits["token"] == there.hits["cloud"] == []
+    assert [path for path in laptop.hits["key"] if not is_printed_env(path)] == [Path(served["key_file"])]
+    assert laptop.hits["token"] == []
+    assert laptop.hits["cloud"] == [sim.home / ".aws" / "credentials"]
+    for path in (node / "upper" / run, Path(served["key_file"]), receipt_file(sim)):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in laptop.hits["control"]} >= {"record.json", "receipt.json"}
+    assert [path for path in laptop.hits["control"] if path.is_relative_to(sim.home / ".sky") and ".db" in path.name]
+    assert there.hits["control"]
+    assert processes.seen > 100
+    assert processes.arguments == set()
+    # What was given to `up` in a variable is in its own process (and in that of this test which starts it), and goes no further.
+    assert {name for name, _ in processes.environments} == {"token"}
+    assert all(" up " in command for _, command in processes.environments)
+    dry = sim.run([*UP, "--name", "served", "--dry-run"], env={"HF_TOKEN": planted["token"]}).stdout
+    assert not [secret for secret in planted.values() if secret in dry or secret in str(instance.tags)]
+
+
+def receipt_file(sim: SimCloud) -> Path:
+    return sim.home / ".mistralctl" / "deployments" / "served" / "receipt.json"
+
+
+def is_printed_env(path: Path) -> bool:
+    """Whether it is what `mistralctl env` printed, which is the key on purpose."""
+    return path.parent.name == "runs" and path.read_text().startswith("export OPENAI_BASE_URL=")
 
 
 def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -164,7 +219,7 @@ def test_a_machine_that_is_taken_is_said_plainly_and_brought_back(sim: SimCloud,
     assert after.id != before.id
 
 
-def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any]) -> None:
+def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any], planted: dict[str, str]) -> None:
     before = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
     [instance] = [one for one in sim.instances("aws", gone=True) if one.tags["mistralctl-name"] == "served"][-1:]
@@ -180,6 +235,8 @@ def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any]) -> None:
     assert sim.instances("aws") == []
     assert sim.volumes("aws") == []
     assert sim.run(["pgrep", "-f", "mistralctl.runtime.tunnel"], check=False).stdout == ""
+    left = in_files([sim.home, sim.root / "tmp", sim.root / "aws"], planted)
+    assert (left.hits["key"], left.hits["token"]) == ([Path(served["key_file"])], [])
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
 
 
