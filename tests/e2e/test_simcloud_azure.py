@@ -146,7 +146,8 @@ def test_faults_have_the_codes_of_azure(sim: SimCloud) -> None:
         assert code in by_hand(sim, "refused", *options)
         assert [one for one in sim.instances("azure") if one.state != "Failed"] == []
         sim.clear_faults()
-    signed_in.write_text(before)  # as `az login` does: the CLI forgets a token that was refused, and keeps the refusal for a minute
+    # As `az login` does: the CLI forgets a token that was refused, and keeps the refusal for a minute.
+    signed_in.write_text(before)
     (signed_in.parent / "msal_http_cache.bin").unlink()
     sim.run(["az", "group", "delete", "-y", "-n", "refused"], timeout=60)
     wait_until_empty(sim)
