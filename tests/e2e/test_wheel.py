@@ -69,7 +69,7 @@ def test_its_weights_tool_is_the_one_that_it_carries(installed: Cli, tmp_path: P
     installed("weights", "mirror", f"file://{source}", f"file://{tmp_path}/target", "--here")
     assert installed("weights", "verify", f"{tmp_path}/target").stdout.endswith(": 2 of 2 files proven, 5,002 bytes read\n")
     error = installed("weights", "ls", "s3://bucket/x", code=6).stderr
-    assert error == "mistralctl: s3:// needs the package boto3; pip install 'mistralctl[aws]'\n"
+    assert error == "mistralctl: s3:// needs the package botocore; pip install 'mistralctl[aws]'\n"
 
 
 def test_it_serves_on_this_machine(installed: Cli) -> None:
