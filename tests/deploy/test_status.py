@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from mistralctl import state
+from mistralctl.clouds import Part
 from mistralctl.commands import status
+from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import ssh
 from mistralctl.runtime.ssh import Address
 from mistralctl.state import Record
@@ -98,7 +100,11 @@ def test_skypilot_is_asked_where_the_cloud_cannot_be_listed_or_the_place_is_not_
     remember("launching", state="starting", region="")
     status.run(None)
     assert asked == ["launching"]
-    monkeypatch.setattr(status, "listing", lambda cloud: None)
+
+    def refuses(*_: Any) -> list[Part]:
+        raise UserError("AWS refused", Exit.CLOUD)
+
+    monkeypatch.setattr("mistralctl.clouds.aws.ours", refuses)
     asked.clear()
     status.run("here")
     assert asked == ["here"]

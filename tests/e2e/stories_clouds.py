@@ -16,6 +16,7 @@ import tiny
 from deployments import PLACES, Place, gone, on_node, simulated, status, story, up
 from mistralctl.task import NODE_PYTHON, environment_id
 from simcloud import SimCloud
+from vllm_mistral.tls import self_signed
 
 AUTOSTOP_SECONDS = 5 * 60 + 180  # SkyPilot looks once a minute, and takes its time to terminate
 
@@ -105,6 +106,38 @@ def test_a_server_that_dies_leaves_exactly_what_it_said(sim: SimCloud, place: Pl
         assert up(sim, place, "dies")["action"] == "started"
         assert "vLLM ended with code" in Path(result["log"]).with_name("serve.before.log").read_text()
         gone(sim, place, "dies")
+
+
+def test_a_public_server_shows_the_users_certificate_to_the_networks_that_are_allowed(
+    sim: SimCloud, place: Place, tmp_path: Path
+) -> None:
+    with story("--public --cert --allow: the user's certificate, the firewall's rule narrowed, then widened", place.cloud):
+        cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+        for path, text in zip((key, cert), self_signed(["llm.example.org"]), strict=True):
+            path.write_text(text)
+        options = ["--public", "--cert", str(cert), "--key", str(key)]
+        result = up(sim, place, "public", *options, "--allow", "127.0.0.0/24")
+        assert (result["base_url"], result["gate"]["routes"] > 20) == ("https://llm.example.org:8000/v1", True)
+        [instance] = sim.instances(place.cloud)
+        assert instance.address
+
+        def reachable() -> list[list[str]]:
+            return [rule["ports"]["8000"] for rule in sim.firewalls(place.cloud) if "8000" in rule["ports"]]
+
+        assert reachable() == [["127.0.0.0/24"]]
+        assert sim.run(["mistralctl", "chat", "public", "-m", "Hello"], timeout=120).stdout.strip()
+        named = [
+            "--cacert",
+            str(cert),
+            "--resolve",
+            f"llm.example.org:8000:{instance.address}",
+            "https://llm.example.org:8000/health",
+        ]
+        assert sim.run(["env", "-u", "CURL_CA_BUNDLE", "curl", "-sSf", *named], timeout=60).returncode == 0
+        assert up(sim, place, "public", *options)["action"] == "replaced"
+        assert [network for networks in reachable() for network in networks] == ["0.0.0.0/0"]
+        gone(sim, place, "public")
+        assert reachable() == []
 
 
 def gpu(place: Place) -> list[str]:

@@ -108,25 +108,17 @@ class Listing(Protocol):
     def ours(self, owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
         """Machines that are not gone, and disks, addresses and interfaces without one, with our labels; `owner` None: everybody's."""
 
+    def identity(self) -> str:
+        """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
+
     def delete(self, parts: Sequence[Part]) -> None:
         """Asks the cloud to take these away; what is gone already is no error. `ours` says when they are gone."""
 
     def relabel(self, part: Part, labels: Mapping[str, str]) -> None:
         """Sets these labels of a machine and leaves its others as they are."""
 
-
-class Firewall(Protocol):
-    """What the module of a cloud may offer besides."""
-
     def narrow(self, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
         """Lets a port of a deployment's machines be reached from these networks and from nowhere else."""
-
-
-class Account(Protocol):
-    """What the module of a cloud may offer besides."""
-
-    def identity(self) -> str:
-        """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
 
 
 # USD for a GiB of the disks that SkyPilot asks for, a month. AWS: EBS, gp3, us-east-1; GCP: balanced persistent disk, us-central1
@@ -137,24 +129,6 @@ DISK_PRICES = {"aws": 0.08, "gcp": 0.10, "azure": 0.154}
 ADDRESS_PRICES = {"aws": 0.005}
 
 
-def narrow(cloud: str, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> bool:
-    """Narrows a cloud's firewall, where its module can; False where the guard alone knows who may ask."""
-    module = listing(cloud)
-    if module is None or not hasattr(module, "narrow"):
-        return False
-    cast(Firewall, module).narrow(owner, name, region, port, networks)
-    return True
-
-
-def account(cloud: str) -> Account | None:
-    """The module that asks a cloud who this laptop is; None where there is none yet."""
-    module = listing(cloud)
-    return cast(Account, module) if hasattr(module, "identity") else None
-
-
-def listing(cloud: str) -> Listing | None:
-    """The module that asks a cloud what of ours it has; None where there is none yet."""
-    try:
-        return cast(Listing, import_module(f"mistralctl.clouds.{cloud}"))
-    except ModuleNotFoundError:
-        return None
+def listing(cloud: str) -> Listing:
+    """The module that asks a cloud what of ours it has."""
+    return cast(Listing, import_module(f"mistralctl.clouds.{cloud}"))

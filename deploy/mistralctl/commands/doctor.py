@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistralctl import node, state
-from mistralctl.clouds import CLOUDS, account
+from mistralctl.clouds import CLOUDS, listing
 from mistralctl.errors import UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import this_machine
@@ -103,9 +103,7 @@ def _ask(cloud: str) -> list[Check]:
             raise UserError(why)
         return "enabled"
 
-    module = account(cloud)
-    identity = [] if module is None else [_asked("identity", cloud, module.identity)]
-    return [*identity, _asked("machines", cloud, enabled)]
+    return [_asked("identity", cloud, listing(cloud).identity), _asked("machines", cloud, enabled)]
 
 
 def run(clouds: Sequence[str] = ()) -> Doctor:

@@ -26,15 +26,13 @@ class DownResult:
     was: str
 
 
-def _gone(record: Record, known: bool) -> None:
+def wait_until_gone(record: Record, *, promised: bool) -> None:
     """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come.
 
-    What SkyPilot does not take away is deleted here: what outlived its machine, and the machine too if SkyPilot has forgotten it
-    (`known` is False) or was promised a deletion that does not come.
+    What SkyPilot does not take away is deleted here: what outlived its machine, and the machine too if SkyPilot has not
+    `promised` to delete it or has promised what does not come.
     """
     module = listing(record.cloud)
-    if module is None:
-        return
     began, asked = time.monotonic(), set[str]()
     while left := module.ours(owner(os.environ), record.name, [record.region] if record.region else None):
         rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
@@ -45,10 +43,8 @@ def _gone(record: Record, known: bool) -> None:
                 "or delete them by hand",
                 Exit.CLOUD, rows,
             )  # fmt: skip
-        promised = "machine" if known and waited < PROMISE_SECONDS else ""
-        alone = [
-            part for part in left if part.id not in asked and part.kind != promised and part.state.lower() not in GOING
-        ]  # fmt: skip
+        others = "machine" if promised and waited < PROMISE_SECONDS else ""
+        alone = [part for part in left if part.id not in asked and part.kind != others and part.state.lower() not in GOING]
         try:
             module.delete(alone)
         except UserError as error:
@@ -63,7 +59,7 @@ def _cloud(record: Record) -> DownResult:
     ssh.end_tunnel(record.pid, record.pid_started)
     there = sky.down(record.cluster, state.folder(record.name) / "down.log")
     if there or record.state != "down":
-        _gone(record, there)
+        wait_until_gone(record, promised=there)
     state.save(replace(record, state="down", pid=None, pid_started=None))
     ssh.config_file(record.name).unlink(missing_ok=True)
     return DownResult(record.name, "up" if there else "down")

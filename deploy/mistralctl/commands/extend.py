@@ -37,8 +37,6 @@ def lifetime_label(part: Part, until: float | None) -> str:
 def tell_cloud(record: Record, until: float | None) -> int:
     """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
     module = listing(record.cloud)
-    if module is None:
-        return 0
     found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
     machines = [part for part in found if part.kind == "machine"]
     for part in machines:

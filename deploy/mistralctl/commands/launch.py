@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from mistralctl import certificates, endpoint, gate, phases, readiness, state
-from mistralctl.clouds import LOCAL, account, narrow
-from mistralctl.commands import extend, logs
+from mistralctl.clouds import LOCAL, NotUsed, listing
+from mistralctl.commands import down, extend, logs
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -153,7 +153,7 @@ def _publish(record: Record, task: Task) -> Record:
     """A public deployment's record once its server can be reached: its certificate pinned, the cloud's firewall as asked for."""
     allowed = json.loads(task["envs"]["MISTRALCTL_ALLOW"])
     certificates.pin(record.name, rundir.read(record, f"run/{record.name}/shared/tls.crt"))
-    narrow(record.cloud, owner(os.environ), record.name, record.region, record.port, allowed or ["0.0.0.0/0"])
+    listing(record.cloud).narrow(owner(os.environ), record.name, record.region, record.port, allowed or ["0.0.0.0/0"])
     deadline = time.monotonic() + PUBLIC_SECONDS
     while not readiness.answers(record, probing=True):
         if why := readiness.refusal(record):
@@ -282,6 +282,18 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     return replace(record, setup_id=setup_id(task)), action
 
 
+def _sweep(record: Record, plan: Plan, refused: UserError) -> None:
+    """Makes sure that the attempts of a launch that came to no machine have left nothing; UserError with both tables if they have."""
+    for cloud in dict.fromkeys(option.cloud for option in plan.options):
+        try:
+            down.wait_until_gone(replace(record, cloud=cloud, region=""), promised=False)
+        except NotUsed:
+            continue
+        except UserError as error:
+            raise UserError(f"{refused}; and {error}", refused.code, f"{refused.details}\n{error.details}") from error
+    state.save(replace(record, state="down"))
+
+
 def _gate(record: Record, progress: Progress) -> tuple[Record, str]:
     """The record and an answer of a server that has passed the gate; one that has not is stopped."""
     from mistralctl.runtime import sky
@@ -355,10 +367,13 @@ def run(
     except UserError as error:
         left = state.known(plan.name)
         ssh.end_tunnel(left.pid, left.pid_started)
-        if error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False):
-            state.save(replace(record, state="down"))
-        if error.code == Exit.CLOUD and (who := account(record.cloud)) is not None:
-            who.identity()  # credentials that are refused make SkyPilot say all kinds of things; this says it plainly
+        nothing = error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False)
+        if error.code == Exit.CLOUD:
+            listing(
+                record.cloud
+            ).identity()  # credentials that are refused make SkyPilot say all kinds of things; this says it plainly
+        if nothing:
+            _sweep(record, plan, error)
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(progress.events)))
     state.save(record)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, STOPPED, Listing, NotUsed, Part, listing
+from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, STOPPED, NotUsed, Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
 from mistralctl.task import owner
@@ -43,10 +43,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """Whether a cloud was `asked`, is `not used` here, cannot be asked by this version (`no listing`), or is `unknown`; and why."""
+    """Whether a cloud was `asked`, is is `not used` here, or is `unknown`; and why."""
 
     cloud: str
-    state: Literal["asked", "not used", "no listing", "unknown"]
+    state: Literal["asked", "not used", "unknown"]
     why: str = ""
 
 
@@ -90,12 +90,8 @@ def judge(part: Part, now: float, with_machine: Collection[str] = ()) -> str:
 
 
 def _ask(cloud: str, asked: str | None) -> tuple[Asked, list[Part]]:
-    module = listing(cloud)
-    if module is None:
-        why = "reap cannot ask it yet; look at its console for the label mistralctl-owner"
-        return Asked(cloud, "no listing", why), []
     try:
-        return Asked(cloud, "asked"), module.ours(asked)
+        return Asked(cloud, "asked"), listing(cloud).ours(asked)
     except NotUsed as error:
         return Asked(cloud, "not used", str(error)), []
     except UserError as error:
@@ -104,7 +100,7 @@ def _ask(cloud: str, asked: str | None) -> tuple[Asked, list[Part]]:
 
 def _delete(due: Sequence[Part], asked: str | None) -> None:
     """Deletes these and waits until the clouds do not list them any more; UserError if some of it stays."""
-    modules: dict[str, Listing] = {part.cloud: module for part in due if (module := listing(part.cloud)) is not None}
+    modules = {part.cloud: listing(part.cloud) for part in due}
     for cloud, module in modules.items():
         module.delete([part for part in due if part.cloud == cloud])
     wanted, deadline = {part.id for part in due}, time.monotonic() + GONE_SECONDS

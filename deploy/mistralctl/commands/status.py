@@ -12,7 +12,7 @@ from typing import Any
 from mistralctl import readiness, state
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.commands import logs
-from mistralctl.errors import Exit, UserError
+from mistralctl.errors import UserError
 from mistralctl.state import Record
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
@@ -92,13 +92,10 @@ def _one(name: str) -> Status:
 
 def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
     """These deployments' machines by the cloud's own listing, in one question a region; UserError if it does not say."""
-    module = listing(cloud)
-    if module is None:
-        raise UserError(f"{cloud} cannot be listed", Exit.CLOUD)
     owners = {record.name: record.task.get("resources", {}).get("labels", {}).get("mistralctl-owner") for record in records}
     found: dict[str, Machine] = {}
     one_owner = next(iter(owners.values())) if len(set(owners.values())) == 1 else None
-    for part in module.ours(one_owner, None, sorted({record.region for record in records})):
+    for part in listing(cloud).ours(one_owner, None, sorted({record.region for record in records})):
         name = part.labels.get("mistralctl-name", "")
         if part.kind == "machine" and part.state.lower() not in GOING and owners.get(name) == part.labels.get("mistralctl-owner"):
             found[name] = Machine(part.place, part.state.lower() in STOPPED, part.created)

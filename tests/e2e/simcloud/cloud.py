@@ -44,7 +44,7 @@ class Cloud(ABC):
 
     @abstractmethod
     def firewalls(self) -> list[dict[str, Any]]:
-        """Security groups, firewall rules; `ports`: what they open to the whole world."""
+        """Security groups, firewall rules; `ports`: what they open to others than their own network, and to which networks."""
 
     @abstractmethod
     def preempt(self, id: str) -> None:

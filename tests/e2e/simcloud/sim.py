@@ -244,7 +244,8 @@ class SimCloud:
         return found
 
     def firewalls(self, cloud: str) -> list[dict[str, Any]]:
-        """The security groups or rules that the cloud lists, the default ones among them; `ports`: those open to the world."""
+        """The security groups or rules that the cloud lists, the default ones among them; `ports`: what each opens to others than
+        its own network, with the networks."""
         found: list[dict[str, Any]] = self._call(cloud, "firewalls")
         return found
 

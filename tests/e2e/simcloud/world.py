@@ -21,12 +21,13 @@ READY = "ready"
 
 
 def own_tmp(root: Path) -> None:
-    """A /tmp of its own, in which the test's own folders stay where they are."""
+    """A /tmp of its own, in which the test's own folders, the checkout and the home folder stay where they are."""
     tmp = root / "tmp"
+    kept = (root, Path(__file__), Path(sys.prefix), Path.home())
     tmp.mkdir(exist_ok=True)
     tmp.chmod(0o1777)
     for folder in Path("/tmp").iterdir():
-        if folder.is_dir() and (root.is_relative_to(folder) or folder.name.startswith("pytest-of-")):
+        if folder.is_dir() and (any(path.is_relative_to(folder) for path in kept) or folder.name.startswith("pytest-of-")):
             (tmp / folder.name).mkdir(exist_ok=True)
             linux.bind(folder, tmp / folder.name)
     linux.mount(tmp, "/tmp", flags=linux.BIND | linux.RECURSIVE)

@@ -171,7 +171,7 @@ class Amazon(Cloud):
     def firewalls(self) -> list[dict[str, Any]]:
         return [
             {
-                "id": one.id, "name": one.name, "region": region.region_name, "ports": sorted(open_ports([one])), "tags": tags_of(one),
+                "id": one.id, "name": one.name, "region": region.region_name, "ports": open_ports([one]), "tags": tags_of(one),
             }
             for region in self.regions() for groups in list(region.groups.values()) for one in list(groups.values())
         ]  # fmt: skip
@@ -202,7 +202,7 @@ class Amazon(Cloud):
         groups = {group.id: group for group in instance.security_groups}
         for interface in list(instance.nics.values()):
             groups |= {group.id: group for group in interface.group_set}
-        return open_ports(list(groups.values()))
+        return set(open_ports(list(groups.values())))
 
     def ended(self, id: str, status: int) -> None:
         """Amazon stops or terminates an instance that powers itself off, not one that crashed."""
@@ -229,13 +229,15 @@ def tags_of(resource: Any) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in resource.get_tags()}
 
 
-def open_ports(groups: list[Any]) -> set[int]:
-    """TCP ports that somebody outside may reach: from which networks is not enforced."""
-    found: set[int] = set()
+def open_ports(groups: list[Any]) -> dict[int, list[str]]:
+    """TCP ports that somebody outside may reach, and from which networks, which is told and not enforced."""
+    found: dict[int, list[str]] = {}
     for group in groups:
         for rule in group.ingress_rules:
             if str(rule.ip_protocol) in ("tcp", "6") and rule.ip_range and rule.from_port:
-                found |= set(range(int(rule.from_port), min(int(rule.to_port), int(rule.from_port) + 999) + 1))
+                networks = [rule.ip_range.get("CidrIp") or rule.ip_range["CidrIpv6"]]
+                for port in range(int(rule.from_port), min(int(rule.to_port), int(rule.from_port) + 999) + 1):
+                    found[port] = sorted({*found.get(port, []), *networks})
     return found
 
 

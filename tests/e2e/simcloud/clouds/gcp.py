@@ -117,16 +117,19 @@ def needs(instance: Resource) -> dict[str, int]:
     return found
 
 
-def open_ports(rules: list[Resource]) -> set[int]:
-    """TCP ports that the whole world may reach; of a range, the first thousand."""
-    found: set[int] = set()
+def open_ports(rules: list[Resource]) -> dict[int, list[str]]:
+    """TCP ports that somebody outside may reach, and from which networks, which is told and not enforced; of a range, the first
+    thousand."""
+    found: dict[int, list[str]] = {}
     for rule in rules:
-        if rule["disabled"] or rule["direction"] != "INGRESS" or "0.0.0.0/0" not in rule.get("sourceRanges", []):
+        outside = [network for network in rule.get("sourceRanges", []) if not network.startswith("10.")]
+        if rule["disabled"] or rule["direction"] != "INGRESS" or not outside:
             continue
         for allowed in rule.get("allowed", []):
             for ports in allowed.get("ports", []) if allowed["IPProtocol"] in ("tcp", "6") else []:
                 low, _, high = ports.partition("-")
-                found |= set(range(int(low), min(int(high or low), int(low) + 999) + 1))
+                for port in range(int(low), min(int(high or low), int(low) + 999) + 1):
+                    found[port] = sorted({*found.get(port, []), *outside})
     return found
 
 
@@ -189,7 +192,7 @@ class Google(Cloud):
 
     def firewalls(self) -> list[dict[str, Any]]:
         return [
-            {"id": rule["name"], "name": rule["name"], "ports": sorted(open_ports([rule])), "tags": rule.get("targetTags", [])}
+            {"id": rule["name"], "name": rule["name"], "ports": open_ports([rule]), "tags": rule.get("targetTags", [])}
             for rule in list(self.resources["firewalls"].values())
         ]
 
@@ -270,7 +273,7 @@ class Google(Cloud):
         networks = {one["network"] for one in instance["networkInterfaces"]}
         tags = set(instance["tags"].get("items", []))
         rules = [rule for rule in list(self.resources["firewalls"].values()) if rule["network"] in networks]
-        return open_ports([rule for rule in rules if not rule.get("targetTags") or tags & set(rule["targetTags"])])
+        return set(open_ports([rule for rule in rules if not rule.get("targetTags") or tags & set(rule["targetTags"])]))
 
     # quotas: unlike on the other clouds, they refuse what goes beyond them
 
