@@ -86,6 +86,35 @@ def test_the_clouds_own_listing_decides_without_skypilot(ec2: Any, monkeypatch: 
     assert found["ended"].cost is None
 
 
+@pytest.mark.parametrize(
+    ("said", "now", "why"),
+    [
+        ("", "lost", "its machine is there without a server of ours; run up again"),
+        ("{broken", "lost", "its machine is there without a server of ours; run up again"),
+        ('{"state": "engine", "serving_id": "id"}', "starting", ""),
+        ('{"state": "ready", "serving_id": "id"}', "up", "its tunnel is not open; run mistralctl connect runs"),
+        (
+            '{"state": "ready", "serving_id": "other"}',
+            "up",
+            "another task than this laptop's last up runs on its machine; run up again",
+        ),
+        ('{"state": "failed", "error": {"message": "vLLM ended with code 1"}}', "failed", "vLLM ended with code 1"),
+        ('{"state": "stopped", "ended_because": "idle"}', "lost", "its server ended (idle)"),
+    ],
+)
+def test_what_the_launcher_says_on_its_machine(
+    ec2: Any, monkeypatch: pytest.MonkeyPatch, said: str, now: str, why: str
+) -> None:  # fmt: skip
+    remember("runs")
+    rent(ec2, "runs")
+    monkeypatch.setattr(ssh, "read_status", lambda name, seconds: said)
+    kept: list[str] = []
+    monkeypatch.setattr(status.logs, "keep", lambda record: kept.append(record.name))
+    [one] = status.run("runs")
+    assert (one.state, one.why.startswith(why), bool(one.why)) == (now, True, bool(why))
+    assert kept == (["runs"] if "ended" in why else [])
+
+
 def test_skypilot_is_asked_where_the_cloud_cannot_be_listed_or_the_place_is_not_known(
     ec2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
