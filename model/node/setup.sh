@@ -95,9 +95,12 @@ set +m
 cloud_job=$!
 trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
 
-last_error() { # PHASE: the last line that it wrote to standard error
+last_error() { # PHASE: the last line that it wrote to standard error; where that is uv's last cause, its error and that
   sleep 0.2 # until tee has written it
-  grep -v '^ *$' "$errors/$1" | tail -n 1
+  awk '/[^ ]/ { last = $0 }
+    /^error: / { error = substr($0, 8); cause = "" }
+    /^ +cause: / { cause = $0; sub(/^ +cause/, "", cause) }
+    END { print last ~ /^error: |^ +cause: / ? error cause : last }' "$errors/$1"
 }
 
 wait "$environment_job" || {

@@ -15,7 +15,7 @@ NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
 
 
-def set_up(tmp_path: Path, smi: str | None) -> subprocess.CompletedProcess[str]:
+def set_up(tmp_path: Path, smi: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
     """The real setup.sh on a machine whose nvidia-smi prints this (None: that has none), weights in a folder."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -26,7 +26,7 @@ def set_up(tmp_path: Path, smi: str | None) -> subprocess.CompletedProcess[str]:
     envs = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text())["envs"]
     (tmp_path / "weights").mkdir()
     envs |= {"MISTRALCTL_NODE_DIR": str(tmp_path / "node"), "MISTRALCTL_WEIGHTS": f"file://{tmp_path}/weights"}
-    env = {**envs, "HOME": str(tmp_path), "PATH": f"{programs}:{os.defpath}", "UV_OFFLINE": "1"}
+    env = {**envs, "HOME": str(tmp_path), "PATH": f"{programs}:{os.defpath}", "UV_OFFLINE": "1", **variables}
     return subprocess.run(["bash", str(NODE / "setup.sh")], env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -44,6 +44,25 @@ def test_a_driver_that_is_too_old_is_named_before_anything_is_installed(tmp_path
     assert '"phase": "environment", "event": "fail", "at": ' in done.stdout
     assert done.stdout.splitlines()[-1].endswith(f'"message": "{line}"}}')
     assert not list((tmp_path / "node" / "envs").glob("cuda-*/bin"))
+
+
+def test_a_failed_download_is_tried_three_times_and_named(tmp_path: Path) -> None:
+    nobody = {"UV_OFFLINE": "0", "UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple", "UV_HTTP_RETRIES": "0", "UV_FIND_LINKS": ""}
+    done = set_up(
+        tmp_path,
+        "580.65.06",
+        **nobody,
+        UV_CACHE_DIR=str(tmp_path / "cache"),
+        MISTRALCTL_PYTHON=sys.executable,
+        MISTRALCTL_ENGINE="cuda",
+    )
+    assert done.returncode != 0
+    tries = [line for line in done.stderr.splitlines() if line.startswith("attempt ")]
+    assert {"attempt 1 of 3 failed; once more in 5 s", "attempt 2 of 3 failed; once more in 10 s"} == set(tries)
+    [said] = [line for line in done.stdout.splitlines() if '"environment", "event": "fail"' in line]
+    assert "the environment of vLLM could not be installed (Failed to fetch: http://127.0.0.1:9/simple/" in said
+    assert "refused" in said
+    assert "check the network and the free disk space, then run up again" in said
 
 
 @pytest.mark.parametrize(
