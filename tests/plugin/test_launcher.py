@@ -87,6 +87,21 @@ def test_another_model_is_named_from_inside_the_engine(node_dir: Path) -> None:
         failed(launcher, Code.ENGINE, "hidden_act in the configuration is not Mistral 7B's")
 
 
+def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: Path) -> None:
+    with launched(node_dir) as launcher:
+        servers: list[psutil.Process] = []
+        while not servers:
+            below = psutil.Process(launcher.process.pid).children(recursive=True)
+            servers = [process for process in below if "vllm.entrypoints.cli.main" in process.cmdline()]
+            time.sleep(0.1)
+        servers[0].kill()
+        failed(
+            launcher,
+            Code.ENGINE,
+            "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full",
+        )
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_launcher_that_ends_early_leaves_nothing(node_dir: Path, sign: signal.Signals) -> None:
     with launched(node_dir) as launcher:

@@ -22,6 +22,7 @@ from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
 
 KILL_SECONDS = 10.0
+KILLED = "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full"
 NOISE = re.compile(r"^(\(\w+[^)]*\) )?(\w+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^]]*\] )?")
 
 
@@ -108,9 +109,9 @@ class Engine:
         if self.process.poll() is not None:
             self._reader.join(timeout=5)
             check_class()
-            raise LaunchError(
-                Code.ENGINE, f"vLLM ended with code {self.process.returncode}: {cause(self.lines)}; see mistralctl logs"
-            )
+            code = self.process.returncode
+            why = KILLED if abs(code) in (9, 128 + 9) else f"vLLM ended with code {code}: {cause(self.lines)}"
+            raise LaunchError(Code.ENGINE, f"{why}; see mistralctl logs")
 
     def end(self, seconds: float) -> None:
         """Ends vLLM and all its processes: it has so many seconds to do so by itself."""
