@@ -17,7 +17,13 @@ def test_gcp_allows_what_skypilot_checks_for_and_what_we_call() -> None:
     allowed = role["includedPermissions"]
     assert allowed == sorted(set(allowed))
     needed = {*constants.GCP_MINIMAL_PERMISSIONS, *constants.VM_MINIMAL_PERMISSIONS, *constants.FIREWALL_PERMISSIONS}
-    ours = {"compute.regions.get", "compute.projects.get", "compute.disks.delete", "iam.serviceAccounts.actAs"}
+    ours = {
+        "compute.regions.get",
+        "compute.projects.get",
+        "compute.disks.delete",
+        "compute.firewalls.update",
+        "iam.serviceAccounts.actAs",
+    }
     assert needed | ours <= set(allowed)
     assert not {one for one in allowed if one.endswith(("setIamPolicy", "serviceAccounts.create", "networks.create"))}
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from deployments import PLACES, Place, gone, on_node, simulated, status, story, up
 from mistralctl.task import NODE_PYTHON, environment_id
+from roles import exceeded
 from simcloud import SimCloud
 from vllm_mistral.tls import self_signed
 
@@ -30,6 +31,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 def sim(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     with simulated(tmp_path_factory.mktemp(place.cloud), [place.cloud]) as sim:
         yield sim
+        assert exceeded(sim, place.cloud) == set()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from roles import exceeded
 from simcloud import SimCloud
 from simcloud.arm.identity import LAPTOP
 
@@ -19,6 +20,7 @@ AZURE = PLACES["azure"]
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     with simulated(tmp_path_factory.mktemp("azure"), ["azure"]) as sim:
         yield sim
+        assert exceeded(sim, "azure") == set()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from roles import exceeded
 from simcloud import SimCloud
 from test_simcloud_gcp import by_hand, call
 
@@ -20,6 +21,7 @@ NODE_ACCOUNT = "skypilot-v1@simulated-project.iam.gserviceaccount.com"
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     with simulated(tmp_path_factory.mktemp("gcp"), ["gcp"]) as sim:
         yield sim
+        assert exceeded(sim, "gcp") == set()
 
 
 @pytest.fixture(scope="module")
