@@ -32,10 +32,10 @@ def test_wrong_credentials_are_named(sim: SimCloud) -> None:
         refused = sim.run([*GCP.up, "--name", "wrong"], check=False, timeout=300)
         print(refused.stderr)
         assert refused.returncode == 8
-        assert "SkyPilot has no access to any cloud; mistralctl doctor --cloud CLOUD says" in refused.stderr
+        named = "GCP does not accept these credentials (invalid_grant: Token has been expired or revoked.)"
+        assert refused.stderr.splitlines()[-1] == f"mistralctl: {named}; run gcloud auth application-default login"
         doctor = sim.run(["mistralctl", "doctor", "--cloud", "gcp"], timeout=120).stdout
-        assert "GCP does not accept these credentials (invalid_grant: Token has been expired or revoked.)" in doctor
-        assert "Traceback" not in refused.stderr
+        assert named in doctor
         sim.clear_faults()
         gone(sim, GCP, "wrong")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.parse
 import urllib.request
 from http.client import HTTPConnection
@@ -36,7 +37,11 @@ def _post(path: str, body: bytes, kind: str) -> None:
 def put(folder: Path, url: str) -> int:
     """Uploads every file below a folder, making the bucket first; says how many."""
     where = urllib.parse.urlsplit(url)
-    _post("/storage/v1/b?project=simulated", json.dumps({"name": where.netloc}).encode(), "application/json")
+    try:
+        _post("/storage/v1/b?project=simulated", json.dumps({"name": where.netloc}).encode(), "application/json")
+    except urllib.error.HTTPError as error:
+        if error.code != 409:  # it is there
+            raise
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         key = "/".join(part for part in (where.path.strip("/"), path.relative_to(folder).as_posix()) if part)
