@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mistralctl.task import package_dir
 from running import Cli, down, share_node
+
+sys.path.append(str(package_dir("model") / "plugin"))  # its certificates need nothing of vLLM
 
 
 @pytest.fixture

