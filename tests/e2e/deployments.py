@@ -111,6 +111,40 @@ def ask(sim: SimCloud, name: str) -> str:
     return sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
 
 
+def answers_through_the_tunnel(sim: SimCloud, place: Place, served: dict[str, Any]) -> None:
+    """What holds of a deployment `served` that has just been brought up: it answers by our class, through the tunnel and nowhere else."""
+    assert (served["action"], served["cloud"]) == ("started", place.cloud)
+    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
+    assert "Paris" in ask(sim, "served")
+    [instance] = sim.instances(place.cloud)
+    for port in (8000, 80, 443):
+        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
+    one = status(sim, "served")
+    assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
+    assert one["launcher"]["engine"]["class"] == CLASS
+    assert one["launcher"]["canary"]["state"] == "verified"
+    assert 0 < one["cost"] < one["price"]
+    assert instance.tags["mistralctl-name"] == "served"
+
+
+def replaces_the_job(sim: SimCloud, place: Place, served: dict[str, Any]) -> None:
+    """A changed option of `served` needs a new server and no other machine."""
+    [before] = sim.instances(place.cloud)
+    changed = up(sim, place, "served", "--max-model-len", "2048")
+    assert (changed["action"], changed["base_url"]) == ("replaced", served["base_url"])
+    [after] = sim.instances(place.cloud)
+    assert after.id == before.id
+    assert status(sim, "served")["launcher"]["engine"]["max_model_len"] == 2048
+
+
+def mirrors(sim: SimCloud, place: Place, copy: str) -> None:
+    """Weights are copied by a machine of the cloud, which is gone afterwards."""
+    done = json.loads(sim.run(["mistralctl", "weights", "mirror", place.weights, copy, "-o", "json"], timeout=400).stdout)
+    assert (done["source"], done["target"], done["cloud"]) == (place.weights, copy, place.cloud)
+    assert sim.instances(place.cloud) == []
+    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+
+
 def gone(sim: SimCloud, place: Place, name: str) -> None:
     """Takes it down, and the cloud's own listing is empty."""
     sim.run(["mistralctl", "down", name], timeout=300)

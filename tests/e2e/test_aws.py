@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import ASK, CLASS, simulated
+from deployments import ASK, CLASS, PLACES, mirrors, simulated
 from mistralctl import state
 from roles import exceeded
 from running import MODEL, launchers
@@ -299,8 +299,4 @@ def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: 
 
 
 def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
-    copy = "s3://models/copy"
-    done = json.loads(sim.run(["mistralctl", "weights", "mirror", WEIGHTS, copy, "-o", "json"], timeout=400).stdout)
-    assert (done["source"], done["target"], done["cloud"]) == (WEIGHTS, copy, "aws")
-    assert sim.instances("aws") == []
-    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+    mirrors(sim, PLACES["aws"], "s3://models/copy")

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from deployments import (
+    PLACES,
+    answers_through_the_tunnel,
+    mirrors,
+    on_node,
+    replaces_the_job,
+    secrets_on_node,
+    simulated,
+    status,
+    up,
+)
 from roles import exceeded
 from simcloud import SimCloud
 from simcloud.arm.identity import LAPTOP
@@ -29,18 +39,7 @@ def served(sim: SimCloud) -> dict[str, Any]:
 
 
 def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
-    assert (served["action"], served["cloud"]) == ("started", "azure")
-    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
-    assert "Paris" in ask(sim, "served")
-    [instance] = sim.instances("azure")
-    for port in (8000, 80, 443):
-        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
-    one = status(sim, "served")
-    assert (one["state"], one["region"], one["machine"]) == ("up", instance.region, instance.type)
-    assert one["launcher"]["engine"]["class"] == CLASS
-    assert one["launcher"]["canary"]["state"] == "verified"
-    assert 0 < one["cost"] < one["price"]
-    assert instance.tags["mistralctl-name"] == "served"
+    answers_through_the_tunnel(sim, AZURE, served)
 
 
 def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -56,12 +55,7 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
 
 
 def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
-    [before] = sim.instances("azure")
-    changed = up(sim, AZURE, "served", "--max-model-len", "2048")
-    assert (changed["action"], changed["base_url"]) == ("replaced", served["base_url"])
-    [after] = sim.instances("azure")
-    assert after.id == before.id
-    assert status(sim, "served")["launcher"]["engine"]["max_model_len"] == 2048
+    replaces_the_job(sim, AZURE, served)
 
 
 def test_down_sees_a_deletion_through_that_fails_after_it_was_accepted(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -98,8 +92,4 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
 
 
 def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
-    copy = "az://simulated/models/copy"
-    done = json.loads(sim.run(["mistralctl", "weights", "mirror", AZURE.weights, copy, "-o", "json"], timeout=400).stdout)
-    assert (done["source"], done["target"], done["cloud"]) == (AZURE.weights, copy, "azure")
-    assert sim.instances("azure") == []
-    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+    mirrors(sim, AZURE, "az://simulated/models/copy")

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import CLASS, PLACES, ask, on_node, secrets_on_node, simulated, status, up
+from deployments import (
+    PLACES,
+    answers_through_the_tunnel,
+    mirrors,
+    on_node,
+    replaces_the_job,
+    secrets_on_node,
+    simulated,
+    status,
+    up,
+)
 from roles import exceeded
 from simcloud import SimCloud
 from test_simcloud_gcp import by_hand, call
@@ -30,18 +40,7 @@ def served(sim: SimCloud) -> dict[str, Any]:
 
 
 def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
-    assert (served["action"], served["cloud"]) == ("started", "gcp")
-    print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
-    assert "Paris" in ask(sim, "served")
-    [instance] = sim.instances("gcp")
-    for port in (8000, 80, 443):
-        assert sim.run(["curl", "-s", "-m", "3", f"http://{instance.address}:{port}/"], check=False).returncode == 7
-    one = status(sim, "served")
-    assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
-    assert one["launcher"]["engine"]["class"] == CLASS
-    assert one["launcher"]["canary"]["state"] == "verified"
-    assert 0 < one["cost"] < one["price"]
-    assert instance.tags["mistralctl-name"] == "served"
+    answers_through_the_tunnel(sim, GCP, served)
 
 
 def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -53,12 +52,7 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
 
 
 def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
-    [before] = sim.instances("gcp")
-    changed = up(sim, GCP, "served", "--max-model-len", "2048")
-    assert (changed["action"], changed["base_url"]) == ("replaced", served["base_url"])
-    [after] = sim.instances("gcp")
-    assert after.id == before.id
-    assert status(sim, "served")["launcher"]["engine"]["max_model_len"] == 2048
+    replaces_the_job(sim, GCP, served)
 
 
 def left_behind(sim: SimCloud, name: str) -> None:
@@ -117,8 +111,4 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
 
 
 def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
-    copy = "gs://models/copy"
-    done = json.loads(sim.run(["mistralctl", "weights", "mirror", GCP.weights, copy, "-o", "json"], timeout=400).stdout)
-    assert (done["source"], done["target"], done["cloud"]) == (GCP.weights, copy, "gcp")
-    assert sim.instances("gcp") == []
-    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+    mirrors(sim, GCP, "gs://models/copy")
