@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny
+from mistralctl.task import NODE_PYTHON, environment_id
 from running import MODEL
 from simcloud import SimCloud
 
@@ -143,6 +146,37 @@ def mirrors(sim: SimCloud, place: Place, copy: str) -> None:
     assert (done["source"], done["target"], done["cloud"]) == (place.weights, copy, place.cloud)
     assert sim.instances(place.cloud) == []
     assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+
+
+def gpu(place: Place) -> list[str]:
+    """The command that serves Mistral 7B on a machine with one GPU of that cloud."""
+    return ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", place.cloud, "--accelerators", place.gpu, "--name", "gpu"]
+
+
+def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None:
+    """A machine with a GPU, `gpu`, starts vLLM for Mistral 7B with exactly these words; it finds no GPU there, and says so."""
+    tiny_weights = place.weights.replace("smollm2", "tiny")
+    (folder / "tokenizer").mkdir()
+    sim.put_weights(tiny.write(folder / "tiny", folder / "tokenizer"), tiny_weights)
+    ended = sim.run([*gpu(place), "--weights", tiny_weights], check=False, timeout=600)
+    print(ended.stderr)
+    assert ended.returncode == 9
+    assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
+    assert on_node(sim, "gpu", "nvidia-smi -L").startswith(f"GPU 0: NVIDIA {place.gpu} ")
+    log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
+    [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
+    python, *arguments = shlex.split(line)
+    assert python == f"/home/{place.user}/.mistralctl/envs/{environment_id('cuda', NODE_PYTHON)}/bin/python"
+    weights = arguments.pop(3)
+    assert weights.startswith(f"/home/{place.user}/.mistralctl/weights/mistral-7b-instruct-v0.1-")
+    assert arguments == [
+        "-m", "vllm.entrypoints.cli.main", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
+        "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
+        "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
+        "--middleware", "vllm_mistral.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
+        "--max-num-batched-tokens", "1024", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
+        "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
+    ]  # fmt: skip
 
 
 def gone(sim: SimCloud, place: Place, name: str) -> None:

@@ -6,15 +6,12 @@ Each line that is printed is a row of the table: the story, the cloud, that it p
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from deployments import PLACES, Place, gone, on_node, simulated, status, story, up
-from mistralctl.task import NODE_PYTHON, environment_id
+from deployments import PLACES, Place, comes_to_the_command_line, gone, gpu, on_node, simulated, status, story, up
 from roles import exceeded
 from simcloud import SimCloud
 from vllm_mistral.tls import self_signed
@@ -142,11 +139,6 @@ def test_a_public_server_shows_the_users_certificate_to_the_networks_that_are_al
         assert reachable() == []
 
 
-def gpu(place: Place) -> list[str]:
-    """The command that serves Mistral 7B on a machine with one L4."""
-    return ["mistralctl", "up", "mistral-7b-instruct-v0.1", "--cloud", place.cloud, "--accelerators", place.gpu, "--name", "gpu"]
-
-
 def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud, place: Place) -> None:
     with story("a GPU machine type whose image has no NVIDIA driver", place.cloud):
         sim.fault(place.cloud, "no_driver")
@@ -160,28 +152,7 @@ def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud, place: 
 
 def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, place: Place, tmp_path: Path) -> None:
     with story("a GPU machine type up to the launcher's exact command line; there vLLM finds no GPU", place.cloud):
-        tiny_weights = place.weights.replace("smollm2", "tiny")
-        (tmp_path / "tokenizer").mkdir()
-        sim.put_weights(tiny.write(tmp_path / "tiny", tmp_path / "tokenizer"), tiny_weights)
-        ended = sim.run([*gpu(place), "--weights", tiny_weights], check=False, timeout=600)
-        print(ended.stderr)
-        assert ended.returncode == 9
-        assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
-        assert on_node(sim, "gpu", "nvidia-smi -L").startswith(f"GPU 0: NVIDIA {place.gpu} ")
-        log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
-        [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
-        python, *arguments = shlex.split(line)
-        assert python == f"/home/{place.user}/.mistralctl/envs/{environment_id('cuda', NODE_PYTHON)}/bin/python"
-        weights = arguments.pop(3)
-        assert weights.startswith(f"/home/{place.user}/.mistralctl/weights/mistral-7b-instruct-v0.1-")
-        assert arguments == [
-            "-m", "vllm.entrypoints.cli.main", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
-            "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
-            "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
-            "--middleware", "vllm_mistral.guard.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
-            "--max-num-batched-tokens", "1024", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
-            "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
-        ]  # fmt: skip
+        comes_to_the_command_line(sim, place, tmp_path)
         gone(sim, place, "gpu")
 
 

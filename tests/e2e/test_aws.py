@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import ASK, CLASS, PLACES, mirrors, simulated
+from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, simulated
 from mistralctl import state
 from roles import exceeded
 from running import MODEL, launchers
@@ -300,3 +300,8 @@ def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: 
 
 def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
     mirrors(sim, PLACES["aws"], "s3://models/copy")
+
+
+def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, tmp_path: Path) -> None:
+    comes_to_the_command_line(sim, PLACES["aws"], tmp_path)
+    gone(sim, PLACES["aws"], "gpu")
