@@ -64,7 +64,7 @@ _PRICE_LIMIT = re.compile(
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
 _NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
-TOLD = 8  # refusals in one line
+TOLD = 8  # regions and reasons in one line
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
     "quota": "ask the cloud for a larger quota, or use another --region",
@@ -133,9 +133,14 @@ def on_the_way(log: Path) -> str:
     rows = read([log.read_text("utf-8", "replace")]) if log.exists() else []
     if not rows:
         return ""
-    told = [f"{row.place or '?'} ({row.kind}, {row.code}{': ' + row.detail if row.detail else ''})" for row in rows[:TOLD]]
-    more = [f"and {len(rows) - TOLD} more (log: {log})"] if len(rows) > TOLD else []
-    return f"refused on the way: {', '.join([*told, *more])}"
+    zones: dict[tuple[str, str], list[str]] = {}  # of one region that refused alike
+    for row in rows:
+        region, zone = (row.place[:-1].rstrip("-"), row.place[-1]) if _ZONE.fullmatch(row.place) else (row.place or "?", "")
+        why = f"{row.kind}, {row.code}{': ' + row.detail if row.detail else ''}"
+        zones.setdefault((region, why), []).append(zone)
+    alike = [f"{' '.join([region, *filter(None, of)])} ({why})" for (region, why), of in zones.items()]
+    more = [f"and {len(alike) - TOLD} more (log: {log})"] if len(alike) > TOLD else []
+    return f"refused on the way: {', '.join([*alike[:TOLD], *more])}"
 
 
 def refused(message: str, history: Sequence[BaseException], log: Path) -> UserError:

@@ -68,13 +68,17 @@ def test_what_refused_before_a_machine_was_found(tmp_path: Path) -> None:
     log.write_text("Launching on AWS us-east-1 (us-east-1a).\nAll is well.\n")
     assert refusals.on_the_way(log) == ""
     log.write_text("".join(f"Got return code 'QUOTA_EXCEEDED' in us-east4-{zone}: Quota 'CPUS' exceeded.\n" for zone in "abc"))
-    assert refusals.on_the_way(log) == (
-        "refused on the way: us-east4-a (quota, QUOTA_EXCEEDED: CPUS), us-east4-b (quota, QUOTA_EXCEEDED: CPUS), "
-        "us-east4-c (quota, QUOTA_EXCEEDED: CPUS)"
+    assert refusals.on_the_way(log) == ("refused on the way: us-east4 a b c (quota, QUOTA_EXCEEDED: CPUS)")
+    log.write_text(
+        "".join(f"InsufficientInstanceCapacity in us-east-1{zone}\n" for zone in "ab") + "AllocationFailed in eastus2\n"
+    )
+    assert (
+        refusals.on_the_way(log)
+        == "refused on the way: us-east-1 a b (capacity, InsufficientInstanceCapacity), ? (capacity, AllocationFailed)"
     )
     with log.open("a") as file:
         file.writelines(f"(SkuNotAvailable) in asia-east{n}-a\n" for n in range(9))
-    assert refusals.on_the_way(log).endswith(f"asia-east4-a (capacity, SkuNotAvailable), and 4 more (log: {log})")
+    assert refusals.on_the_way(log).endswith(f"asia-east5 a (capacity, SkuNotAvailable), and 3 more (log: {log})")
 
 
 def test_the_error_is_one_line_and_a_table(tmp_path: Path) -> None:
