@@ -66,7 +66,7 @@ def show(root: Path, gpus: tuple[str, ...]) -> None:
     program = root / "usr" / "bin" / "nvidia-smi"
     program.write_text(_program(gpus))
     program.chmod(0o755)
-    [envs] = (root / "home").glob(f"*/{ENVS}")
+    [envs] = {found.resolve() for found in (root / "home").glob(f"*/{ENVS}")}  # one user may have two names
     cpu, cuda = (envs / environment_id(engine, NODE_PYTHON) for engine in ("cpu", "cuda"))
     packages = Path("lib") / f"python{NODE_PYTHON}" / "site-packages"
     shared = root / "opt" / "vllm"  # a place that vLLM's own user sees, too
