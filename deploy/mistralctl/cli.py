@@ -81,12 +81,9 @@ def _say_task(task: dict[str, Any], form: Form) -> None:
 
 def _note_rights(rights: Sequence[Right]) -> None:
     """Says on standard error which right a node lacks to use a bucket; the task itself stays alone on standard output."""
-    missing = [right for right in rights if right.has != "yes"]
-    if missing:
-        from mistralctl.output import rights_lines
-
-        for line in rights_lines(missing):
-            sys.stderr.write(f"note: {line}\n")
+    for right in rights:
+        if right.has != "yes":
+            sys.stderr.write(f"note: {right.line}\n")
 
 
 def _spec_options(

@@ -25,7 +25,6 @@ from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
 from mistralctl.prices import SNAPSHOT_DATE
-from mistralctl.rights import Right
 
 
 def plain(result: Any) -> Any:
@@ -105,7 +104,7 @@ def plan_text(plan: Plan) -> str:
         lines += ["", "refused:"]
         lines += [f"  {option.cloud} {option.label}: {option.reason}" for option in plan.refused]
     if plan.rights:
-        lines += ["", "reading the weights:", *(f"  {line}" for line in rights_lines(plan.rights))]
+        lines += ["", "reading the weights:", *(f"  {right.line}" for right in plan.rights)]
     if plan.quotas:
         lines += ["", "quotas:", *(f"  {line}" for line in quotas.table(plan.quotas))]
         lines += [f"  ask for more: {page}" for page in dict.fromkeys(q.page for q in plan.quotas if q.enough is False)]
@@ -297,17 +296,6 @@ def weights_text(result: Any) -> str:
 def event(result: Any) -> str:
     """The last of the JSON lines of a command that told its progress in such lines."""
     return json.dumps({"event": "result", **plain(result)}, ensure_ascii=False)
-
-
-def rights_lines(rights: Sequence[Right]) -> list[str]:
-    """Who must be allowed what so that a node can use a bucket; nothing where no bucket is used."""
-    lines = []
-    for right in rights:
-        verb = {"yes": "has it", "grant": "MUST BE GIVEN IT", "no": "CANNOT HAVE IT"}[right.has]
-        lines.append(f"{right.uri} from {right.cloud}: needs {right.needs}; {verb}: {right.why}")
-        if right.mend:
-            lines[-1] += f" ({right.mend})" if right.has == "yes" else f"; {right.mend}"
-    return lines
 
 
 Render = Callable[[Any], str]

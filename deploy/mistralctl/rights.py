@@ -43,6 +43,13 @@ class Right:
     why: str
     mend: str
 
+    @property
+    def line(self) -> str:
+        """All of it, for a person."""
+        verb = {"yes": "has it", "grant": "MUST BE GIVEN IT", "no": "CANNOT HAVE IT"}[self.has]
+        mend = (f" ({self.mend})" if self.has == "yes" else f"; {self.mend}") if self.mend else ""
+        return f"{self.uri} from {self.cloud}: needs {self.needs}; {verb}: {self.why}{mend}"
+
 
 BUCKETS = {
     "s3": Bucket(

@@ -155,6 +155,9 @@ def _cloud(
     from mistralctl.commands import launch, preflight
 
     def check(machine_goes: bool) -> None:
+        for right in plan.rights:
+            if right.has != "yes":
+                note(right.line)
         if not offline:
             preflight.check(plan, note, limits_only=machine_goes)
 
