@@ -14,7 +14,7 @@ from mistralctl.clouds import CLOUDS, Listing, Part, aws, listing
 from mistralctl.commands import extend, reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
-from mistralctl.runtime.sky import _sdk, configuration
+from mistralctl.runtime.sky import _sdk, configuration, own_identity
 from mistralctl.runtime.ssh import Address
 
 
@@ -28,6 +28,13 @@ def test_the_users_own_identity_and_network_are_kept() -> None:
     made = configuration({"gcp": {"vpc_name": "mine"}}, {"aws": {"remote_identity": "my-role"}, "gcp": None})
     assert made["gcp"] == {"vpc_name": "mine", "remote_identity": "NO_UPLOAD"}
     assert "remote_identity" not in made["aws"]  # what the user's file says holds
+
+
+def test_what_an_identity_of_the_users_own_may_do_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKYPILOT_GLOBAL_CONFIG", str(tmp_path / "config.yaml"))
+    assert not own_identity("azure")
+    (tmp_path / "config.yaml").write_text("azure: {remote_identity: mine}\naws: {remote_identity: NO_UPLOAD}\ngcp:\n")
+    assert [own_identity(cloud) for cloud in CLOUDS] == [False, False, True]
 
 
 def test_a_folders_own_configuration_holds_for_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,10 +153,11 @@ def _cloud(
     note: Callable[[str], None],
 ) -> UpResult:  # fmt: skip
     from mistralctl.commands import launch, preflight
+    from mistralctl.runtime import sky
 
     def check(machine_goes: bool) -> None:
         for right in plan.rights:
-            if right.has != "yes":
+            if right.has != "yes" and not sky.own_identity(right.cloud):
                 note(right.line)
         if not offline:
             preflight.check(plan, note, limits_only=machine_goes)

@@ -98,6 +98,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _users_file() -> Path:
+    return Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
+
+
+def own_identity(cloud: str) -> bool:
+    """Whether the user's SkyPilot configuration names an identity of theirs for a cloud's nodes: what it may do, they alone know."""
+    named = (_read_yaml(_users_file()).get(cloud) or {}).get("remote_identity")
+    return named not in (*COPIES_KEYS, "NO_UPLOAD", "SERVICE_ACCOUNT")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What SkyPilot prints by itself while it is called goes nowhere."""
@@ -110,9 +120,8 @@ def _sdk() -> Iterator[Any]:
     """The module `sky`, with our configuration over the user's; its exceptions become one line."""
     ours = state.home() / "skypilot.yaml"
     project = Path(os.environ.get("SKYPILOT_PROJECT_CONFIG") or ".sky.yaml").expanduser()
-    users = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
     if project != ours:  # it is, from the second call on
-        state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(users))))
+        state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(_users_file()))))
         os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     # Its API server, which the first call starts, inherits our environment and stays.
