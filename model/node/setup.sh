@@ -99,8 +99,8 @@ last_error() { # PHASE: the last line that it wrote to standard error; where tha
   sleep 0.2 # until tee has written it
   awk '/[^ ]/ { last = $0 }
     /^error: / { error = substr($0, 8); cause = "" }
-    /^ +cause: / { cause = $0; sub(/^ +cause/, "", cause) }
-    END { print last ~ /^error: |^ +cause: / ? error cause : last }' "$errors/$1"
+    /^ +(cause|Caused by): / { cause = $0; sub(/^ +(cause|Caused by)/, "", cause) }
+    END { print last ~ /^error: |^ +(cause|Caused by): / ? error cause : last }' "$errors/$1"
 }
 
 wait "$environment_job" || {

@@ -32,9 +32,13 @@ def test_the_users_own_identity_and_network_are_kept() -> None:
 
 def test_what_an_identity_of_the_users_own_may_do_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKYPILOT_GLOBAL_CONFIG", str(tmp_path / "config.yaml"))
+    monkeypatch.setenv("SKYPILOT_PROJECT_CONFIG", str(tmp_path / "none"))
     assert not own_identity("azure")
     (tmp_path / "config.yaml").write_text("azure: {remote_identity: mine}\naws: {remote_identity: NO_UPLOAD}\ngcp:\n")
     assert [own_identity(cloud) for cloud in CLOUDS] == [False, False, True]
+    monkeypatch.setenv("SKYPILOT_PROJECT_CONFIG", str(tmp_path / "project.yaml"))
+    (tmp_path / "project.yaml").write_text("azure: {remote_identity: NO_UPLOAD}\ngcp: {remote_identity: mine@project}\n")
+    assert [own_identity(cloud) for cloud in CLOUDS] == [False, True, False]
 
 
 def test_a_folders_own_configuration_holds_for_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,12 @@ def test_another_model_is_named_from_inside_the_engine(node_dir: Path) -> None:
 def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: Path) -> None:
     with launched(node_dir) as launcher:
         servers: list[psutil.Process] = []
-        while not servers:
-            below = psutil.Process(launcher.process.pid).children(recursive=True)
-            servers = [process for process in below if "vllm.entrypoints.cli.main" in process.cmdline()]
+        while not servers and launcher.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                below = psutil.Process(launcher.process.pid).children(recursive=True)
+                servers = [process for process in below if "vllm.entrypoints.cli.main" in process.cmdline()]
             time.sleep(0.1)
+        assert servers
         servers[0].kill()
         failed(
             launcher,

@@ -78,8 +78,10 @@ def regions() -> list[str]:
 @contextmanager
 def _asked() -> Iterator[None]:
     """AWS's errors as one line."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    except ImportError as error:
+        raise NotUsed("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
     try:
         yield
     except NoCredentialsError as error:

@@ -7,6 +7,7 @@ So a group goes with the machine in it, and one that a machine has left is known
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,7 +155,8 @@ def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str
 
     Its machines have no address of version 6; networks of that version say nothing here. UserError if Azure refuses.
     """
-    four = [network for network in networks if ":" not in network]
+    apart = ipaddress.collapse_addresses(ipaddress.IPv4Network(network) for network in networks if ":" not in network)
+    four = [str(network) for network in apart]  # Azure refuses a rule whose networks overlap
     with _asked():
         from azure.mgmt.network import NetworkManagementClient
 
@@ -170,7 +172,8 @@ def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str
                 ]
                 for rule in rules:
                     rule.access = "Allow" if four else "Deny"
-                    rule.source_address_prefix, rule.source_address_prefixes = (None, four) if four else ("*", [])
+                    everyone = four in ([], ["0.0.0.0/0"])
+                    rule.source_address_prefix, rule.source_address_prefixes = ("*", []) if everyone else (None, four)
                 if rules:
                     client.network_security_groups.begin_create_or_update(group, found.name, found).result()
 

@@ -70,11 +70,11 @@ def _call(
     method: str, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
     """The answer to a call of Compute Engine about this project, None if what it is about is not there."""
+    with _SIGNING_IN:
+        session, project = _signed_in()  # NotUsed where the SDK is not installed
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
 
-    with _SIGNING_IN:
-        session, project = _signed_in()
     url = f"{ENDPOINT}/projects/{project}/{path}".rstrip("/")
     try:
         for attempt in range(ATTEMPTS):

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mistralctl import endpoint, state
-from mistralctl.clouds import GOING, listing
+from mistralctl.clouds import GOING, Part, listing
 from mistralctl.commands import receipt
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.task import owner
 
 GONE_SECONDS = 300.0
+CLOCKS_SECONDS = 120.0  # by which a cloud's clock may differ from this machine's
 PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was not taken away by SkyPilot
 
 
@@ -26,15 +27,20 @@ class DownResult:
     was: str
 
 
-def wait_until_gone(record: Record, *, promised: bool) -> None:
-    """Waits until the cloud's own listing has nothing of this deployment any more; UserError with the list if that does not come.
+def wait_until_gone(record: Record, *, promised: bool, since: float = 0.0) -> list[Part]:
+    """Waits until the cloud's own listing has nothing of this deployment any more (`since`: nothing that was made since then), and says
+    what stays of it; UserError with the list if that does not come.
 
     What SkyPilot does not take away is deleted here: what outlived its machine, and the machine too if SkyPilot has not
     `promised` to delete it or has promised what does not come.
     """
     module = listing(record.cloud)
     began, asked = time.monotonic(), set[str]()
-    while left := module.ours(owner(os.environ), record.name, [record.region] if record.region else None):
+    while True:
+        found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
+        left = [part for part in found if not since or (part.created or 0.0) > since - CLOCKS_SECONDS]
+        if not left:
+            return found
         rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
         waited = time.monotonic() - began
         if waited > GONE_SECONDS:

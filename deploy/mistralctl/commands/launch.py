@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from mistralctl import certificates, endpoint, gate, phases, readiness, state
@@ -282,16 +282,34 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
     return replace(record, setup_id=setup_id(task)), action
 
 
-def _sweep(record: Record, plan: Plan, refused: UserError) -> None:
-    """Makes sure that the attempts of a launch that came to no machine have left nothing; UserError with both tables if they have."""
-    for cloud in dict.fromkeys(option.cloud for option in plan.options):
-        try:
-            down.wait_until_gone(replace(record, cloud=cloud, region=""), promised=False)
-        except NotUsed:
-            continue
-        except UserError as error:
-            raise UserError(f"{refused}; and {error}", refused.code, f"{refused.details}\n{error.details}") from error
-    state.save(replace(record, state="down"))
+def _clouds(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(option.cloud for option in plan.options))
+
+
+def _sweep(record: Record, clouds: Sequence[str], since: float, refused: UserError) -> None:
+    """Makes sure that a launch since then which came to no machine has left nothing on these clouds; the record says how that went.
+
+    What is older stays, though nobody here knows it. UserError with both reasons and tables if something of the launch stays as well, or
+    a cloud cannot be asked.
+    """
+    unsure: list[tuple[str, UserError | None]] = []
+    try:
+        for cloud in clouds:
+            try:
+                if down.wait_until_gone(replace(record, cloud=cloud, region=""), promised=False, since=since):
+                    unsure.append((cloud, None))
+            except NotUsed:
+                continue
+            except UserError as error:
+                unsure.append((cloud, error))
+    except KeyboardInterrupt:
+        raise UserError(
+            f"interrupted; something of {record.name} may be left: mistralctl down {record.name} takes it away", Exit.INTERRUPTED
+        ) from None
+    state.save(replace(record, cloud=unsure[0][0]) if unsure else replace(record, state="down"))
+    if errors := [error for _, error in unsure if error is not None]:
+        every = [refused, *errors]
+        raise UserError("; and ".join(map(str, every)), refused.code, "\n".join(filter(None, (one.details for one in every))))
 
 
 def _gate(record: Record, progress: Progress) -> tuple[Record, str]:
@@ -314,7 +332,7 @@ def run(
 
     `check` is called before a machine is rented (told whether one of ours goes for it), and stops that with a UserError.
     """
-    old = state.read(plan.name)
+    began, old = time.time(), state.read(plan.name)
     if old is not None and old.cloud == LOCAL and old.state != "down":
         raise UserError(
             f"{plan.name} runs on this machine; run mistralctl down {plan.name}, or give another --name", Exit.CONFLICT
@@ -367,13 +385,19 @@ def run(
     except UserError as error:
         left = state.known(plan.name)
         ssh.end_tunnel(left.pid, left.pid_started)
-        nothing = error.code == Exit.CLOUD and not sky.clusters([record.cluster], refresh=False)
-        if error.code == Exit.CLOUD:
-            listing(
-                record.cloud
-            ).identity()  # credentials that are refused make SkyPilot say all kinds of things; this says it plainly
+        if error.code != Exit.CLOUD:
+            raise
+        clouds, nothing = _clouds(plan), not sky.clusters([record.cluster], refresh=False)
+        if len(clouds) == 1:
+            try:
+                listing(
+                    record.cloud
+                ).identity()  # credentials that are refused make SkyPilot say all kinds of things; this is plain
+            except NotUsed:
+                state.save(replace(record, state="down") if nothing else record)
+                raise
         if nothing:
-            _sweep(record, plan, error)
+            _sweep(record, clouds, began, error)
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(progress.events)))
     state.save(record)

@@ -43,7 +43,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """Whether a cloud was `asked`, is is `not used` here, or is `unknown`; and why."""
+    """Whether a cloud was `asked`, is `not used` here, or is `unknown`; and why."""
 
     cloud: str
     state: Literal["asked", "not used", "unknown"]

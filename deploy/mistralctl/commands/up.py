@@ -157,7 +157,7 @@ def _cloud(
 
     def check(machine_goes: bool) -> None:
         for right in plan.rights:
-            if right.has != "yes" and not sky.own_identity(right.cloud):
+            if right.has == "no" or (right.has == "grant" and not sky.own_identity(right.cloud)):
                 note(right.line)
         if not offline:
             preflight.check(plan, note, limits_only=machine_goes)

@@ -102,9 +102,14 @@ def _users_file() -> Path:
     return Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
 
 
+def _project_file() -> Path:
+    return Path(os.environ.get("SKYPILOT_PROJECT_CONFIG") or ".sky.yaml").expanduser()
+
+
 def own_identity(cloud: str) -> bool:
-    """Whether the user's SkyPilot configuration names an identity of theirs for a cloud's nodes: what it may do, they alone know."""
-    named = (_read_yaml(_users_file()).get(cloud) or {}).get("remote_identity")
+    """Whether SkyPilot's configuration names an identity of the user's for a cloud's nodes: what it may do, they alone know."""
+    sections = [_read_yaml(file).get(cloud) or {} for file in (_project_file(), _users_file())]
+    named = next((section["remote_identity"] for section in sections if "remote_identity" in section), None)
     return named not in (*COPIES_KEYS, "NO_UPLOAD", "SERVICE_ACCOUNT")
 
 
@@ -119,7 +124,7 @@ def _quiet() -> Iterator[None]:
 def _sdk() -> Iterator[Any]:
     """The module `sky`, with our configuration over the user's; its exceptions become one line."""
     ours = state.home() / "skypilot.yaml"
-    project = Path(os.environ.get("SKYPILOT_PROJECT_CONFIG") or ".sky.yaml").expanduser()
+    project = _project_file()
     if project != ours:  # it is, from the second call on
         state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(_users_file()))))
         os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)

@@ -110,7 +110,7 @@ class Engine:
             self._reader.join(timeout=5)
             check_class()
             code = self.process.returncode
-            why = KILLED if abs(code) in (9, 128 + 9) else f"vLLM ended with code {code}: {cause(self.lines)}"
+            why = KILLED if code in (-9, 128 + 9) else f"vLLM ended with code {code}: {cause(self.lines)}"
             raise LaunchError(Code.ENGINE, f"{why}; see mistralctl logs")
 
     def end(self, seconds: float) -> None:

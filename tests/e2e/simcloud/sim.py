@@ -224,7 +224,7 @@ class SimCloud:
         """Uploads a folder to a cloud's object store (s3://BUCKET/PREFIX); the bucket is made if it is not there."""
         scheme = url.partition("://")[0]
         cloud = next(name for name in self.clouds if scheme == clouds.backend(name).STORE.SCHEME)
-        # With this machine's own files: of its /tmp the laptop sees the tests' folders only.
+        # With this machine's own files: of its /tmp the laptop sees few folders (world.own_tmp).
         command = self._inside([sys.executable, HERE / "put.py", cloud, folder.absolute(), url], None, "net,pid")
         subprocess.run(command, env=self.env, check=True, timeout=600, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
