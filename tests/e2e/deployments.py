@@ -35,7 +35,7 @@ class Place:
 
     `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
     kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu` is one that Mistral 7B fits,
-    `gpu_types` begin the names of machines with it; `taken` is what a deployment is whose spot machine the cloud took.
+    `gpu_types` begin the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a deployment is whose spot machine the cloud took.
     """
 
     cloud: str
@@ -46,6 +46,7 @@ class Place:
     secrets: tuple[str, ...]
     gpu: str
     gpu_types: tuple[str, ...]
+    gpu_quota: str
     taken: str = "lost"
 
     @property
@@ -60,17 +61,17 @@ PLACES = {
         Place(
             "aws", "s3://models/smollm2", "us-east-1", "ubuntu",
             {"capacity": "InsufficientInstanceCapacity", "quota": "VcpuLimitExceeded", "permission": "UnauthorizedOperation"},
-            ("aws_secret_access_key",), "L4", ("g6.", "g5."),
+            ("aws_secret_access_key",), "L4", ("g6.", "g5."), "L-DB2E81BA",
         ),
         Place(
             "gcp", "gs://models/smollm2", "us-central1", "gcpuser",
             {"capacity": "ZONE_RESOURCE_POOL_EXHAUSTED", "quota": "QUOTA_EXCEEDED", "permission": "forbidden"},
-            ("gcp_client_secret", "gcp_refresh_token"), "L4", ("g2-",),
+            ("gcp_client_secret", "gcp_refresh_token"), "L4", ("g2-",), "NVIDIA_L4_GPUS",
         ),
         Place(
             "azure", "az://simulated/models/smollm2", "eastus", "azureuser",
             {"capacity": "AllocationFailed", "quota": "OperationNotAllowed", "permission": "AuthorizationFailed"},
-            ("azure_refresh_token",), "A10", ("Standard_NV36ads_A10_v5",), taken="stopped",
+            ("azure_refresh_token",), "A10", ("Standard_NV36ads_A10_v5",), "StandardNVADSA10v5Family", taken="stopped",
         ),
     )
 }  # fmt: skip

@@ -139,6 +139,21 @@ def test_a_public_server_shows_the_users_certificate_to_the_networks_that_are_al
         assert reachable() == []
 
 
+def test_a_gpu_quota_of_zero_costs_no_attempt(sim: SimCloud, place: Place) -> None:
+    with story("a GPU quota of 0 in every region: named, nothing tried", place.cloud):
+        sim.quota(place.cloud, place.gpu_quota, 0)
+        before = len(sim.journal(place.cloud))
+        refused = sim.run([*gpu(place), "--weights", place.weights], check=False, timeout=300)
+        print(refused.stderr)
+        assert refused.returncode == 8
+        assert place.gpu_quota in refused.stderr
+        assert "Traceback" not in refused.stderr
+        asked = {str(event.get("action")) for event in sim.journal(place.cloud)[before:]}
+        assert asked  # for the quotas
+        assert not [action for action in asked if action.endswith(("RunInstances", "nsert", "virtualMachines/write"))]
+        assert sim.instances(place.cloud) == []
+
+
 def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud, place: Place) -> None:
     with story("a GPU machine type whose image has no NVIDIA driver", place.cloud):
         sim.fault(place.cloud, "no_driver")
