@@ -34,8 +34,9 @@ class Place:
     """A cloud as the stories need it.
 
     `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
-    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu` is one that Mistral 7B fits,
-    `gpu_types` begin the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a deployment is whose spot machine the cloud took.
+    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu` is one that Mistral 7B fits, `gpu_types` begin
+    the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a deployment is whose spot machine
+    the cloud took.
     """
 
     cloud: str
