@@ -18,6 +18,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
+# Files of tests/e2e that run at a time: each waits for one processor's work half of its time.
+E2E_WORKERS ?= 2
 
 .PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
 
@@ -88,7 +90,7 @@ test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
 
 test-e2e: .venv/.made azurite simcloud-packages
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/e2e
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses $(E2E_WORKERS) --dist loadfile tests/e2e
 
 # Failure stories in the simulated clouds, longer than what every run should take.
 e2e: .venv/.made azurite simcloud-packages
