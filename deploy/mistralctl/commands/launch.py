@@ -389,10 +389,9 @@ def run(
             raise
         clouds, nothing = _clouds(plan), not sky.clusters([record.cluster], refresh=False)
         if len(clouds) == 1:
+            # Of credentials that are refused SkyPilot says all kinds of things; this says it plainly.
             try:
-                listing(
-                    record.cloud
-                ).identity()  # credentials that are refused make SkyPilot say all kinds of things; this is plain
+                listing(record.cloud).identity()
             except NotUsed:
                 state.save(replace(record, state="down") if nothing else record)
                 raise
