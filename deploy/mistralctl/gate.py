@@ -160,15 +160,23 @@ def check(report: Report) -> None:
         )  # fmt: skip
 
 
-def pass_through(record: Record, on_phase: OnPhase) -> tuple[Record, str]:
-    """Lets a server be open to all that its short list lets in, once it was walked and has answered; the record and that answer.
+def look(record: Record, on_phase: OnPhase) -> Report:
+    """Walks a server that is open to the probe only; UserError if anything is open to others that should not be.
 
-    UserError if anything else is open, or if it does not answer. The whole table is in gate.txt beside the record.
+    The whole table is in gate.txt beside the record.
     """
     on_phase(PhaseEvent("gate", "start", time.time()))
     report = walk(record, rundir.read(record, f"run/{record.name}/shared/routes.json"))
     state.write_private(state.folder(record.name) / "gate.txt", table(report.rows) + "\n")
     check(report)
+    return report
+
+
+def let_in(record: Record, report: Report, on_phase: OnPhase) -> tuple[Record, str]:
+    """Opens a server that was walked to all that its short list lets in, once it has answered; the record and that answer.
+
+    UserError if it does not answer.
+    """
     answer = readiness.complete(record)
     rundir.write(record, f"run/{record.name}/passed", "yes\n")
     deadline = time.monotonic() + OPEN_SECONDS
@@ -180,3 +188,8 @@ def pass_through(record: Record, on_phase: OnPhase) -> tuple[Record, str]:
         time.sleep(0.1)
     on_phase(PhaseEvent("gate", "end", time.time()))
     return replace(record, gate=report.summary()), answer
+
+
+def pass_through(record: Record, on_phase: OnPhase) -> tuple[Record, str]:
+    """Walks a server and lets the world in: `look`, then `let_in`."""
+    return let_in(record, look(record, on_phase), on_phase)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from mistralctl import task
-from mistralctl.clouds import CLOUDS, Listing, Part, aws, listing
+from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, aws, listing
 from mistralctl.commands import extend, reap
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
@@ -185,6 +186,19 @@ def test_aws_narrows_the_rule_of_one_port_and_no_other(monkeypatch: pytest.Monke
         assert rules(group) == rules(other) == {22: ["0.0.0.0/0"], 8000: ["0.0.0.0/0"]}
         aws.narrow("b2", "one", "us-west-2", 8000, asked)
         assert rules(group)[8000] == ["0.0.0.0/0"]  # not that owner's
+
+
+@pytest.mark.parametrize(
+    ("cloud", "module", "named"),
+    [("aws", "botocore.exceptions", "AWS"), ("gcp", "google.auth", "Google"), ("azure", "azure.core.exceptions", "Azure")],
+)
+def test_a_cloud_whose_sdk_is_not_installed_is_not_used_here(
+    monkeypatch: pytest.MonkeyPatch, cloud: str, module: str, named: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # its import fails as that of a package that is not there
+    for ask in (lambda: listing(cloud).ours(None), lambda: listing(cloud).identity()):
+        with pytest.raises(NotUsed, match=rf"^{named}'s SDK is not installed; pip install 'mistralctl\[{cloud}\]'$"):
+            ask()
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from mistralctl import certificates, endpoint, gate, phases, readiness, state
 from mistralctl.clouds import LOCAL, NotUsed, listing
@@ -21,6 +23,9 @@ from mistralctl.runtime import rundir, ssh
 from mistralctl.runtime.local import alive
 from mistralctl.state import NOWHERE, Record
 from mistralctl.task import Task, node_port, owner, resources_id, setup_id
+
+if TYPE_CHECKING:
+    from mistralctl.runtime.sky import Following
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -89,7 +94,7 @@ def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
 
 
 class SecretsSender:
-    """Writes the secrets to the node as soon as its set-up runs; `finish` says whether that went well."""
+    """Writes the secrets to the node as soon as its machine is there; `finish` says whether that went well."""
 
     def __init__(self, record: Record, secrets: Mapping[str, str]) -> None:
         self._record, self._secrets = record, secrets
@@ -106,7 +111,8 @@ class SecretsSender:
         deadline = time.monotonic() + SECRETS_SECONDS
         while True:
             try:
-                _send_secrets(learn(self._record), self._secrets)
+                self._record = learn(self._record)
+                _send_secrets(self._record, self._secrets)
                 self._error = None
                 return
             except UserError as error:
@@ -115,13 +121,14 @@ class SecretsSender:
                 return
             time.sleep(1)
 
-    def finish(self) -> None:
-        """Waits for the secrets to be there; UserError if they could not be written."""
+    def finish(self) -> Record:
+        """The record as it was learnt, once the secrets are there; UserError if they could not be written."""
         self.begin()
         if self._thread is not None:
             self._thread.join(SECRETS_SECONDS + 10)
         if self._error is not None:
             raise self._error
+        return self._record
 
 
 def _open_tunnel(record: Record) -> Record:
@@ -211,8 +218,10 @@ def _replaced_machine(old: Record, task: Task, confirm: Confirm) -> bool:
     return True
 
 
-def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str, str], progress: Progress) -> tuple[Record, str]:
-    """Brings machine, set-up and job into being, as far as they are not there; the record and what was done."""
+def _start(
+    record: Record, task: Task, old: Record | None, secrets: Mapping[str, str], progress: Progress
+) -> tuple[Record, str, Following]:
+    """Brings machine, set-up and job into being, as far as they are not there; the record, what was done, and the job's log."""
     from mistralctl.runtime import sky
 
     log = state.folder(record.name) / "up.log"
@@ -244,42 +253,37 @@ def _start(record: Record, task: Task, old: Record | None, secrets: Mapping[str,
 
         def line(text: str) -> None:
             progress.line(text)
-            if any(event.phase in ("environment", "weights") for event in progress.events):
+            if any(event.phase == "files" for event in progress.events):  # its set-up comes next, and wants them
                 sender.begin()
 
         for event in progress.milestones.begin(time.time()):
             progress.hear(event)
         try:
             job = sky.launch(task, record.cluster, log, line, lambda request: state.save(replace(record, request=request)))
-            sky.cancel_jobs(record.cluster, but=job)
+            if there is not None:  # a launch that was interrupted may have come to a job of its own
+                sky.cancel_jobs(record.cluster, but=job)
         except UserError as error:
             if progress.failure:
                 raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error
             raise
-        for event in progress.milestones.finish(time.time()):
-            progress.hear(event)
-        record = learn(record)
+        record = sender.finish()
         state.save(record)
-        sender.finish()
         action = "replaced" if jobs else "started"
     (log.parent / "serve.log").write_bytes(b"")
     if not record.public:
         record = _open_tunnel(record)  # while the engine starts
-    if not sky.follow(
-        record.cluster,
-        job,
-        state.folder(record.name) / "serve.log",
-        progress.line,
-        START_SECONDS,
-        lambda: progress.ended("ready"),
-    ):
+    return record, action, sky.Following(record.cluster, job, state.folder(record.name) / "serve.log", progress.line)
+
+
+def _until(phase: str, record: Record, following: Following, progress: Progress) -> None:
+    """Waits for the end of a phase of the server's; UserError if its job ends before that."""
+    if not following.wait(START_SECONDS, lambda: progress.ended(phase)):
         why = progress.failure or f"its job ended: {progress.last[:300]}"
         raise UserError(
             f"{why} (log: {state.folder(record.name) / 'serve.log'}; the machine goes by itself in a few minutes, or at once with "
             f"mistralctl down {record.name})",
             Exit.SERVER,
         )
-    return replace(record, setup_id=setup_id(task)), action
 
 
 def _clouds(plan: Plan) -> list[str]:
@@ -312,12 +316,13 @@ def _sweep(record: Record, clouds: Sequence[str], since: float, refused: UserErr
         raise UserError("; and ".join(map(str, every)), refused.code, "\n".join(filter(None, (one.details for one in every))))
 
 
-def _gate(record: Record, progress: Progress) -> tuple[Record, str]:
-    """The record and an answer of a server that has passed the gate; one that has not is stopped."""
+@contextlib.contextmanager
+def _stopped_if_refused(record: Record) -> Iterator[None]:
+    """A server that does not pass the gate is stopped."""
     from mistralctl.runtime import sky
 
     try:
-        return gate.pass_through(record, progress.hear)
+        yield
     except UserError as error:
         if error.code == Exit.SERVER:
             sky.cancel_jobs(record.cluster)
@@ -372,10 +377,17 @@ def run(
     state.save(record)
     progress = Progress(on_phase)
     try:
-        record, action = _start(record, task, old, secrets, progress)
+        record, action, following = _start(record, task, old, secrets, progress)
+        _until("engine", record, following, progress)
         state.save(record)
         record = _publish(record, task) if record.public else _reach(record)
-        record, answer = _gate(record, progress)
+        with _stopped_if_refused(record):
+            report = gate.look(record, progress.hear)  # while the launcher checks what its engine computes
+        _until("ready", record, following, progress)
+        record = replace(record, setup_id=setup_id(task))
+        state.save(record)
+        with _stopped_if_refused(record):
+            record, answer = gate.let_in(record, report, progress.hear)
     except KeyboardInterrupt:
         raise UserError(
             f"interrupted; {plan.name} may have a machine by now: mistralctl up goes on with it, mistralctl down {plan.name} takes "

@@ -69,7 +69,7 @@ def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) ->
 def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mirrored:
     """Mirrors on a machine of the target's cloud, which is gone afterwards; UserError, and the machine kept for a look, if that fails."""
     from mistralctl.commands import down
-    from mistralctl.commands.launch import Progress, SecretsSender, cluster_name, learn
+    from mistralctl.commands.launch import Progress, SecretsSender, cluster_name
     from mistralctl.runtime import sky
 
     task = render(spec)
@@ -87,11 +87,8 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     for event in progress.milestones.begin(time.time()):
         progress.hear(event)
     job = sky.launch(task, record.cluster, log, progress.line, lambda request: state.save(replace(record, request=request)))
-    for event in progress.milestones.finish(time.time()):
-        progress.hear(event)
-    state.save(learn(record))
-    sender.finish()
-    if not sky.follow(record.cluster, job, log, progress.line, MIRROR_SECONDS, lambda: progress.ended("weights")):
+    state.save(sender.finish())
+    if not sky.Following(record.cluster, job, log, progress.line).wait(MIRROR_SECONDS, lambda: progress.ended("weights")):
         why = progress.failure or f"its job ended: {progress.last[:300]}"
         raise UserError(f"{why} (log: {log}; its machine goes by itself, or with mistralctl down {spec.name})", Exit.WEIGHTS)
     down.run([spec.name], everything=False)

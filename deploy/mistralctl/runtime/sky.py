@@ -320,29 +320,37 @@ def cancel_jobs(cluster: str, but: int | None = None) -> None:
             time.sleep(0.5)
 
 
-def follow(cluster: str, job: int, log: Path, on_line: OnLine, seconds: float, until: Callable[[], bool]) -> bool:
-    """Passes the lines of a job's log on until `until` says so (True) or the job has ended (False)."""
-    with _sdk() as sky:
+class Following:
+    """A job's log, whose lines are passed on in the background from the first one on."""
+
+    def __init__(self, cluster: str, job: int, log: Path, on_line: OnLine) -> None:
+        self._log = log
+        self._failure: list[Exception] = []
         lines = _Lines(log, on_line)
-        failure: list[Exception] = []
+        with _sdk() as sky:
+            tail_logs = sky.tail_logs
 
         def read() -> None:
             try:
-                sky.tail_logs(cluster, job, follow=True, output_stream=lines)
-            except Exception as error:  # noqa: BLE001 - passed on to the caller below
-                failure.append(error)
+                tail_logs(cluster, job, follow=True, output_stream=lines)
+            except Exception as error:  # noqa: BLE001 - passed on to who waits
+                self._failure.append(error)
 
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
+
+    def wait(self, seconds: float, until: Callable[[], bool]) -> bool:
+        """Waits until `until` says so (True) or the job has ended (False); UserError after so many seconds."""
         deadline = time.monotonic() + seconds
-        while not until():
-            if not reader.is_alive():
-                if failure:
-                    raise failure[0]
-                return until()
-            if time.monotonic() > deadline:
-                raise UserError(f"not ready after {seconds / 60:.0f} minutes; see the log {log}", Exit.SERVER)
-            time.sleep(0.1)
+        with _sdk():
+            while not until():
+                if not self._reader.is_alive():
+                    if self._failure:
+                        raise self._failure[0]
+                    return until()
+                if time.monotonic() > deadline:
+                    raise UserError(f"not ready after {seconds / 60:.0f} minutes; see the log {self._log}", Exit.SERVER)
+                time.sleep(0.1)
         return True
 
 

@@ -29,7 +29,7 @@ from vllm_mistral.traffic import Traffic
 PASSED = "passed"  # the laptop writes it when the gate was passed
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
-POLL_SECONDS = 0.5
+POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
 # Who signals the whole tree of a job signals us, and the wrapper around us, which passes it on: that is one signal.
 SAME_SECONDS = 0.5
 # A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
@@ -74,7 +74,7 @@ def wait_for_key(run_dir: Path, asked: threading.Event, seconds: float = SECRETS
             problem = f"{file} has no api_key of at least 16 characters"
         if time.monotonic() > deadline:
             raise LaunchError(Code.SECRETS, f"{problem} within {seconds:.0f} s; run mistralctl up again")
-        if asked.wait(POLL_SECONDS):
+        if asked.wait(SOON_SECONDS):
             raise _Asked
 
 
@@ -98,7 +98,7 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
         engine.raise_if_dead()
         if time.monotonic() > deadline:
             raise LaunchError(Code.ENGINE, f"vLLM was not healthy after {START_SECONDS / 60:.0f} minutes")
-        if asked.wait(POLL_SECONDS):
+        if asked.wait(SOON_SECONDS):
             raise _Asked
 
 
@@ -107,7 +107,7 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
     ready = time.time()
     passed = wanted.run_dir / PASSED
     started = float(status.fields["started_at"])
-    while not asked.wait(POLL_SECONDS):
+    while not asked.wait(POLL_SECONDS if traffic.is_open else SOON_SECONDS):
         engine.raise_if_dead()
         if not traffic.is_open and passed.exists():
             traffic.open()
