@@ -46,15 +46,6 @@ make_environment() {
   phase environment end
 }
 
-# What vLLM imports has no byte code yet: its first start would spend some ten seconds on that. Here they cost nothing, while the
-# weights are still on their way.
-make_byte_code() {
-  [ -e "$env_dir/.byte-code" ] && return
-  PYTHONPATH=$run_dir/site HF_HUB_OFFLINE=1 "$env_dir/bin/python" -c 'import vllm.entrypoints.cli.serve, \
-    vllm.entrypoints.launchers.api_server.entry, vllm.v1.engine.core, vllm.v1.worker.'"${MISTRALCTL_ENGINE/cuda/gpu}"'_worker, vllm_mistral.model' &&
-    touch "$env_dir/.byte-code"
-}
-
 pull() { # URI FOLDER [REVISION]: vLLM reads it next, so it is kept in the page cache
   local n
   case $1 in
@@ -115,7 +106,7 @@ wait "$environment_job" || {
   exit "$status"
 }
 set -m
-(make_byte_code) > /dev/null 2>&1 &
+bash "$here/byte_code.sh" "$MISTRALCTL_ENGINE" "$env_dir" "$run_dir/site" > /dev/null 2>&1 &
 byte_code_job=$!
 set +m
 trap 'kill -- -"$weights_job" -"$byte_code_job" 2> /dev/null || true; exit 130' INT TERM
