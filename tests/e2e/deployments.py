@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ client = openai.OpenAI()
 question = [{"role": "user", "content": "What is the capital of France?"}]
 print(client.chat.completions.create(model=model.id, messages=question, temperature=0).choices[0].message.content)
 """
+AUTOSTOP_SECONDS = 5 * 60 + 180  # SkyPilot looks once a minute, and takes its time to terminate
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Place:
     """A cloud as the stories need it.
 
     `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
-    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`; `gpu` is one that Mistral 7B fits, `gpu_types` begin
-    the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a deployment is whose spot machine
-    the cloud took.
+    kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`, and lie in `secrets_file` of its home; `gpu` is one
+    that Mistral 7B fits, `gpu_types` begin the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a
+    deployment is whose spot machine the cloud took.
     """
 
     cloud: str
@@ -45,6 +46,7 @@ class Place:
     user: str
     codes: dict[str, str]
     secrets: tuple[str, ...]
+    secrets_file: str
     gpu: str
     gpu_types: tuple[str, ...]
     gpu_quota: str
@@ -62,17 +64,19 @@ PLACES = {
         Place(
             "aws", "s3://models/smollm2", "us-east-1", "ubuntu",
             {"capacity": "InsufficientInstanceCapacity", "quota": "VcpuLimitExceeded", "permission": "UnauthorizedOperation"},
-            ("aws_secret_access_key",), "L4", ("g6.", "g5."), "L-DB2E81BA",
+            ("aws_secret_access_key",), ".aws/credentials", "L4", ("g6.", "g5."), "L-DB2E81BA",
         ),
         Place(
             "gcp", "gs://models/smollm2", "us-central1", "gcpuser",
             {"capacity": "ZONE_RESOURCE_POOL_EXHAUSTED", "quota": "QUOTA_EXCEEDED", "permission": "forbidden"},
-            ("gcp_client_secret", "gcp_refresh_token"), "L4", ("g2-",), "NVIDIA_L4_GPUS",
+            ("gcp_client_secret", "gcp_refresh_token"), ".config/gcloud/application_default_credentials.json",
+            "L4", ("g2-",), "NVIDIA_L4_GPUS",
         ),
         Place(
             "azure", "az://simulated/models/smollm2", "eastus", "azureuser",
             {"capacity": "AllocationFailed", "quota": "OperationNotAllowed", "permission": "AuthorizationFailed"},
-            ("azure_refresh_token",), "A10", ("Standard_NV36ads_A10_v5",), "StandardNVADSA10v5Family", taken="stopped",
+            ("azure_refresh_token",), ".azure/msal_token_cache.json", "A10",
+            ("Standard_NV36ads_A10_v5",), "StandardNVADSA10v5Family", taken="stopped",
         ),
     )
 }  # fmt: skip
@@ -92,9 +96,9 @@ def simulated(folder: Path, clouds: Sequence[str]) -> Iterator[SimCloud]:
         yield sim
 
 
-def up(sim: SimCloud, place: Place, name: str, *options: str) -> dict[str, Any]:
+def up(sim: SimCloud, place: Place, name: str, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     """The JSON result of an `up` that works."""
-    done: dict[str, Any] = json.loads(sim.run([*place.up, "--name", name, *options, "-o", "json"], timeout=600).stdout)
+    done: dict[str, Any] = json.loads(sim.run([*place.up, "--name", name, *options, "-o", "json"], timeout=600, env=env).stdout)
     return done
 
 
@@ -196,6 +200,15 @@ def secrets_on_node(sim: SimCloud, place: Place, name: str, key: str) -> list[st
     search = f"sudo find {places} -xdev -type f -newercm /etc/hostname -exec grep -lsF {wanted} {{}} + || true"
     # The search itself stands in the shell's history of this session and in nothing else.
     return [path for path in on_node(sim, name, search).split() if not path.endswith(".bash_history")]
+
+
+def when(happened: Callable[[], bool], seconds: float) -> float:
+    """The time at which something has happened; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds:.0f} s"
+        time.sleep(0.5)
+    return time.time()
 
 
 @contextmanager

@@ -6,18 +6,22 @@ Each line that is printed is a row of the table: the story, what was seen, and h
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from deployments import PLACES, gone, status, story
+from deployments import AUTOSTOP_SECONDS, PLACES, gone, on_node, status, story, when
+from running import launchers
 from simcloud import SimCloud
 from test_aws import UP, sim, up
 
 __all__ = ["sim", "story"]  # the fixture is found by its name
 AWS = PLACES["aws"]
+IDLE, TTL = 1, 4  # minutes
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +134,50 @@ def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: Si
         sim.run(["bash", "-c", "sky api stop; sky api start"], timeout=120)
         server.communicate(timeout=60)
         assert "enabled" in sim.run(["mistralctl", "doctor", "--cloud", "aws"], timeout=120).stdout
+
+
+def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCloud) -> None:
+    """Two at once: one with requests until a moment, then none; one whose launcher hangs."""
+    with story(f"--idle {IDLE}m after the last request, and --ttl {TTL}m with a launcher that hangs; the laptop is off"):
+        up(sim, "--name", "quiet", "--idle", f"{IDLE}m", "--ttl", "never")
+        on_node(sim, "quiet", "nohup sleep 7200 > /dev/null 2>&1 &")  # a process is no request
+        last, off = [0.0], threading.Event()
+
+        def traffic() -> None:
+            while not off.wait(15):
+                sim.run(["mistralctl", "chat", "quiet", "-m", "Hello"], timeout=120)
+                last[0] = time.time()
+
+        asking = threading.Thread(target=traffic)
+        asking.start()
+        began = time.time()
+        try:
+            up(sim, "--name", "hung", "--idle", "never", "--ttl", f"{TTL}m")
+            [hung] = launchers(sim.root, "hung")
+            hung.send_signal(signal.SIGSTOP)
+            time.sleep(max(0.0, began + IDLE * 60 + 20 - time.time()))
+            assert len(launchers(sim.root, "quiet")) == 1  # requests kept it for longer than it may be idle
+        finally:
+            off.set()
+            asking.join()
+        machines = {one.tags["mistralctl-name"]: one.id for one in sim.instances("aws")}
+        [node] = (sim.root / "aws" / "nodes" / machines["hung"]).glob("upper/home/*/.mistralctl/run/hung/ends_at")
+        ends_at = int(node.read_text())
+        sim.kill_laptop()
+
+        def taken_away(name: str) -> bool:
+            return machines[name] not in [one.id for one in sim.instances("aws")]
+
+        ended = when(lambda: not launchers(sim.root, "quiet"), IDLE * 60 + 60)
+        killed = when(lambda: not launchers(sim.root, "hung"), max(0.0, ends_at - time.time()) + 150)
+        away = {name: when(lambda name=name: taken_away(name), AUTOSTOP_SECONDS) for name in ("quiet", "hung")}  # type: ignore[misc]
+        print(
+            f"\nidle {IDLE}m: last request, {ended - last[0]:.0f} s later launcher ended, {away['quiet'] - ended:.0f} s later machine gone"
+        )
+        print(
+            f"ttl {TTL}m, launcher stopped: end of life, {killed - ends_at:.0f} s later killed, {away['hung'] - killed:.0f} s later machine gone"
+        )
+        assert IDLE * 60 <= ended - last[0] < IDLE * 60 + 60
+        assert 90 <= killed - ends_at < 120
+        assert sim.instances("aws") == []
+        assert sim.volumes("aws") == []

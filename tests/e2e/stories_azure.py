@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import PLACES, gone, simulated, status, story, up
+from deployments import AUTOSTOP_SECONDS, PLACES, gone, simulated, status, story, up
 from running import MODEL
 from simcloud import SimCloud
-from stories_clouds import AUTOSTOP_SECONDS
 
 AZURE = PLACES["azure"]
 

@@ -11,12 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import PLACES, Place, comes_to_the_command_line, gone, gpu, on_node, simulated, status, story, up
+from deployments import (
+    AUTOSTOP_SECONDS,
+    PLACES,
+    Place,
+    comes_to_the_command_line,
+    gone,
+    gpu,
+    on_node,
+    simulated,
+    status,
+    story,
+    up,
+    when,
+)
+from planted import are_where_they_belong, plant, went_with_the_node
 from roles import exceeded
+from secrets_search import Processes
 from simcloud import SimCloud
 from vllm_mistral.tls import self_signed
-
-AUTOSTOP_SECONDS = 5 * 60 + 180  # SkyPilot looks once a minute, and takes its time to terminate
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -139,6 +152,19 @@ def test_a_public_server_shows_the_users_certificate_to_the_networks_that_are_al
         assert reachable() == []
 
 
+def test_planted_secrets_are_in_their_files_and_nowhere_else(sim: SimCloud, place: Place) -> None:
+    with story("planted secrets: every file of laptop and node, every process", place.cloud):
+        planted = plant(sim, place, "secret")
+        processes = Processes(planted).start()
+        try:
+            up(sim, place, "secret", env={"HF_TOKEN": planted["token"]})
+            are_where_they_belong(sim, place, "secret", planted, processes)
+            gone(sim, place, "secret")
+        finally:
+            processes.stop()
+        went_with_the_node(sim, place, "secret", planted)
+
+
 def test_a_gpu_quota_of_zero_costs_no_attempt(sim: SimCloud, place: Place) -> None:
     with story("a GPU quota of 0 in every region: named, nothing tried", place.cloud):
         sim.quota(place.cloud, place.gpu_quota, 0)
@@ -174,10 +200,7 @@ def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, 
 def test_a_server_that_nobody_asks_ends_with_its_machine(sim: SimCloud, place: Place) -> None:
     with story("idle for a minute: the server ends by itself, SkyPilot on the node takes the machine away", place.cloud):
         up(sim, place, "idle", "--idle", "1m")
-        deadline = time.monotonic() + 60 + AUTOSTOP_SECONDS
-        while sim.instances(place.cloud) and time.monotonic() < deadline:
-            time.sleep(1)
-        assert sim.instances(place.cloud) == []
+        when(lambda: not sim.instances(place.cloud), 60 + AUTOSTOP_SECONDS)
         assert sim.volumes(place.cloud) == []
         one = status(sim, "idle")
         assert (one["state"], "its machine is gone" in one["why"]) == ("lost", True)

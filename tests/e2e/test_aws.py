@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import sys
 import time
@@ -14,10 +13,10 @@ from typing import Any
 
 import pytest
 from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, simulated
-from mistralctl import state
+from planted import are_where_they_belong, key_file, plant, went_with_the_node
 from roles import exceeded
-from running import MODEL, launchers
-from secrets_search import Processes, in_files
+from running import MODEL
+from secrets_search import Processes
 from simcloud import SimCloud
 
 WEIGHTS = "s3://models/smollm2"
@@ -49,10 +48,7 @@ def outside(sim: SimCloud, *words: str, given: str | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def planted(sim: SimCloud) -> dict[str, str]:
-    """Secrets that can be told from everything else: a key in the file where mistralctl keeps it, and a token for the hub."""
-    key = f"mctl-planted-{secrets.token_urlsafe(32)}"
-    state.write_private(sim.home / ".mistralctl" / "deployments" / "served" / "api_key", f"{key}\n")
-    return {"key": key, "token": f"hf_planted{secrets.token_hex(16)}", "cloud": sim.credentials["aws_secret_access_key"]}
+    return plant(sim, PLACES["aws"], "served")
 
 
 @pytest.fixture(scope="module")
@@ -112,54 +108,8 @@ def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: di
 def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(
     sim: SimCloud, served: dict[str, Any], planted: dict[str, str], processes: Processes
 ) -> None:
-    """Everything that `up` wrote, on laptop and node, and every process's arguments and environment."""
-    assert Path(served["key_file"]).read_text().strip() == planted["key"]
-    sim.fault("aws", "credentials")
-    try:
-        debug = sim.run(
-            ["mistralctl", "--debug", *UP[1:], "--name", "refused"], check=False, timeout=300, env={"HF_TOKEN": planted["token"]}
-        )
-    finally:
-        sim.clear_faults()
-    assert "Traceback" in debug.stderr
-    [instance] = sim.instances("aws")
-    node = sim.root / "aws" / "nodes" / instance.id
-    root = Path(f"/proc/{launchers(sim.root, 'served')[0].pid}/root")
-    # `control` makes sure that the search finds what is there: SkyPilot keeps the task with this hash, also encoded.
-    sought = planted | {"control": json.loads(receipt_file(sim).read_text())["task"]["envs"]["MISTRALCTL_SERVING_ID"]}
-    laptop = in_files([sim.home, sim.root / "tmp", sim.root / "runs"], sought)
-    there = in_files([node, root / "run", root / "dev" / "shm"], sought)
-    print(f"secrets: {laptop.files} files with {laptop.bytes:,} bytes on the laptop, {there.files} with {there.bytes:,} on the node, "
-          f"{processes.seen} processes")  # fmt: skip
-    run = Path("home/ubuntu/.mistralctl/run/served/secrets.json")
-    assert there.hits["key"] == [node / "upper" / run]
-    assert there.hits["token"] == there.hits["cloud"] == []
-    assert [path for path in laptop.hits["key"] if not is_printed_env(path)] == [Path(served["key_file"])]
-    assert laptop.hits["token"] == []
-    assert laptop.hits["cloud"] == [sim.home / ".aws" / "credentials"]
-    for path in (node / "upper" / run, Path(served["key_file"]), receipt_file(sim)):
-        assert path.stat().st_mode & 0o777 == 0o600
-    assert {path.name for path in laptop.hits["control"]} >= {"record.json", "receipt.json"}
-    assert [path for path in laptop.hits["control"] if path.is_relative_to(sim.home / ".sky") and ".db" in path.name]
-    assert there.hits["control"]
-    assert processes.seen > 100
-    assert processes.arguments == set()
-    # What was given to `up` in a variable is in its own process (and in that of this test which starts it), and goes no further.
-    # The key is in the environment of the openai client, to whom `mistralctl env` gives it there.
-    told = {"key": "import openai", "token": " up "}
-    assert {name for name, _ in processes.environments} == set(told)
-    assert [command for name, command in processes.environments if told[name] not in command] == []
-    dry = sim.run([*UP, "--name", "served", "--dry-run"], env={"HF_TOKEN": planted["token"]}).stdout
-    assert not [secret for secret in planted.values() if secret in dry or secret in str(instance.tags)]
-
-
-def receipt_file(sim: SimCloud) -> Path:
-    return sim.home / ".mistralctl" / "deployments" / "served" / "receipt.json"
-
-
-def is_printed_env(path: Path) -> bool:
-    """Whether it is what `mistralctl env` printed, which is the key on purpose."""
-    return path.parent.name == "runs" and path.read_text().startswith("export OPENAI_BASE_URL=")
+    assert Path(served["key_file"]) == key_file(sim, "served")
+    are_where_they_belong(sim, PLACES["aws"], "served", planted, processes)
 
 
 def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -236,8 +186,7 @@ def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any], planted: dic
     assert sim.instances("aws") == []
     assert sim.volumes("aws") == []
     assert sim.run(["pgrep", "-f", "mistralctl.runtime.tunnel"], check=False).stdout == ""
-    left = in_files([sim.home, sim.root / "tmp", sim.root / "aws"], planted)
-    assert (left.hits["key"], left.hits["token"]) == ([Path(served["key_file"])], [])
+    went_with_the_node(sim, PLACES["aws"], "served", planted)
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
 
 
