@@ -6,7 +6,9 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +70,40 @@ class Record:
     @property
     def base_url(self) -> str:
         return f"https://{self.host or self.address}:{self.port}/v1" if self.public else f"http://127.0.0.1:{self.port}/v1"
+
+
+class _Hidden:
+    """The variables that may hold a secret, out of this process's environment while anybody wants them to be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._kept: dict[str, str] = {}
+
+    def begin(self) -> None:
+        with self._lock:
+            self._wanted += 1
+            self._kept |= {name: os.environ.pop(name) for name in SECRET_VARIABLES if name in os.environ}
+
+    def end(self) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                os.environ.update(self._kept)
+                self._kept = {}
+
+
+_hidden = _Hidden()
+
+
+@contextmanager
+def secrets_hidden() -> Iterator[None]:
+    """While this lasts, in whichever thread, no process that a library starts inherits a secret of ours."""
+    _hidden.begin()
+    try:
+        yield
+    finally:
+        _hidden.end()
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:

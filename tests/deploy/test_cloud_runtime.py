@@ -5,12 +5,13 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from mistralctl import task
+from mistralctl import state, task
 from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, aws, listing
 from mistralctl.commands import extend, reap
 from mistralctl.errors import UserError
@@ -23,6 +24,23 @@ from mistralctl.runtime.ssh import Address
 def test_no_key_of_a_cloud_goes_to_a_node(clouds: dict[str, Any]) -> None:
     made = configuration({}, clouds)
     assert {cloud: made[cloud]["remote_identity"] for cloud in CLOUDS} == dict.fromkeys(CLOUDS, "NO_UPLOAD")
+
+
+def test_secrets_are_out_of_the_environment_while_any_thread_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+
+    def inherited() -> bool:
+        return (
+            subprocess.run([sys.executable, "-c", "import os, sys; sys.exit('HF_TOKEN' in os.environ)"], check=False).returncode
+            == 1
+        )
+
+    assert inherited()
+    with state.secrets_hidden():
+        with ThreadPoolExecutor(1) as pool, state.secrets_hidden():
+            assert not pool.submit(inherited).result()
+        assert not inherited()  # the inner one has ended, the outer one has not
+    assert inherited()
 
 
 def test_the_users_own_identity_and_network_are_kept() -> None:

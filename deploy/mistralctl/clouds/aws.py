@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from mistralctl import state
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
 from mistralctl.refusals import CODES
@@ -83,7 +84,8 @@ def _asked() -> Iterator[None]:
     except ImportError as error:
         raise NotUsed("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
     try:
-        yield
+        with state.secrets_hidden():  # from the programs that credentials come from
+            yield
     except NoCredentialsError as error:
         raise NotUsed("there are no credentials for AWS here; run aws configure", Exit.CLOUD) from error
     except ClientError as error:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mistralctl import state
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
 from mistralctl.quotas import Unknown
@@ -31,7 +32,8 @@ def _asked() -> Iterator[None]:
     except ImportError as error:
         raise NotUsed("Azure's SDK is not installed; pip install 'mistralctl[azure]'", Exit.CLOUD) from error
     try:
-        yield
+        with state.secrets_hidden():  # from the programs that credentials come from
+            yield
     except Unknown as error:
         raise NotUsed("nobody is signed in to Azure here; run az login", Exit.CLOUD) from error
     except ClientAuthenticationError as error:

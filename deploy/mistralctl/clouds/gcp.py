@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mistralctl import state
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
 
@@ -33,6 +34,7 @@ _SIGNING_IN = threading.Lock()
 
 
 @cache
+@state.secrets_hidden()  # from gcloud, which is asked for the project
 def _signed_in() -> tuple[Any, str]:
     """A session with this user's credentials, and the project."""
     try:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mistralctl import state
 from mistralctl.quotas import Found, Need, Unknown, Wanted
 
 SECONDS = 4
@@ -72,7 +73,8 @@ def _asked() -> Iterator[Any]:
             return boto3.client(service, region_name=region, config=config)
 
     try:
-        yield client
+        with state.secrets_hidden():  # from the programs that credentials come from
+            yield client
     except NoCredentialsError as error:
         raise Unknown("no credentials (aws configure)") from error
     except ClientError as error:

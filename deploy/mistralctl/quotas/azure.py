@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from mistralctl import state
 from mistralctl.clouds import CLOUDS
 from mistralctl.quotas import Found, Need, Unknown, Wanted
 
@@ -64,6 +65,7 @@ def subscription() -> str:
 
 
 @cache
+@state.secrets_hidden()  # from az, which is asked for it
 def _token() -> str:
     try:
         from azure.core.exceptions import ClientAuthenticationError

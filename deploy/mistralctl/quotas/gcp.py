@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from mistralctl import state
 from mistralctl.clouds import CLOUDS
 from mistralctl.quotas import Found, Need, Unknown, Wanted
 
@@ -53,6 +54,7 @@ def page(region: str, code: str) -> str:
 
 
 @cache
+@state.secrets_hidden()  # from gcloud, which is asked for the project
 def _signed_in() -> tuple[Any, str]:
     try:
         import google.auth
