@@ -107,6 +107,22 @@ def test_an_api_server_that_is_killed_is_started_again(sim: SimCloud) -> None:
         gone(sim, AWS, "again")
 
 
+def test_a_log_that_is_cut_off_goes_on(sim: SimCloud) -> None:
+    with story("the connection that carries the log is cut while the engine starts"):
+        process = sim.popen([*UP, "--name", "cut"])
+        assert process.stderr
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("engine ..."):
+                sim.run(["pkill", "-f", "ssh -F .*deployments/cut/ssh_config node .*tail -n"])
+        assert process.wait(timeout=60) == 0
+        assert [line for line in said if line.startswith("engine: done")]
+        log = (sim.home / ".mistralctl" / "deployments" / "cut" / "serve.log").read_text()
+        assert log.count('"phase": "engine", "event": "start"') == 1  # no line twice
+        gone(sim, AWS, "cut")
+
+
 OLD_SERVER = """
 import runpy, sys
 import sky.server.constants

@@ -25,7 +25,7 @@ from mistralctl.state import NOWHERE, Record
 from mistralctl.task import Task, node_port, owner, resources_id, setup_id
 
 if TYPE_CHECKING:
-    from mistralctl.runtime.sky import Following
+    from mistralctl.runtime.following import Following
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -223,6 +223,7 @@ def _start(
 ) -> tuple[Record, str, Following]:
     """Brings machine, set-up and job into being, as far as they are not there; the record, what was done, and the job's log."""
     from mistralctl.runtime import sky
+    from mistralctl.runtime.following import Following
 
     log = state.folder(record.name) / "up.log"
     if old is not None and old.request:
@@ -272,12 +273,12 @@ def _start(
     (log.parent / "serve.log").write_bytes(b"")
     if not record.public:
         record = _open_tunnel(record)  # while the engine starts
-    return record, action, sky.Following(record.cluster, job, state.folder(record.name) / "serve.log", progress.line)
+    return record, action, Following(record.name, record.cluster, job, log.with_name("serve.log"), progress.line)
 
 
 def _until(phase: str, record: Record, following: Following, progress: Progress) -> None:
     """Waits for the end of a phase of the server's; UserError if its job ends before that."""
-    if not following.wait(START_SECONDS, lambda: progress.ended(phase)):
+    if not following.wait(START_SECONDS, lambda: progress.ended(phase), lambda: bool(progress.failure)):
         why = progress.failure or f"its job ended: {progress.last[:300]}"
         raise UserError(
             f"{why} (log: {state.folder(record.name) / 'serve.log'}; the machine goes by itself in a few minutes, or at once with "
@@ -378,12 +379,13 @@ def run(
     progress = Progress(on_phase)
     try:
         record, action, following = _start(record, task, old, secrets, progress)
-        _until("engine", record, following, progress)
-        state.save(record)
-        record = _publish(record, task) if record.public else _reach(record)
-        with _stopped_if_refused(record):
-            report = gate.look(record, progress.hear)  # while the launcher checks what its engine computes
-        _until("ready", record, following, progress)
+        with contextlib.closing(following):
+            _until("engine", record, following, progress)
+            state.save(record)
+            record = _publish(record, task) if record.public else _reach(record)
+            with _stopped_if_refused(record):
+                report = gate.look(record, progress.hear)  # while the launcher checks what its engine computes
+            _until("ready", record, following, progress)
         record = replace(record, setup_id=setup_id(task))
         state.save(record)
         with _stopped_if_refused(record):

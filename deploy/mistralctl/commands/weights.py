@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     from mistralctl.commands import down
     from mistralctl.commands.launch import Progress, SecretsSender, cluster_name
     from mistralctl.runtime import sky
+    from mistralctl.runtime.following import Following
 
     task = render(spec)
     weights.may_pull([(spec.source, spec.revision)])
@@ -88,7 +90,9 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
         progress.hear(event)
     job = sky.launch(task, record.cluster, log, progress.line, lambda request: state.save(replace(record, request=request)))
     state.save(sender.finish())
-    if not sky.Following(record.cluster, job, log, progress.line).wait(MIRROR_SECONDS, lambda: progress.ended("weights")):
+    with contextlib.closing(Following(record.name, record.cluster, job, log, progress.line)) as following:
+        done = following.wait(MIRROR_SECONDS, lambda: progress.ended("weights"), lambda: bool(progress.failure))
+    if not done:
         why = progress.failure or f"its job ended: {progress.last[:300]}"
         raise UserError(f"{why} (log: {log}; its machine goes by itself, or with mistralctl down {spec.name})", Exit.WEIGHTS)
     down.run([spec.name], everything=False)

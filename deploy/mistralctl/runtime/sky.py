@@ -53,7 +53,7 @@ class Cluster:
     address: Address | None
 
 
-class _Lines(io.TextIOBase):
+class Lines(io.TextIOBase):
     """A stream that keeps everything in a file and passes whole lines on."""
 
     def __init__(self, path: Path, on_line: OnLine) -> None:
@@ -129,26 +129,23 @@ def _sdk() -> Iterator[Any]:
         state.write_private(ours, yaml.safe_dump(configuration(_read_yaml(project), _read_yaml(_users_file()))))
         os.environ["SKYPILOT_PROJECT_CONFIG"] = str(ours)
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
-    # Its API server, which the first call starts, inherits our environment and stays.
-    hidden = {name: os.environ.pop(name) for name in state.SECRET_VARIABLES if name in os.environ}
-    try:
-        with _quiet():
-            import sky
-            from sky.server import common
-    except ImportError as error:
-        raise UserError(
-            "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
-        ) from error
-    if common.is_api_server_local():
-        api_server.clear_the_way(common.get_server_url())
-    try:
-        yield sky
-    except UserError:
-        raise
-    except Exception as error:
-        raise _in_our_words(sky, error) from error
-    finally:
-        os.environ.update(hidden)
+    with state.secrets_hidden():  # its API server, which the first call starts, inherits our environment and stays
+        try:
+            with _quiet():
+                import sky
+                from sky.server import common
+        except ImportError as error:
+            raise UserError(
+                "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
+            ) from error
+        if common.is_api_server_local():
+            api_server.clear_the_way(common.get_server_url())
+        try:
+            yield sky
+        except UserError:
+            raise
+        except Exception as error:
+            raise _in_our_words(sky, error) from error
 
 
 def _in_our_words(sky: Any, error: Exception) -> UserError:
@@ -178,7 +175,7 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
 def _bounded(sky: Any, request: Any, seconds: float, log: Path, on_line: OnLine) -> Any:
     """The result of a request, its output into the log; cancelled when it takes too long or we are interrupted."""
     outcome: list[Any] = []
-    lines = _Lines(log, on_line)
+    lines = Lines(log, on_line)
 
     def wait() -> None:
         try:
@@ -320,38 +317,10 @@ def cancel_jobs(cluster: str, but: int | None = None) -> None:
             time.sleep(0.5)
 
 
-class Following:
-    """A job's log, whose lines are passed on in the background from the first one on."""
-
-    def __init__(self, cluster: str, job: int, log: Path, on_line: OnLine) -> None:
-        self._log = log
-        self._failure: list[Exception] = []
-        lines = _Lines(log, on_line)
-        with _sdk() as sky:
-            tail_logs = sky.tail_logs
-
-        def read() -> None:
-            try:
-                tail_logs(cluster, job, follow=True, output_stream=lines)
-            except Exception as error:  # noqa: BLE001 - passed on to who waits
-                self._failure.append(error)
-
-        self._reader = threading.Thread(target=read, daemon=True)
-        self._reader.start()
-
-    def wait(self, seconds: float, until: Callable[[], bool]) -> bool:
-        """Waits until `until` says so (True) or the job has ended (False); UserError after so many seconds."""
-        deadline = time.monotonic() + seconds
-        with _sdk():
-            while not until():
-                if not self._reader.is_alive():
-                    if self._failure:
-                        raise self._failure[0]
-                    return until()
-                if time.monotonic() > deadline:
-                    raise UserError(f"not ready after {seconds / 60:.0f} minutes; see the log {self._log}", Exit.SERVER)
-                time.sleep(0.1)
-        return True
+def tail(cluster: str, job: int, lines: Lines) -> None:
+    """Writes a job's log to a stream until the job has ended."""
+    with _sdk() as sky:
+        sky.tail_logs(cluster, job, follow=True, output_stream=lines)
 
 
 def job_log(cluster: str, *, follow: bool, lines: int | None) -> Iterator[str]:
