@@ -36,9 +36,10 @@ def are_where_they_belong(sim: SimCloud, place: Place, name: str, planted: dict[
     """
     key, receipt = key_file(sim, name), key_file(sim, name).with_name("receipt.json")
     again, token = [*place.up, "--name"], {"HF_TOKEN": planted["token"]}
-    sim.fault(place.cloud, "credentials")
+    sim.fault(place.cloud, "capacity", region=place.region)
     try:
-        debug = sim.run([again[0], "--debug", *again[1:], "refused"], check=False, timeout=300, env=token)
+        words = [again[0], "--debug", *again[1:], "refused", "--region", place.region]
+        debug = sim.run(words, check=False, timeout=300, env=token)
     finally:
         sim.clear_faults()
     assert "Traceback" in debug.stderr
