@@ -6,6 +6,7 @@ Each line that is printed is a row of the table: the story, what was seen, and h
 from __future__ import annotations
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -197,3 +198,5 @@ def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCl
         assert 90 <= killed - ends_at < 120
         assert sim.instances("aws") == []
         assert sim.volumes("aws") == []
+        left = sim.run(["mistralctl", "reap", "--cloud", "aws", "--all-owners", "--dry-run", "-o", "json"], timeout=120).stdout
+        assert json.loads(left)["parts"] == []

@@ -110,6 +110,7 @@ def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(
 ) -> None:
     assert Path(served["key_file"]) == key_file(sim, "served")
     are_where_they_belong(sim, PLACES["aws"], "served", planted, processes)
+    assert {secret for secret, _ in processes.environments} == {"key", "token"}  # the openai client was given the key
 
 
 def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:

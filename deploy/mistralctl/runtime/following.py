@@ -15,9 +15,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import sky, ssh
 
 PAUSE_SECONDS = 1.0
-ASK_SECONDS = (
-    60.0  # between questions whether the job still runs, which take SkyPilot 3 s; what ends a job says so in its log first
-)
+ASK_SECONDS = 60.0  # between questions whether the job still runs, which take SkyPilot 3 s; the log mostly says it first
 NO_LOG = 3
 # SkyPilot 0.14 names the folder of a job's log by its number and name.
 TAIL = f"""
