@@ -1,9 +1,9 @@
 """`mistralctl status` of 50 deployments on three clouds beside that of one, on simulated AWS, GCP and Azure, in turns.
 
 One is real: brought up by `mistralctl up` on AWS with the real SkyPilot, on a node of its own, with its tunnel. The
-other 49 have a record here, a machine in their cloud's listing and a launcher's status on a node, but this machine has no room for 50
-engines: their SSH goes to the node of the one, and their endpoint is its tunnel. So `status` does all that it does for 50: it asks
-each region of each cloud, opens 50 SSH connections and asks 50 endpoints. Beside it, `status` of a single one on each of the clouds.
+other 49 have a record here, a machine in their cloud's listing, a launcher's status on a node and a tunnel, but this machine has no room
+for 50 engines: their SSH goes to the node of the one. So `status` does all that it does for 50: it asks each region of each cloud, reads 50
+launchers' statuses over 50 connections and asks 50 endpoints. Beside it, `status` of a single one on each of the clouds.
 Printed are the medians, and the ratio of the 50 to the slowest cloud's one, which the 50 have to wait for; the goal is at most 1.5.
 
     python benchmarks/status_many.py [--rounds 5] [--quick] [-o json]     # as root; see tests/e2e/simcloud/README.md
@@ -50,6 +50,25 @@ for region, labels in json.loads(sys.argv[1])[1]:
 AZURE_BY_HAND = ROOT / "tests" / "e2e" / "azure_by_hand.py"
 
 
+TUNNELS = """
+import dataclasses, socket, sys, time
+from mistralctl import state
+from mistralctl.runtime import ssh
+for name in sys.argv[1:]:
+    pid, started = ssh.start_tunnel(name)
+    state.save(dataclasses.replace(state.known(name), pid=pid, pid_started=started))
+for name in sys.argv[1:]:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", state.known(name).port), 5).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, name
+            time.sleep(0.5)
+"""
+
+
 def rent(sim: SimCloud, cloud: str, machines: list[tuple[str, dict[str, str]]]) -> None:
     """Machines with these labels in these regions, which nobody asks for more than that they are listed."""
     if cloud == "azure":
@@ -80,7 +99,7 @@ def multiply(sim: SimCloud) -> dict[str, str]:
         for file in ("api_key", "ssh_config"):
             (folder / file).write_text((deployments / "many-0" / file).read_text())
             (folder / file).chmod(0o600)
-        changed = {"name": name, "cluster": f"mctl-{name}", "cloud": cloud, "region": region, "pid": None}
+        changed = {"name": name, "cluster": f"mctl-{name}", "cloud": cloud, "region": region, "port": record["port"] + number}
         (folder / "record.json").write_text(json.dumps(record | changed))
         machines[cloud].append((region, labels | {"mistralctl-name": name}))
     for cloud, wanted in machines.items():
@@ -89,6 +108,7 @@ def multiply(sim: SimCloud) -> dict[str, str]:
     # One server takes 10 connections that are not signed in yet, by default; 50 nodes would take 500.
     more = "echo MaxStartups 200 | sudo tee -a /etc/ssh/sshd_config > /dev/null && sudo kill -HUP $(pgrep -o -x sshd)"
     sim.run(["mistralctl", "ssh", "many-0", f"{copies} && {more}"])
+    sim.run([sys.executable, "-c", TUNNELS, *(f"many-{number}" for number in range(1, MANY))], timeout=300)
     return {"aws": "many-0", "gcp": "many-1", "azure": "many-2"}
 
 

@@ -61,10 +61,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What the probe found: every row, and how many routes the application has."""
+    """What the probe found: every row, how many routes the application has, and what it answered to a question."""
 
     routes: int
     rows: tuple[Row, ...]
+    answer: str = ""
 
     def summary(self) -> dict[str, Any]:
         """What the record keeps: counts, and the rows of what was let in."""
@@ -161,7 +162,7 @@ def check(report: Report) -> None:
 
 
 def look(record: Record, on_phase: OnPhase) -> Report:
-    """Walks a server that is open to the probe only; UserError if anything is open to others that should not be.
+    """Walks a server that is open to the probe only; UserError if anything is open to others that should not be, or it does not answer.
 
     The whole table is in gate.txt beside the record.
     """
@@ -169,15 +170,11 @@ def look(record: Record, on_phase: OnPhase) -> Report:
     report = walk(record, rundir.read(record, f"run/{record.name}/shared/routes.json"))
     state.write_private(state.folder(record.name) / "gate.txt", table(report.rows) + "\n")
     check(report)
-    return report
+    return replace(report, answer=readiness.complete(record))
 
 
-def let_in(record: Record, report: Report, on_phase: OnPhase) -> tuple[Record, str]:
-    """Opens a server that was walked to all that its short list lets in, once it has answered; the record and that answer.
-
-    UserError if it does not answer.
-    """
-    answer = readiness.complete(record)
+def let_in(record: Record, report: Report, on_phase: OnPhase) -> Record:
+    """Opens a server that was walked and has answered to all that its short list lets in; its record. UserError if it does not open."""
     rundir.write(record, f"run/{record.name}/passed", "yes\n")
     deadline = time.monotonic() + OPEN_SECONDS
     while not readiness.answers(record):
@@ -187,9 +184,10 @@ def let_in(record: Record, report: Report, on_phase: OnPhase) -> tuple[Record, s
             )
         time.sleep(0.1)
     on_phase(PhaseEvent("gate", "end", time.time()))
-    return replace(record, gate=report.summary()), answer
+    return replace(record, gate=report.summary())
 
 
 def pass_through(record: Record, on_phase: OnPhase) -> tuple[Record, str]:
-    """Walks a server and lets the world in: `look`, then `let_in`."""
-    return let_in(record, look(record, on_phase), on_phase)
+    """Walks a server and lets the world in, `look`, then `let_in`: the record, and what it answered."""
+    report = look(record, on_phase)
+    return let_in(record, report, on_phase), report.answer

@@ -91,7 +91,9 @@ def test_ssh_reads_what_was_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     for line in ("hostname 192.0.2.7", "port 2222", "user ubuntu", "identityfile /a key/with space", "proxycommand nc jump %p",
                  "batchmode yes", "identitiesonly yes"):  # fmt: skip
         assert line in read
-    assert ssh.tunnel_command("mine", 8001, 8000)[-3:] == ["-L", "127.0.0.1:8001:127.0.0.1:8000", "node"]
+    tunnel = ssh.tunnel_command("mine", 8001, 8000)
+    assert tunnel[-3:] == ["-L", "127.0.0.1:8001:127.0.0.1:8000", "node"]
+    assert "ControlPath=ssh.sock" in tunnel
 
 
 def test_a_machine_that_is_not_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +127,9 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
             (made[0], "machine"), (made[1], "machine"), (volume, "disk"),
         ]  # fmt: skip
         assert [part.id for part in aws.ours(None, None, within)] == made[:3]
+        assert [part.id for part in aws.machines("a1", within)] == made[:2]
+        assert [part.id for part in aws.machines(None, within)] == made[:3]
+        assert aws.machines("a1", ["us-east-1"]) == []
         [part] = aws.ours("a1", "one", within)
         assert part.created is not None
         aws.relabel(part, {"mistralctl-ttl": extend.lifetime_label(part, part.created + 90)})
@@ -222,7 +227,7 @@ def test_a_cloud_whose_sdk_is_not_installed_is_not_used_here(
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_the_module_of_a_cloud_has_all_that_is_asked_of_it(cloud: str) -> None:
     asked = [name for name in vars(Listing) if not name.startswith("_")]
-    assert asked == ["ours", "identity", "delete", "relabel", "narrow"]
+    assert asked == ["ours", "machines", "identity", "delete", "relabel", "narrow"]
     assert [name for name in asked if callable(getattr(listing(cloud), name, None))] == asked
 
 

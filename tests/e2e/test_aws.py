@@ -21,6 +21,7 @@ from simcloud import SimCloud
 
 WEIGHTS = "s3://models/smollm2"
 UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]
+TUNNEL = "ssh -F .*deployments/served/ssh_config -N"
 OUTSIDE = Path(__file__).parent / "outside.py"
 
 
@@ -113,8 +114,29 @@ def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(
     assert {secret for secret, _ in processes.environments} == {"key", "token"}  # the openai client was given the key
 
 
+def test_commands_go_over_the_tunnels_connection_and_over_their_own_where_that_hangs(
+    sim: SimCloud, served: dict[str, Any]
+) -> None:
+    config = sim.home / ".mistralctl" / "deployments" / "served" / "ssh_config"
+    text = config.read_text()
+    config.write_text(text.replace("  Port 22\n", "  Port 9\n"))  # where nobody answers
+    try:
+        [shared] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    finally:
+        config.write_text(text)
+    assert "Port 22" in text
+    assert (shared["state"], shared["why"], shared["launcher"]["state"]) == ("up", "", "ready")
+    sim.run(["pkill", "-STOP", "-f", TUNNEL])
+    try:
+        [alone] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    finally:
+        sim.run(["pkill", "-CONT", "-f", TUNNEL])
+    assert (alone["state"], alone["launcher"]["state"]) == ("up", "ready")
+    assert "its tunnel is not open" in alone["why"]
+
+
 def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:
-    sim.run(["pkill", "-f", "ssh -F .*deployments/served/ssh_config -N"])
+    sim.run(["pkill", "-f", TUNNEL])
     deadline = time.monotonic() + 30
     while "8000" not in sim.run(["ss", "-ltn"]).stdout and time.monotonic() < deadline:
         time.sleep(0.3)

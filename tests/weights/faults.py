@@ -23,27 +23,28 @@ ENOUGH = 10**9
 
 @dataclass
 class Proxy:
-    """`fault` is done to the next `left` answers that carry data (a ranged GET); every answer counts in `done`."""
+    """`fault` is done to the next `left` answers that carry data (a ranged GET) from below `below`; every answer counts in `done`."""
 
     target: str
     url: str = ""
     fault: str = ""
     left: int = 0
     after: int = 0
+    below: str = "/"
     done: int = 0
     seen: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     delay: float = 0.0
 
-    def plan(self, fault: str, times: int = ENOUGH, after: int = 0) -> None:
-        """From now on: `after` good answers, then `times` bad ones."""
+    def plan(self, fault: str, times: int = ENOUGH, after: int = 0, below: str = "/") -> None:
+        """From now on: `after` good answers from below a path, then `times` bad ones."""
         with self.lock:
-            self.fault, self.left, self.after, self.done = fault, times, after, 0
+            self.fault, self.left, self.after, self.below, self.done = fault, times, after, below, 0
 
-    def take(self) -> str:
+    def take(self, path: str) -> str:
         """The fault for this answer; empty for none."""
         with self.lock:
-            if not self.fault or self.left <= 0:
+            if not self.fault or self.left <= 0 or not path.startswith(self.below):
                 return ""
             if self.after > 0:
                 self.after -= 1
@@ -64,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         ranged = self.command == "GET" and "range" in {name.lower() for name in self.headers}
         ranged = ranged or "x-ms-range" in {name.lower() for name in self.headers}
-        fault = self.proxy.take() if ranged else ""
+        fault = self.proxy.take(self.path) if ranged else ""
         if ranged and self.proxy.delay:
             time.sleep(self.proxy.delay)
         if fault == "refused":

@@ -81,7 +81,7 @@ def s3(folder: Path) -> Iterator[str]:
     command = [weed, "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [f"-s3.port={port}", f"-s3.config={config}", "-master.volumeSizeLimitMB=512", "-volume.max=8"]
     command += [f"-master.port={free_port()}", f"-volume.port={free_port()}", f"-filer.port={free_port()}"]
-    command += ["-master.telemetry=false", "-volume.index=memory", "-s3.port.iceberg=0"]
+    command += ["-master.telemetry=false", "-volume.index=memory", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     with _running(command, folder / "log", f"http://127.0.0.1:{port}/", patient=False):  # it takes 10 s to say farewell
         yield f"http://127.0.0.1:{port}"
 

@@ -163,30 +163,42 @@ def _left_behind(
     return Part("gcp", kind, one["name"], place, "unused", size, _created(one), {"mistralctl-name": found["name"]} | labels)
 
 
+def _machines() -> Iterator[Part]:
+    """Everybody's machines."""
+    for one in _everywhere("instances", filter="labels.mistralctl-name:*"):
+        state = "stopped" if one["status"] == "TERMINATED" else one["status"].lower()
+        kind, place = _last(one["machineType"]), _last(one["zone"])
+        yield Part("gcp", "machine", one["name"], place, state, kind, _created(one), one.get("labels", {}))
+
+
+def _is_ours(labels: Mapping[str, str], owner: str | None, name: str | None) -> bool:
+    return owner in (None, labels.get("mistralctl-owner")) and name in (None, labels["mistralctl-name"])
+
+
+def _within(parts: Iterable[Part], regions: Iterable[str] | None) -> list[Part]:
+    """Those in these regions or in none."""
+    places = None if regions is None else tuple(f"{region}-" for region in regions)
+    return [part for part in parts if places is None or part.place == "global" or part.place.startswith(places)]
+
+
+def machines(owner: str | None, within: Iterable[str]) -> list[Part]:
+    """The machines of what `ours` lists, in one question; NotUsed without credentials, UserError if Google refuses."""
+    return _within((part for part in _machines() if _is_ours(part.labels, owner, None)), within)
+
+
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
     """Machines that are not gone with our labels, disks and firewall rules that outlived one; `owner` None: everybody's.
 
     NotUsed without credentials, UserError if Google refuses.
     """
-    found: list[Part] = []
-    living: set[str] = set()
-    for one in _everywhere("instances", filter="labels.mistralctl-name:*"):
-        labels = one.get("labels", {})
-        living.add(labels.get("ray-cluster-name", ""))
-        if labels.get("mistralctl-owner") == (owner or labels.get("mistralctl-owner")) and name in (
-            None,
-            labels["mistralctl-name"],
-        ):
-            state = "stopped" if one["status"] == "TERMINATED" else one["status"].lower()
-            kind, place = _last(one["machineType"]), _last(one["zone"])
-            found.append(Part("gcp", "machine", one["name"], place, state, kind, _created(one), labels))
+    machines = list(_machines())
+    living = {part.labels.get("ray-cluster-name", "") for part in machines}
+    found = [part for part in machines if _is_ours(part.labels, owner, name)]
     disks = [one for one in _everywhere("disks") if not one.get("users")]  # one that is attached goes with its machine
     rules = [one for page in _pages("global/firewalls") for one in page.get("items", [])]
     left = [_left_behind("disk", one, DISK, living, owner, name) for one in disks]
     left += [_left_behind("rule", one, RULE, living, owner, name) for one in rules]
-    found += [part for part in left if part is not None]
-    places = None if within is None else tuple(f"{region}-" for region in within)
-    return [part for part in found if places is None or part.place == "global" or part.place.startswith(places)]
+    return _within(found + [part for part in left if part is not None], within)
 
 
 def _path(part: Part) -> str:

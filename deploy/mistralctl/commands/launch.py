@@ -31,6 +31,7 @@ START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
 PUBLIC_SECONDS = 60.0
 SECRETS_SECONDS = 120.0
+WORDS_SECONDS = 3.0  # for a launcher that ends its server to say why
 
 OnPhase = Callable[[PhaseEvent], None]
 Confirm = Callable[[str], bool]
@@ -279,12 +280,27 @@ def _start(
 def _until(phase: str, record: Record, following: Following, progress: Progress) -> None:
     """Waits for the end of a phase of the server's; UserError if its job ends before that."""
     if not following.wait(START_SECONDS, lambda: progress.ended(phase), lambda: bool(progress.failure)):
-        why = progress.failure or f"its job ended: {progress.last[:300]}"
-        raise UserError(
-            f"{why} (log: {state.folder(record.name) / 'serve.log'}; the machine goes by itself in a few minutes, or at once with "
-            f"mistralctl down {record.name})",
-            Exit.SERVER,
-        )
+        raise _ended(record, progress.failure or f"its job ended: {progress.last[:300]}")
+
+
+def _ended(record: Record, why: str) -> UserError:
+    return UserError(
+        f"{why} (log: {state.folder(record.name) / 'serve.log'}; the machine goes by itself in a few minutes, or at once with "
+        f"mistralctl down {record.name})",
+        Exit.SERVER,
+    )
+
+
+def _look(record: Record, following: Following, progress: Progress) -> gate.Report:
+    """What the gate sees while the launcher checks what its engine computes; UserError, with the launcher's words if that ended it."""
+    try:
+        return gate.look(record, progress.hear)
+    except UserError as error:
+        with contextlib.suppress(UserError):
+            following.wait(WORDS_SECONDS, lambda: bool(progress.failure), lambda: False)
+        if progress.failure:
+            raise _ended(record, progress.failure) from error
+        raise
 
 
 def _clouds(plan: Plan) -> list[str]:
@@ -384,12 +400,12 @@ def run(
             state.save(record)
             record = _publish(record, task) if record.public else _reach(record)
             with _stopped_if_refused(record):
-                report = gate.look(record, progress.hear)  # while the launcher checks what its engine computes
+                report = _look(record, following, progress)
             _until("ready", record, following, progress)
         record = replace(record, setup_id=setup_id(task))
         state.save(record)
         with _stopped_if_refused(record):
-            record, answer = gate.let_in(record, report, progress.hear)
+            record = gate.let_in(record, report, progress.hear)
     except KeyboardInterrupt:
         raise UserError(
             f"interrupted; {plan.name} may have a machine by now: mistralctl up goes on with it, mistralctl down {plan.name} takes "
@@ -414,4 +430,4 @@ def run(
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(progress.events)))
     state.save(record)
-    return record, action, answer
+    return record, action, report.answer

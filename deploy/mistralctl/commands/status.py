@@ -95,9 +95,9 @@ def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
     owners = {record.name: record.task.get("resources", {}).get("labels", {}).get("mistralctl-owner") for record in records}
     found: dict[str, Machine] = {}
     one_owner = next(iter(owners.values())) if len(set(owners.values())) == 1 else None
-    for part in listing(cloud).ours(one_owner, None, sorted({record.region for record in records})):
+    for part in listing(cloud).machines(one_owner, sorted({record.region for record in records})):
         name = part.labels.get("mistralctl-name", "")
-        if part.kind == "machine" and part.state.lower() not in GOING and owners.get(name) == part.labels.get("mistralctl-owner"):
+        if part.state.lower() not in GOING and owners.get(name) == part.labels.get("mistralctl-owner"):
             found[name] = Machine(part.place, part.state.lower() in STOPPED, part.created)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +19,10 @@ from mistralctl.runtime.local import alive
 
 HOST = "node"
 CONNECT_SECONDS = 15
+SHARED = (
+    "ssh.sock"  # by which commands go over the tunnel's connection; without a folder, because a socket's path has to be short
+)
+SHARED_SECONDS = 3.0  # the tunnel takes up to 45 s to notice that its connection is dead
 # SkyPilot's machines are new each time and their host keys are not published anywhere, so there is nothing to compare with.
 OPTIONS = {
     "IdentitiesOnly": "yes",
@@ -65,10 +70,22 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
-    """What a shell script printed on the node; UserError if it cannot be reached or the script fails."""
+    """What a shell script printed on the node; UserError if it cannot be reached or the script fails.
+
+    It goes over the tunnel's connection, which saves both sides the work of a new one, and where that is dead over one of its own: so
+    it must do no harm twice.
+    """
+    if (state.folder(name) / SHARED).exists():
+        with contextlib.suppress(UserError):
+            return _run(name, ["-o", f"ControlPath={SHARED}", HOST, script], given, min(seconds, SHARED_SECONDS))
+    return _run(name, [HOST, script], given, seconds)
+
+
+def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str:
     try:
         done = subprocess.run(
-            [*command(name), HOST, script],
+            command(name, *arguments),
+            cwd=state.folder(name),
             input=given,
             capture_output=True,
             text=True,
@@ -97,9 +114,10 @@ def read_status(name: str, *, seconds: float = 20) -> str:
 
 
 def tunnel_command(name: str, port: int, node_port: int) -> list[str]:
-    """`ssh` that only forwards 127.0.0.1:port to the node's server, and ends when it cannot."""
+    """`ssh` that only forwards 127.0.0.1:port to the node's server, lets others share its connection, and ends when it cannot."""
     forward = f"127.0.0.1:{port}:127.0.0.1:{node_port}"
-    return command(name, "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward, HOST)
+    sharing = ("-o", "ControlMaster=yes", "-o", f"ControlPath={SHARED}")
+    return command(name, "-N", "-o", "ExitOnForwardFailure=yes", *sharing, "-L", forward, HOST)
 
 
 def start_tunnel(name: str) -> tuple[int, float]:

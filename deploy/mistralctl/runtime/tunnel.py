@@ -34,7 +34,9 @@ def keep(name: str) -> int:
     failures, last_good = 0, time.monotonic()
     while _wanted(name, record.port) and time.monotonic() - last_good < GIVE_UP_SECONDS:
         began = time.monotonic()
-        process = subprocess.Popen(ssh.tunnel_command(name, record.port, NODE_PORT), stdin=subprocess.DEVNULL)
+        folder = state.folder(name)
+        (folder / ssh.SHARED).unlink(missing_ok=True)  # what one that was killed left; ssh would share nothing
+        process = subprocess.Popen(ssh.tunnel_command(name, record.port, NODE_PORT), stdin=subprocess.DEVNULL, cwd=folder)
         try:
             while process.poll() is None:
                 time.sleep(0.2)

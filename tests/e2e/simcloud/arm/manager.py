@@ -125,21 +125,27 @@ class Manager:
         if rest == ["resources"]:
             return listed(self.azure.resources.within(), asked.query)
         if rest[0] == "providers":
-            return self._of_subscription(parts, rest)
+            return self._of_subscription(parts, rest, asked.query)
         if rest[0] == "resourcegroups" and len(rest) == 2:
             return self._group(asked, parts[3])
         if rest[0] == "resourcegroups":
             return self._in_group(asked, parts, rest)
         raise Refused(404, "InvalidResourceType", f"{asked.path} is not simulated")
 
-    def _of_subscription(self, parts: list[str], rest: list[str]) -> Answer:
+    def _of_subscription(self, parts: list[str], rest: list[str], query: dict[str, str]) -> Answer:
         if rest[-2] in ("operations", "operationresults"):
             return self._operation(parts[-1], rest[-2] == "operationresults")
         if rest[-1] == "usages":
             return self._usages(rest[-2])
         if rest[-1] == "skus":
             return self._types()
-        return listed(self.azure.resources.within(kind="/".join(rest[1:])))
+        found = self.azure.resources.within(kind="/".join(rest[1:]))
+        if query.get("statusOnly") == "true":  # how the machines are, and nothing of what they are made of
+            return listed(
+                {key: one[key] for key in ("id", "name", "type", "location")} | {"properties": {"instanceView": view(one)}}
+                for one in found
+            )
+        return listed(found)
 
     def _usages(self, region: str) -> Answer:
         from simcloud.clouds.azure import FAMILIES, LIMIT, SPOT_TOTAL, TOTAL
