@@ -18,7 +18,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
-# Files of tests/e2e that run at a time: each waits for one processor's work half of its time.
+# Suites of tests that run at a time, and files of tests/e2e: each waits for others' work half of its time.
+TEST_JOBS ?= 2
 E2E_WORKERS ?= 2
 
 .PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
@@ -78,7 +79,10 @@ up: .venv/.made
 down: .venv/.made
 	$(BIN)/mistralctl down --all
 
-test: test-deploy test-weights test-plugin test-e2e
+test: setup
+	@echo "four suites of tests, $(TEST_JOBS) at a time; what each says comes when it has ended"
+	@$(MAKE) --no-print-directory --jobs $(TEST_JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+	  test-e2e test-plugin test-deploy test-weights
 
 test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy

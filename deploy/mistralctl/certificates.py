@@ -5,11 +5,13 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mistralctl import state
 from mistralctl.errors import Exit, UserError
-from mistralctl.spec import DeploymentSpec
-from mistralctl.task import digest
+
+if TYPE_CHECKING:
+    from mistralctl.spec import DeploymentSpec
 
 # Where systems keep the authorities that they trust; certifi's copy, which comes with httpx, is the last resort.
 SYSTEMS = (
@@ -32,6 +34,8 @@ class Certificate:
 
 def own(spec: DeploymentSpec) -> Certificate:
     """What --cert and --key name; UserError if they cannot be read, do not belong together, or name no host."""
+    from mistralctl.task import digest
+
     cert, key = Path(spec.cert or "").expanduser(), Path(spec.key or "").expanduser()
     try:
         chain, private = cert.read_text("ascii"), key.read_text("ascii")

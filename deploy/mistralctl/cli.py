@@ -16,6 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from mistralctl.errors import Exit, UserError
+from mistralctl.heavy import uncollected
 
 if TYPE_CHECKING:
     from mistralctl.config import Sourced
@@ -254,7 +255,8 @@ def status(
     """Say what is up, where, and for how long still."""
     from mistralctl.commands import status as status_command
 
-    _say(status_command.run(name), output, "status_text")
+    with uncollected():
+        _say(status_command.run(name), output, "status_text")
 
 
 @app.command(epilog="Example: mistralctl logs smollm2-135m-instruct -f")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import http.client
 import ssl
 from typing import TYPE_CHECKING, Any
 
 from mistralctl import certificates, state
+from mistralctl.errors import UserError
 from mistralctl.state import Record
 
 if TYPE_CHECKING:
@@ -34,6 +36,28 @@ def options(record: Record) -> dict[str, Any]:
         "base_url": f"https://{record.address}:{record.port}", "trust_env": False, "verify": certificates.context(record.name),
         "event_hooks": {"request": [expect] if record.host else []},
     }  # fmt: skip
+
+
+def status(record: Record, path: str, seconds: float, *, probing: bool) -> int | None:
+    """The status that a GET with the deployment's own key has, None if nobody answers; `probing`: with the probe's token, too."""
+    key = state.api_key(record.name)
+    headers = {"Authorization": f"Bearer {key}"} | ({PROBE_HEADER: probe_token(key)} if probing else {})
+    if record.public:
+        import httpx
+
+        try:
+            with httpx.Client(headers=headers, timeout=seconds, **options(record)) as one:
+                return one.get(path).status_code
+        except (httpx.HTTPError, UserError):
+            return None
+    plain = http.client.HTTPConnection("127.0.0.1", record.port, timeout=seconds)  # to import httpx takes longer than the answer
+    try:
+        plain.request("GET", path, headers=headers)
+        return plain.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        plain.close()
 
 
 def client(record: Record, seconds: float, *, key: str | None = None) -> httpx.Client:

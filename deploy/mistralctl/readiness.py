@@ -28,14 +28,9 @@ def complete(record: Record, *, seconds: float = 300) -> str:
 
 def answers(record: Record, *, probing: bool = False) -> bool:
     """Whether a server of ours takes this deployment's key now, without asking the model; `probing`: also one that is not open yet."""
-    import httpx
-
     try:
-        with connection.client(record, 5) as client:
-            if not probing:
-                del client.headers[connection.PROBE_HEADER]
-            return client.get("/v1/models").status_code == 200
-    except (httpx.HTTPError, UserError):
+        return connection.status(record, "/v1/models", 5, probing=probing) == 200
+    except UserError:
         return False
 
 

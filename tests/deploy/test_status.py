@@ -107,7 +107,7 @@ def test_what_the_launcher_says_on_its_machine(
 ) -> None:  # fmt: skip
     remember("runs")
     rent(ec2, "runs")
-    monkeypatch.setattr(ssh, "read_status", lambda name, seconds: said)
+    monkeypatch.setattr(ssh, "read_status", lambda name, seconds, shared: said)
     kept: list[str] = []
     monkeypatch.setattr("mistralctl.commands.logs.keep", lambda record: kept.append(record.name))
     [one] = status.run("runs")

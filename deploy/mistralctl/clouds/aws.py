@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from mistralctl.refusals import CODES
 
 GONE = "terminated"
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
+_MAKING = threading.Lock()  # several at once would each make a session and read the model of all of EC2
 
 
 def _client(service: str, region: str) -> Any:
@@ -22,7 +24,10 @@ def _client(service: str, region: str) -> Any:
         from botocore.config import Config
     except ImportError as error:
         raise NotUsed("AWS's SDK is not installed; pip install 'mistralctl[aws]'", Exit.CLOUD) from error
-    return boto3.client(service, region_name=region, config=Config(**TIMEOUTS, retries={"mode": "standard", "max_attempts": 6}))
+    with _MAKING:
+        return boto3.client(
+            service, region_name=region, config=Config(**TIMEOUTS, retries={"mode": "standard", "max_attempts": 6})
+        )
 
 
 def _tags(of: dict[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from mistralctl.state import Record
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
 AT_ONCE = 64
+EARLY = 1  # of the machines while the clouds are asked: more would hold that up, because both want the interpreter's lock
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Machine:
     place: str
     stopped: bool
     created: float | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a deployment's machine says: its launcher's status.json, None where there is none; why it could not be asked; whether its
+    server answers from here."""
+
+    launcher: dict[str, Any] | None = None
+    unreachable: str = ""
+    answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,24 +143,25 @@ def _machines(records: Sequence[Record]) -> dict[str, Machine]:
     return found | (_known_to_skypilot(silent) if silent else {})
 
 
-def _launcher(record: Record) -> tuple[dict[str, Any] | None, str]:
-    """The launcher's status.json on the node, None where there is none; and why the node could not be asked."""
+def _node(record: Record, *, shared: bool = False) -> Node:
+    """What a machine says, over a new connection if need be; `shared`: over the tunnel's or not at all."""
     from mistralctl.runtime import ssh
 
     try:
-        text = ssh.read_status(record.name, seconds=SSH_SECONDS)
+        text = ssh.read_status(record.name, seconds=SSH_SECONDS, shared=shared)
     except UserError as error:
-        return None, str(error)
+        return Node(unreachable=str(error))
     try:
         found = json.loads(text)
     except ValueError:
-        return None, ""
-    return (found if isinstance(found, dict) else None), ""
+        return Node()
+    launcher = found if isinstance(found, dict) else None
+    return Node(launcher, "", (launcher or {}).get("state") == "ready" and readiness.answers(record, probing=True))
 
 
-def _cloud(record: Record, machine: Machine | None) -> Status:
+def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     """A deployment on a cloud: the cloud's word on the machine, the launcher's on the server."""
-    launcher, unreachable = _launcher(record) if machine is not None and not machine.stopped else (None, "")
+    launcher, unreachable = node.launcher, node.unreachable
     said = str((launcher or {}).get("state") or "")
     why, now = "", str(record.state)
     if record.state == "down":
@@ -169,7 +181,7 @@ def _cloud(record: Record, machine: Machine | None) -> Status:
         why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
     elif (launcher or {}).get("serving_id", record.serving_id) != record.serving_id:
         why = "another task than this laptop's last up runs on its machine; run up again, or from here on leave it to the other"
-    elif said == "ready" and not readiness.answers(record, probing=True):
+    elif said == "ready" and not node.answers:
         mend = f"cannot be reached at {record.address}:{record.port} from here" if record.public else "tunnel is not open"
         why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
@@ -199,9 +211,24 @@ def _cloud(record: Record, machine: Machine | None) -> Status:
 
 def run(name: str | None) -> list[Status]:
     """One deployment, or all that are known; the clouds are asked once for all of them."""
+    from mistralctl.runtime import ssh
+
     records = [state.known(one) for one in ([name] if name is not None else state.names())]
-    machines = _machines(records)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(
-            pool.map(lambda record: _cloud(record, machines.get(record.name)) if record.cluster else _one(record.name), records)
-        )
+    with ThreadPoolExecutor(AT_ONCE) as pool, ThreadPoolExecutor(EARLY) as few:
+        asked = pool.submit(_machines, records)
+        # Those that have a tunnel most likely have a machine, which can be asked while the clouds still are.
+        tunnelled = [record for record in records if record.cluster and record.state != "down" and ssh.has_tunnel(record.name)]
+        early = {record.name: few.submit(_node, record, shared=True) for record in tunnelled}
+        machines = asked.result()
+
+        def one(record: Record) -> Status:
+            if not record.cluster:
+                return _one(record.name)
+            machine, node = machines.get(record.name), early.get(record.name)
+            begun = node is not None and not node.cancel()
+            if machine is None or machine.stopped:
+                return _cloud(record, machine, Node())
+            said = node.result() if node is not None and begun else Node(unreachable="not asked yet")
+            return _cloud(record, machine, _node(record) if said.unreachable else said)
+
+        return list(pool.map(one, records))

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import yaml
 from mistralctl import refusals, state
 from mistralctl.clouds import CLOUDS
 from mistralctl.errors import Exit, UserError
+from mistralctl.heavy import uncollected
 from mistralctl.runtime import api_server
 from mistralctl.runtime.ssh import Address
 from mistralctl.task import Task
@@ -131,7 +133,7 @@ def _sdk() -> Iterator[Any]:
     os.environ.setdefault("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     with state.secrets_hidden():  # its API server, which the first call starts, inherits our environment and stays
         try:
-            with _quiet():
+            with _quiet(), uncollected() if "sky" not in sys.modules else contextlib.nullcontext():
                 import sky
                 from sky.server import common
         except ImportError as error:

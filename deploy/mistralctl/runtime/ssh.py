@@ -75,10 +75,19 @@ def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
     It goes over the tunnel's connection, which saves both sides the work of a new one, and where that is dead over one of its own: so
     it must do no harm twice.
     """
-    if (state.folder(name) / SHARED).exists():
+    if has_tunnel(name):
         with contextlib.suppress(UserError):
-            return _run(name, ["-o", f"ControlPath={SHARED}", HOST, script], given, min(seconds, SHARED_SECONDS))
+            return _run_shared(name, script, given, min(seconds, SHARED_SECONDS))
     return _run(name, [HOST, script], given, seconds)
+
+
+def has_tunnel(name: str) -> bool:
+    """Whether a tunnel shares its connection, dead or alive."""
+    return (state.folder(name) / SHARED).exists()
+
+
+def _run_shared(name: str, script: str, given: str, seconds: float) -> str:
+    return _run(name, ["-o", f"ControlPath={SHARED}", HOST, script], given, seconds)
 
 
 def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str:
@@ -108,9 +117,10 @@ def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
     run(name, script, given=json.dumps(dict(secrets)))
 
 
-def read_status(name: str, *, seconds: float = 20) -> str:
-    """The launcher's status.json on the node, empty where there is none yet."""
-    return run(name, f'cat "$HOME/.mistralctl/run/{name}/status.json" 2> /dev/null || true', seconds=seconds)
+def read_status(name: str, *, seconds: float = 20, shared: bool = False) -> str:
+    """The launcher's status.json on the node, empty where there is none yet; `shared`: over the tunnel's connection or not at all."""
+    script = f'cat "$HOME/.mistralctl/run/{name}/status.json" 2> /dev/null || true'
+    return _run_shared(name, script, "", min(seconds, SHARED_SECONDS)) if shared else run(name, script, seconds=seconds)
 
 
 def tunnel_command(name: str, port: int, node_port: int) -> list[str]:

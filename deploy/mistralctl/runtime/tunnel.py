@@ -9,12 +9,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from mistralctl import state
 from mistralctl.runtime import ssh
 from mistralctl.task import NODE_PORT
 
+LOOK_SECONDS = 1.0
 PAUSE_SECONDS = (0.5, 1, 2, 5, 10, 30)
 GIVE_UP_SECONDS = 3600.0
 GOOD_SECONDS = 20.0  # a connection that lasted so long was one
@@ -37,11 +39,11 @@ def keep(name: str) -> int:
         folder = state.folder(name)
         (folder / ssh.SHARED).unlink(missing_ok=True)  # what one that was killed left; ssh would share nothing
         process = subprocess.Popen(ssh.tunnel_command(name, record.port, NODE_PORT), stdin=subprocess.DEVNULL, cwd=folder)
+        waiter = threading.Thread(target=process.wait, daemon=True)
+        waiter.start()
         try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                if not _wanted(name, record.port):
-                    break
+            while waiter.is_alive() and _wanted(name, record.port):
+                waiter.join(LOOK_SECONDS)
         finally:
             process.terminate()
             process.wait()
