@@ -19,9 +19,7 @@ from mistralctl.runtime.local import alive
 
 HOST = "node"
 CONNECT_SECONDS = 15
-SHARED = (
-    "ssh.sock"  # by which commands go over the tunnel's connection; without a folder, because a socket's path has to be short
-)
+SHARED = "ssh.sock"  # how commands go over the tunnel's connection; relative, because a socket's path has to be short
 SHARED_SECONDS = 3.0  # the tunnel takes up to 45 s to notice that its connection is dead
 # SkyPilot's machines are new each time and their host keys are not published anywhere, so there is nothing to compare with.
 OPTIONS = {
