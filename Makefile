@@ -18,11 +18,10 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
-# Suites of tests that run at a time, and files of tests/e2e: each waits for others' work half of its time.
-TEST_JOBS ?= 2
+# Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -80,9 +79,14 @@ down: .venv/.made
 	$(BIN)/mistralctl down --all
 
 test: setup
-	@echo "four suites of tests, $(TEST_JOBS) at a time; what each says comes when it has ended"
-	@$(MAKE) --no-print-directory --jobs $(TEST_JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
-	  test-e2e test-plugin test-deploy test-weights
+	@echo "two suites of tests at a time; what each says comes when it has ended"
+	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-e2e test-others
+
+# One after the other, which takes as long as tests/e2e beside it.
+test-others: .venv/.made
+	@$(MAKE) --no-print-directory test-plugin
+	@$(MAKE) --no-print-directory test-deploy
+	@$(MAKE) --no-print-directory test-weights
 
 test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy
