@@ -98,7 +98,7 @@ test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
 
 test-e2e: .venv/.made azurite simcloud-packages
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses $(E2E_WORKERS) --dist loadgroup tests/e2e
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses $(E2E_WORKERS) --dist loadfile tests/e2e
 
 # Failure stories in the simulated clouds, longer than what every run should take.
 e2e: .venv/.made azurite simcloud-packages
