@@ -76,24 +76,6 @@ def test_a_port_in_use_is_named(node_dir: Path) -> None:
             failed(launcher, Code.ENGINE, "cannot be used: Address already in use")
 
 
-def test_a_port_that_is_held_is_vllms_and_nobody_elses() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with engine.hold_port("127.0.0.1", port):
-        with pytest.raises(LaunchError, match="cannot be used"):
-            engine.check_port("127.0.0.1", port)
-        with socket.socket() as server:
-            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # as vLLM's is
-                server.setsockopt(socket.SOL_SOCKET, option, 1)
-            server.bind(("127.0.0.1", port))
-            server.listen()
-            for _ in range(50):  # each comes to the one that listens
-                with socket.create_connection(("127.0.0.1", port), 5), server.accept()[0]:
-                    pass
-    engine.check_port("127.0.0.1", port)
-
-
 def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:
     with launched(node_dir, MAX_MODEL_LEN="5000") as launcher:
         failed(launcher, Code.ENGINE, "max_model_len (5000) is greater than the derived max_model_len")

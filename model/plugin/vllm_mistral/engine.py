@@ -40,15 +40,6 @@ def check_port(host: str, port: int) -> None:
         raise LaunchError(Code.ENGINE, f"{host}:{port} cannot be used: {error.strerror}; choose another --port") from error
 
 
-def hold_port(host: str, port: int) -> socket.socket:
-    """A socket by which the port is ours until it is closed. vLLM binds it only seconds later, and so that any program of the same user
-    may bind it beside it, whose answers would be taken for vLLM's."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as vLLM does; others, who do not, are refused
-    holder.bind((host, port))
-    return holder
-
-
 def check_class() -> None:
     """LaunchError with the true cause if the model class cannot be loaded, which vLLM only mentions in its log.
 

@@ -10,11 +10,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, tls, weights
 from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, Contract, LaunchError
-from vllm_mistral.engine import Engine, check_installed, check_port, hold_port
+from vllm_mistral.engine import Engine, check_installed, check_port
 from vllm_mistral.guard import read_key
 from vllm_mistral.isolation import prepare
 from vllm_mistral.phases import Status, say
@@ -163,16 +161,10 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     client = Client(url, key, context)
     engine: Engine | None = None
     end_by: float | None = None
-    held: socket.socket | None = None
     try:
         with status.during("engine"):
             check_installed()
             check_port(wanted.host, wanted.port)
-            if not isolation.user:  # another user could not bind it, then; nobody else serves on such a machine
-                with suppress(
-                    OSError
-                ):  # what is left of an earlier server's connections may be in the way of this, and of nothing else
-                    held = hold_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
@@ -197,8 +189,6 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     finally:
         if engine is not None:
             engine.end(max(LEAST_END_SECONDS, (end_by or time.monotonic() + END_SECONDS) - time.monotonic()))
-        if held is not None:
-            held.close()
     status.set(state="stopped", ended_because=why)
 
 
