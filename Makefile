@@ -78,7 +78,7 @@ up: .venv/.made
 down: .venv/.made
 	$(BIN)/mistralctl down --all
 
-test: setup
+test: setup node azurite
 	@echo "two suites of tests at a time; what each says comes when it has ended"
 	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-e2e test-others
 

@@ -28,10 +28,7 @@ def complete(record: Record, *, seconds: float = 300) -> str:
 
 def answers(record: Record, *, probing: bool = False) -> bool:
     """Whether a server of ours takes this deployment's key now, without asking the model; `probing`: also one that is not open yet."""
-    try:
-        return connection.status(record, "/v1/models", 5, probing=probing) == 200
-    except UserError:
-        return False
+    return connection.status(record, "/v1/models", 5, probing=probing) == 200
 
 
 def refusal(record: Record) -> str:

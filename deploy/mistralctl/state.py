@@ -108,7 +108,7 @@ def secrets_hidden() -> Iterator[None]:
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process that we start."""
-    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
+    return {name: environ[name] for name in environ if name not in SECRET_VARIABLES}  # those may be hidden meanwhile
 
 
 def home(environ: Mapping[str, str] = os.environ) -> Path:

@@ -147,7 +147,7 @@ def _parts(compute: Any, every: Iterable[Any], owner: str | None, name: str | No
     return [
         Part(
             "azure", "machine", one.id, one.location,
-            "deleting" if one.provisioning_state == "Deleting" else power.get(one.id.lower(), "deleting"),
+            "deleting" if one.provisioning_state == "Deleting" else power.get(one.id.lower(), str(one.provisioning_state).lower()),
             one.hardware_profile.vm_size, one.time_created.timestamp() if one.time_created else time.time(), one.tags,
         )
         for one in own

@@ -342,7 +342,8 @@ def _stopped_if_refused(record: Record) -> Iterator[None]:
         yield
     except UserError as error:
         if error.code == Exit.SERVER:
-            sky.cancel_jobs(record.cluster)
+            with contextlib.suppress(UserError):  # why it was refused is what the user should read
+                sky.cancel_jobs(record.cluster)
         raise
 
 

@@ -219,7 +219,11 @@ def run(name: str | None) -> list[Status]:
         # Those that have a tunnel most likely have a machine, which can be asked while the clouds still are.
         tunnelled = [record for record in records if record.cluster and record.state != "down" and ssh.has_tunnel(record.name)]
         early = {record.name: few.submit(_node, record, shared=True) for record in tunnelled}
-        machines = asked.result()
+        try:
+            machines = asked.result()
+        except BaseException:
+            few.shutdown(wait=False, cancel_futures=True)
+            raise
 
         def one(record: Record) -> Status:
             if not record.cluster:

@@ -70,10 +70,10 @@ def command(name: str, *arguments: str) -> list[str]:
 def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
     """What a shell script printed on the node; UserError if it cannot be reached or the script fails.
 
-    It goes over the tunnel's connection, which saves both sides the work of a new one, and where that is dead over one of its own: so
-    it must do no harm twice.
+    What only reads goes over the tunnel's connection, which saves both sides the work of a new one, and where that is dead over one of
+    its own. What is `given` does not: a connection that comes to life again would run a script late, with nothing given.
     """
-    if has_tunnel(name):
+    if not given and has_tunnel(name):
         with contextlib.suppress(UserError):
             return _run_shared(name, script, given, min(seconds, SHARED_SECONDS))
     return _run(name, [HOST, script], given, seconds)
