@@ -10,7 +10,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Without the garbage collector, which would walk all that the SDKs of SkyPilot and the clouds make, again and again while they are
-    imported and once more when the process ends: that is a third of the time of a `status`. What was made by then is never walked."""
+    imported and once more when the process ends: that is a fifth of the time of a `status` of 50. What was made by then is never walked."""
     gc.disable()
     try:
         yield
