@@ -82,6 +82,12 @@ def blocks_per_request(max_model_len: int, window: int | None, engine: str, chun
     return cdiv(min(window - 1 + in_flight, max_model_len), block_size) + 1
 
 
+def cache_bytes(shape: Shape, *, dtype: str, max_model_len: int, engine: str, window: int | None, requests: int) -> int:
+    """Bytes of cache that so many requests of full length fill, with the one block that vLLM keeps for itself."""
+    blocks = requests * blocks_per_request(max_model_len, window, engine) + 1
+    return blocks * BLOCK_SIZE[engine] * kv_bytes_per_token(shape, dtype)
+
+
 def fit(
     shape: Shape, *, memory_bytes: float, max_model_len: int, dtype: str, quantization: str | None, engine: str,
     gpus: int = 1, concurrency: int = 1, window: int | None = None,

@@ -206,11 +206,24 @@ class _Draft:
         return self.model.shape
 
 
+def _most_seqs(spec: DeploymentSpec, engine: str) -> int:
+    """How many requests the server computes at a time."""
+    return spec.max_concurrency or DEFAULT_SEQS[engine]
+
+
 def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
-    """Whole GiB of cache that a machine of that memory can hold beside weights and system, at most CPU_CACHE_GIB."""
-    weights = 0 if draft.shape is None else memory.weight_bytes(draft.shape, draft.dtype, draft.spec.quantization)
+    """Whole GiB of cache that a machine of that memory can hold beside weights and system: at most CPU_CACHE_GIB, and no more than
+    the requests that run at a time can fill, because vLLM writes to all of it before it serves."""
+    weights, most = 0, CPU_CACHE_GIB
+    if draft.shape is not None:
+        weights = memory.weight_bytes(draft.shape, draft.dtype, draft.spec.quantization)
+        filled = memory.cache_bytes(
+            draft.shape, dtype=draft.dtype, max_model_len=draft.max_model_len, engine="cpu", window=draft.shape.sliding_window,
+            requests=_most_seqs(draft.spec, "cpu"),
+        )  # fmt: skip
+        most = min(most, memory.cdiv(filled, GIB))
     free = memory_bytes - CPU_OVERHEAD_BYTES - weights * CPU_WEIGHTS_FACTOR
-    return max(0, min(CPU_CACHE_GIB, math.floor(free / GIB / 2)))
+    return max(0, min(most, math.floor(free / GIB / 2)))
 
 
 def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: float, offer: prices.Offer | None) -> Option:
@@ -391,7 +404,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
         weights_id=f"{slug}-{hashlib.sha256(came_from.encode()).hexdigest()[:8]}",
         served_model_name=spec.served_model_name or model.name,
         max_model_len=draft.max_model_len,
-        max_num_seqs=spec.max_concurrency or DEFAULT_SEQS[engine],
+        max_num_seqs=_most_seqs(spec, engine),
         max_batched_tokens=memory.max_batched_tokens(window),
         sliding_window=window,
         dtype=dtype,

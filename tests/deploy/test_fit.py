@@ -45,6 +45,13 @@ def test_blocks_that_one_request_holds(length: int, window: int | None, engine: 
     assert fit.blocks_per_request(length, window, engine, chunk) == blocks
 
 
+def test_cache_that_requests_fill() -> None:
+    """With a window 41 blocks of 128 tokens a request, without one 256; and the block that vLLM keeps."""
+    for window, blocks in ((4096, 41), (None, 256)):
+        got = fit.cache_bytes(V01, dtype="bfloat16", max_model_len=32768, engine="cpu", window=window, requests=2)
+        assert got == (2 * blocks + 1) * 128 * 131_072
+
+
 def test_with_a_window_chunks_are_smaller_and_more_long_requests_fit() -> None:
     assert (fit.max_batched_tokens(4096), fit.max_batched_tokens(None)) == (1024, 2048)
     assert fit.blocks_per_request(32768, 4096, "cuda") == fit.blocks_per_request(32768, 4096, "cuda", 1024) == 385

@@ -75,6 +75,16 @@ def test_a_small_model_needs_no_gpu() -> None:
     assert make(model="smollm2-135m-instruct", accelerators="L4").engine == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("requests", "length", "gib"), [(None, None, 3), (2, None, 1), (8, 2048, 1), (8, 8192, 3), (11, None, 4)]
+)
+def test_the_cache_on_a_cpu_is_no_larger_than_requests_can_fill(requests: int | None, length: int | None, gib: int) -> None:
+    got = make(SMALL, model="smollm2-135m-instruct", cloud=["local"], max_concurrency=requests, max_model_len=length)
+    assert got.kv_cache_gib == gib
+    assert got.chosen.fit is not None
+    assert got.chosen.fit.concurrency >= got.max_num_seqs
+
+
 def test_tensor_parallel_asks_for_that_many_gpus() -> None:
     got = make(cloud=["aws"], tensor_parallel=8)
     assert {option.count for option in got.options} == {8}

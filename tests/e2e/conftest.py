@@ -1,15 +1,17 @@
-"""A home folder of its own for each test; tests that serve on this machine run one after the other."""
+"""A home folder of its own for each test; tests that serve on this machine run one after the other; a failure shows the nodes' logs."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mistralctl.task import package_dir
 from running import Cli, down, share_node
+from simcloud import SimCloud
 from xdist.scheduler import LoadFileScheduling
 
 sys.path.append(str(package_dir("model") / "plugin"))  # its certificates need nothing of vLLM
@@ -28,6 +30,25 @@ class Files(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
     return Files(config, log)
+
+
+def _end(text: str, lines: int = 40) -> str:
+    return "\n".join(text.splitlines()[-lines:])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure in simulated clouds: how the jobs' logs end, newest last, and whom the kernel killed for want of memory."""
+    report = yield
+    sim = getattr(item, "funcargs", {}).get("sim")
+    if report.failed and isinstance(sim, SimCloud):
+        logs = sorted(sim.root.glob("*/nodes/*/upper/home/*/sky_logs/*/run.log"), key=lambda log: log.stat().st_mtime)
+        report.sections += [(str(log.relative_to(sim.root)), _end(log.read_text("utf-8", "replace"))) for log in logs[-3:]]
+        kernel = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
+        report.sections.append(("kernel", _end("\n".join(line for line in kernel.splitlines() if "Out of memory" in line))))
+    return report
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import tiny
 from mistralctl import state
 from mistralctl.endpoint import is_free
 from mistralctl.task import package_dir
-from running import MODEL, Cli, down, share_node
+from running import LITTLE, MODEL, Cli, down, share_node
 
 # Who is not root makes the namespaces inside a user namespace of their own.
 NAMESPACES = ["unshare"] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
@@ -36,7 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cli, dict
 
     cli = Cli(share_node(tmp_path_factory.mktemp("served") / "home"), [sys.executable, "-m", "mistralctl"], PLANTED="x")
     try:
-        yield cli, cli.json("up", MODEL, "--cloud", "local", "--name", "served", "--idle", "never")
+        yield cli, cli.json("up", MODEL, *LITTLE, "--cloud", "local", "--name", "served", "--idle", "never")
     finally:
         down(cli)
 
@@ -90,7 +90,7 @@ def test_a_server_with_an_open_route_is_stopped(cli: Cli, tmp_path: Path) -> Non
     with (tmp_path / "broken" / "model" / "plugin" / "vllm_mistral" / "guard.py").open("a") as guard:
         guard.write(HOLE)
     cli.env["PYTHONPATH"] = str(tmp_path / "broken" / "deploy")
-    error = cli("up", MODEL, "--cloud", "local", "--name", "leaky", code=9).stderr
+    error = cli("up", MODEL, *LITTLE, "--cloud", "local", "--name", "leaky", code=9).stderr
     [line] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
     assert "the gate found open what should be shut (GET /leak), so the server was stopped" in line
     [row] = [line.split() for line in error.splitlines() if line.startswith("GET ") and "/leak" in line]
@@ -141,7 +141,7 @@ def assert_fit(cli: Cli, *arguments: str, engine: dict[str, Any]) -> dict[str, A
 
 def test_the_plan_computes_what_vllm_reports(served: tuple[Cli, dict[str, Any]]) -> None:
     [status] = served[0].json("status", "served")
-    assert_fit(served[0], MODEL, engine=status["launcher"]["engine"])
+    assert_fit(served[0], MODEL, *LITTLE, engine=status["launcher"]["engine"])
     log = served[0]("logs", "served").stdout
     assert f"{status['launcher']['engine']['max_concurrency']:.2f}x" in log  # vLLM's own line
 
@@ -149,7 +149,7 @@ def test_the_plan_computes_what_vllm_reports(served: tuple[Cli, dict[str, Any]])
 def test_up_again_has_nothing_to_do(served: tuple[Cli, dict[str, Any]]) -> None:
     cli = served[0]
     pid = cli.json("status", "served")[0]["launcher"]["pid"]
-    again = cli.json("up", MODEL, "--cloud", "local", "--name", "served", "--idle", "never")
+    again = cli.json("up", MODEL, *LITTLE, "--cloud", "local", "--name", "served", "--idle", "never")
     assert again["action"] == "unchanged"
     assert again["base_url"] == served[1]["base_url"]
     assert cli.json("status", "served")[0]["launcher"]["pid"] == pid
@@ -262,7 +262,7 @@ def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_no
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_up_leaves_nothing_half_done(cli: Cli, sign: signal.Signals) -> None:
-    process = cli.start("up", MODEL, "--cloud", "local", "--name", "cut")
+    process = cli.start("up", MODEL, *LITTLE, "--cloud", "local", "--name", "cut")
     deadline = time.monotonic() + 300
     log = cli.home / "deployments" / "cut" / "up.log"
     while not (log.exists() and '"engine", "event": "start"' in log.read_text()):

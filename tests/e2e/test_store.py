@@ -14,7 +14,7 @@ import pytest
 from mistralctl import mirror, task
 from mistralctl.models import SMOLLM2
 from mistralctl.runtime import local
-from running import MODEL, Cli, down, share_node
+from running import LITTLE, MODEL, Cli, down, share_node
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 import servers
@@ -55,7 +55,7 @@ def mirrored(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_up_serves_the_weights_of_the_store(mirrored: Cli) -> None:
-    result = mirrored.json("up", MODEL, "--cloud", "local", "--weights", MIRROR, "--name", "from-s3")
+    result = mirrored.json("up", MODEL, *LITTLE, "--cloud", "local", "--weights", MIRROR, "--name", "from-s3")
     assert "Paris" in result["answer"]
     log = (mirrored.home / "deployments" / "from-s3" / "up.log").read_text("utf-8")
     assert re.search(r"weights/smollm2-135m-instruct-\w+ is complete", log)

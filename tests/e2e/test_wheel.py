@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mistralctl.task import package_dir
-from running import MODEL, Cli, down, share_node
+from running import LITTLE, MODEL, Cli, down, share_node
 
 UV = Path(sys.executable).parent / "uv"
 
@@ -73,7 +73,7 @@ def test_its_weights_tool_is_the_one_that_it_carries(installed: Cli, tmp_path: P
 
 
 def test_it_serves_on_this_machine(installed: Cli) -> None:
-    result = installed.json("up", MODEL, "--cloud", "local", "--name", "wheel")
+    result = installed.json("up", MODEL, *LITTLE, "--cloud", "local", "--name", "wheel")
     assert "Paris" in result["answer"]
     [status] = installed.json("status", "wheel")
     assert status["launcher"]["engine"]["class"] == "vllm_mistral.model.MistralSWAForCausalLM"
