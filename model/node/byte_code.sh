@@ -6,7 +6,7 @@ set -euo pipefail
 
 worker=${1/cuda/gpu} env_dir=$2 site=$3
 [ -e "$env_dir/.byte-code" ] && exit
-PYTHONPATH=$site HF_HUB_OFFLINE=1 "$env_dir/bin/python" -c "import vllm.entrypoints.cli.serve, \
+PYTHONPATH=$site HF_HUB_OFFLINE=1 "$env_dir/bin/python" -c "import gc; gc.disable(); import vllm.entrypoints.cli.serve, \
   vllm.entrypoints.launchers.api_server.entry, vllm.v1.engine.core, vllm.v1.worker.${worker}_worker, vllm_mistral.model"
 PYTHONPATH=$site HF_HUB_OFFLINE=1 VLLM_CACHE_ROOT=$env_dir/vllm-cache "$env_dir/bin/python" -c "import vllm, vllm_mistral
 vllm_mistral.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 import sys
@@ -94,6 +95,31 @@ def test_ssh_reads_what_was_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     tunnel = ssh.tunnel_command("mine", 8001, 8000)
     assert tunnel[-3:] == ["-L", "127.0.0.1:8001:127.0.0.1:8000", "node"]
     assert "ControlPath=ssh.sock" in tunnel
+    assert "ControlPath=ssh.sock" not in ssh.tunnel_command("mine", 8001, 8000, share=False)
+
+
+def test_a_file_system_without_sockets_is_noticed(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["as deep as a home may be"] * 8)
+    deep.mkdir(parents=True)
+    ask = "import sys; from pathlib import Path; from mistralctl.runtime import ssh; print(ssh.can_share(Path(sys.argv[1])))"
+    for folder, answer in ((deep, "True"), (Path("/proc"), "False"), (tmp_path / "nowhere", "False")):
+        done = subprocess.run([sys.executable, "-c", ask, folder], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == answer, (folder, done.stderr)
+    assert list(deep.iterdir()) == []
+
+
+def test_where_the_tunnel_is_gone_ssh_does_not_dial_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as machine:
+        ssh.remember("mine", Address("127.0.0.1", machine.getsockname()[1], "ubuntu", "/nowhere"))
+        with socket.socket(socket.AF_UNIX) as left:  # by a tunnel that was killed
+            monkeypatch.chdir(state.folder("mine"))
+            left.bind(ssh.SHARED)
+        with pytest.raises(UserError, match="cannot be reached over SSH"):
+            ssh.read_status("mine", shared=True)
+        machine.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            machine.accept()
 
 
 def test_a_machine_that_is_not_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     weights = arguments.pop(3)
     assert weights.startswith(f"/home/{place.user}/.mistralctl/weights/mistral-7b-instruct-v0.1-")
     assert arguments == [
-        "-m", "vllm.entrypoints.cli.main", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
+        "-m", "vllm_mistral.start", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
         "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
         "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
         "--middleware", "vllm_mistral.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",

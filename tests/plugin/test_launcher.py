@@ -19,7 +19,7 @@ import pytest
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from nodes import KEY, Launcher, launched, variables, write_secrets
-from vllm_mistral import contract, engine, inspection, lifetime, serve
+from vllm_mistral import canary, contract, engine, inspection, lifetime, serve
 from vllm_mistral.contract import Code, LaunchError
 from vllm_mistral.phases import Status
 from vllm_mistral.traffic import Traffic
@@ -94,7 +94,7 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
         while not servers and launcher.process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 below = psutil.Process(launcher.process.pid).children(recursive=True)
-                servers = [process for process in below if "vllm.entrypoints.cli.main" in process.cmdline()]
+                servers = [process for process in below if "vllm_mistral.start" in process.cmdline()]
             time.sleep(0.1)
         assert servers
         servers[0].kill()
@@ -103,6 +103,15 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
             Code.ENGINE,
             "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full",
         )
+
+
+def test_an_engine_that_computes_something_else_is_named_before_it_is_ended(node_dir: Path) -> None:
+    figures = {"prompt_token_ids": [1, 2, 3], "forced_token_ids": [4, 5], "logprobs": [-100.0, -100.0]}
+    (node_dir / "weights" / "tiny" / canary.FILE).write_text(json.dumps(figures))
+    with launched(node_dir) as launcher:
+        failed(launcher, Code.CANARY, "the engine does not compute what the weights say: a log-probability differs by")
+        log = launcher.log.read_text()
+        assert 0 < log.index('"event": "fail"') < log.index("[shutdown] API server: shutdown triggered")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])

@@ -22,10 +22,9 @@ CONVERSATIONS: dict[str, list[dict[str, str]]] = {
     "a system prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
 }
 # What the hub has beside the weights of each version, the vocabulary, and the first token of [INST]: plain text in the
-# oldest tokenizer, a control token later. v0.3 also has its tokenizer under the old name.
+# oldest tokenizer, which v0.1 and v0.2 share, a control token later. v0.3 also has its tokenizer under the old name.
 VERSIONS = {
-    "v0.1": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
-    "v0.2": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
+    "v0.1 and v0.2": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
     "v0.3": (["mistral_instruct_tokenizer_240323.model.v3"], 32768, MistralTokenizer.v3, 3),
     "v0.3, old name too": (["mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"], 32768, MistralTokenizer.v3, 3),
 }

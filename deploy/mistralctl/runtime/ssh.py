@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
     """
     if not given and has_tunnel(name):
         with contextlib.suppress(UserError):
-            return _run_shared(name, script, given, min(seconds, SHARED_SECONDS))
+            return _run_shared(name, script, seconds)
     return _run(name, [HOST, script], given, seconds)
 
 
@@ -84,8 +85,10 @@ def has_tunnel(name: str) -> bool:
     return (state.folder(name) / SHARED).exists()
 
 
-def _run_shared(name: str, script: str, given: str, seconds: float) -> str:
-    return _run(name, ["-o", f"ControlPath={SHARED}", HOST, script], given, seconds)
+def _run_shared(name: str, script: str, seconds: float) -> str:
+    """Over the tunnel's connection or not at all: where that is gone, ssh would dial by itself, and finds a command that fails instead."""
+    over = ["-o", f"ControlPath={SHARED}", "-o", "ProxyCommand=false"]
+    return _run(name, [*over, HOST, script], "", min(seconds, SHARED_SECONDS))
 
 
 def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str:
@@ -118,13 +121,33 @@ def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
 def read_status(name: str, *, seconds: float = 20, shared: bool = False) -> str:
     """The launcher's status.json on the node, empty where there is none yet; `shared`: over the tunnel's connection or not at all."""
     script = f'cat "$HOME/.mistralctl/run/{name}/status.json" 2> /dev/null || true'
-    return _run_shared(name, script, "", min(seconds, SHARED_SECONDS)) if shared else run(name, script, seconds=seconds)
+    return _run_shared(name, script, seconds) if shared else run(name, script, seconds=seconds)
 
 
-def tunnel_command(name: str, port: int, node_port: int) -> list[str]:
+def can_share(folder: Path) -> bool:
+    """Whether a folder's file system has what ssh needs to share a connection there, a Unix socket with a second name; without, ssh ends.
+
+    Goes into the folder, because a socket's whole path may be longer than the kernel takes; so it is for a process of its own.
+    """
+    made, named = Path(f"{SHARED}.try"), Path(f"{SHARED}.tried")
+    try:
+        os.chdir(folder)
+        with socket.socket(socket.AF_UNIX) as tried:
+            tried.bind(str(made))
+        named.hardlink_to(made)
+    except OSError:
+        return False
+    finally:
+        for file in (made, named):
+            with contextlib.suppress(OSError):
+                file.unlink()
+    return True
+
+
+def tunnel_command(name: str, port: int, node_port: int, *, share: bool = True) -> list[str]:
     """`ssh` that only forwards 127.0.0.1:port to the node's server, lets others share its connection, and ends when it cannot."""
     forward = f"127.0.0.1:{port}:127.0.0.1:{node_port}"
-    sharing = ("-o", "ControlMaster=yes", "-o", f"ControlPath={SHARED}")
+    sharing = ("-o", "ControlMaster=yes", "-o", f"ControlPath={SHARED}") if share else ()
     return command(name, "-N", "-o", "ExitOnForwardFailure=yes", *sharing, "-L", forward, HOST)
 
 

@@ -34,11 +34,13 @@ def keep(name: str) -> int:
         return 1
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     failures, last_good = 0, time.monotonic()
+    folder = state.folder(name)
+    share = ssh.can_share(folder)
     while _wanted(name, record.port) and time.monotonic() - last_good < GIVE_UP_SECONDS:
         began = time.monotonic()
-        folder = state.folder(name)
         (folder / ssh.SHARED).unlink(missing_ok=True)  # what one that was killed left; ssh would share nothing
-        process = subprocess.Popen(ssh.tunnel_command(name, record.port, NODE_PORT), stdin=subprocess.DEVNULL, cwd=folder)
+        command = ssh.tunnel_command(name, record.port, NODE_PORT, share=share)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=folder)
         waiter = threading.Thread(target=process.wait, daemon=True)
         waiter.start()
         try:

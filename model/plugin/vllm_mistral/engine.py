@@ -77,7 +77,7 @@ class Engine:
             raise RuntimeError("a pipe was asked for")
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+        command = [sys.executable, "-m", "vllm_mistral.start", "serve", *arguments]
         sys.stdout.write(f"starts {shlex.join(command)}\n")
         sys.stdout.flush()
         self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {}), "key": client.key}))

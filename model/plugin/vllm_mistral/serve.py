@@ -143,6 +143,13 @@ def _certificate(wanted: Contract) -> tuple[str, str]:
     return sent["tls_key"], sent["tls_certificate"]
 
 
+def _failed(status: Status, error: LaunchError) -> None:
+    """Says what was wrong, at once and once."""
+    if status.fields["error"] is None:
+        say(status.fields["phase"] or "engine", "fail", str(error))
+        status.set(state="failed", error={"code": int(error.code), "message": str(error)})
+
+
 def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     run_dir, shared = wanted.run_dir, wanted.shared_dir
     (run_dir / PASSED).unlink(missing_ok=True)
@@ -186,6 +193,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
         status.set(state="draining")
         end_by = time.monotonic() + END_SECONDS
         _drain(traffic, status, signals)
+    except LaunchError as error:
+        _failed(status, error)  # before vLLM ends, which may take half a minute
+        raise
     finally:
         if engine is not None:
             engine.end(max(LEAST_END_SECONDS, (end_by or time.monotonic() + END_SECONDS) - time.monotonic()))
@@ -210,9 +220,7 @@ def main() -> int:
     except _Asked:
         status.set(state="stopped", ended_because="it was asked to")
     except LaunchError as error:
-        phase = status.fields["phase"] or "engine"
-        say(phase, "fail", str(error))
-        status.set(state="failed", error={"code": int(error.code), "message": str(error)})
+        _failed(status, error)
         return error.code
     return Code.OK
 
