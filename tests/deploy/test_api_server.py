@@ -40,9 +40,9 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
     yield {name: child for name, (_, child) in every.items()}
     for leader, child in every.values():
         leader.kill()
-        leader.communicate()
-        if child.is_running():
+        if child.is_running():  # it has the leader's output, whose end is waited for
             child.kill()
+        leader.communicate()
 
 
 def test_only_a_killed_servers_processes_are_ended_and_only_if_none_answers(left: dict[str, psutil.Process]) -> None:

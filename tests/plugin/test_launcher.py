@@ -76,6 +76,17 @@ def test_a_port_in_use_is_named(node_dir: Path) -> None:
             failed(launcher, Code.ENGINE, "cannot be used: Address already in use")
 
 
+def test_on_a_node_the_port_of_a_server_that_is_ending_is_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        port = ending.getsockname()[1]
+        with pytest.raises(LaunchError, match="cannot be used"):
+            serve.until_free("127.0.0.1", port, 0.2, threading.Event())
+        closing = threading.Timer(0.5, ending.close)
+        closing.start()
+        serve.until_free("127.0.0.1", port, 30, threading.Event())
+        closing.join()
+
+
 def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:
     with launched(node_dir, MAX_MODEL_LEN="5000") as launcher:
         failed(launcher, Code.ENGINE, "max_model_len (5000) is greater than the derived max_model_len")

@@ -34,6 +34,7 @@ POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
 SAME_SECONDS = 0.5
 # A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
 END_SECONDS, LEAST_END_SECONDS = 29.0, 3.0
+PORT_SECONDS = 60.0  # on a node, for the server of a job that was cancelled and may still be ending
 
 
 class _Signals:
@@ -90,6 +91,19 @@ def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
             "these weights is not the model's",
         )
     return facts
+
+
+def until_free(host: str, port: int, seconds: float, asked: threading.Event) -> None:
+    """Waits until no other program has the port; LaunchError if one still has it after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check_port(host, port)
+        except LaunchError:
+            if time.monotonic() > deadline:
+                raise
+        if asked.wait(SOON_SECONDS):
+            raise _Asked
 
 
 def _until_healthy(engine: Engine, asked: threading.Event) -> None:
@@ -171,7 +185,7 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     try:
         with status.during("engine"):
             check_installed()
-            check_port(wanted.host, wanted.port)
+            until_free(wanted.host, wanted.port, PORT_SECONDS if wanted.serve_user else 0, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
