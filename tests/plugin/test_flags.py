@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -57,6 +58,38 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
         assert got.gpu_memory_utilization == 0.92
 
 
+@pytest.mark.parametrize(
+    ("row", "arguments", "bound", "nodes", "expected"),
+    [
+        ({}, (), None, 1, flags.IN_THE_ENGINE),
+        ({}, (), "nobind", 0, flags.IN_THE_ENGINE),  # a system that does not say
+        ({}, (), None, 2, None),
+        ({}, (), "0-3", 1, None),
+        ({}, ("--pipeline-parallel-size=2",), None, 1, None),
+        ({}, ("-pp", "2"), None, 1, None),
+        ({}, ("--distributed-executor-backend=mp",), None, 1, "mp"),
+        (CUDA, (), None, 1, None),
+    ],
+)
+def test_on_a_cpu_with_one_memory_node_the_model_runs_in_the_engine(
+    row: dict[str, str],
+    arguments: tuple[str, ...],
+    bound: str | None,
+    nodes: int,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for node in range(nodes):
+        (tmp_path / f"node{node}").mkdir()
+    monkeypatch.setattr(flags, "MEMORY_NODES", tmp_path)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    if bound is not None:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bound)
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", "MISTRALCTL_VLLM_ARGS": json.dumps(arguments), **row})
+    assert parsed(flags.arguments(wanted, MODEL)).distributed_executor_backend == expected
+
+
 def test_weights_in_mistrals_own_format(tmp_path: Path) -> None:
     for name in ("params.json", "consolidated.safetensors"):
         (tmp_path / name).touch()
@@ -85,5 +118,6 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["VLLM_PLUGINS"] == "mistral_swa"
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert got["TORCH_COMPILE_DISABLE"] == "1"
+    assert got["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]

@@ -12,6 +12,8 @@ from vllm_mistral.contract import Contract
 from vllm_mistral.weights import is_consolidated
 
 GUARD = "vllm_mistral.front.Guard"
+IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+MEMORY_NODES = Path("/sys/devices/system/node")
 DRAIN_SECONDS = 25
 # TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -20,6 +22,19 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 def lora_rank(folder: Path) -> int:
     """The rank of an adapter, by its adapter_config.json."""
     return int(json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"])
+
+
+def runs_in_the_engine(contract: Contract) -> bool:
+    """Whether the model shall run in the engine's own process: on a CPU whose memory is in one piece.
+
+    vLLM gives a CPU's model a process of its own, so that its threads can be bound to the cores of one memory node, and both processes spin
+    for a second after each message. On 2 cores a start takes 1.3 times as long that way, a token 1.1 times, and a short request 9 times the
+    processor time (benchmarks/one_process.py). Where there is one memory node there is nothing to bind. A binding that was
+    asked for, and pipeline stages, need vLLM's way.
+    """
+    stages = any(item.startswith(("-pp", "--pi")) for item in contract.vllm_args)
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind"
+    return contract.engine == "cpu" and not stages and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
 
 
 def arguments(contract: Contract, model_dir: Path) -> list[str]:
@@ -54,6 +69,8 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
         found += ["--gpu-memory-utilization", str(contract.memory_utilization)]
     if contract.engine == "cpu":
         found += ["--enforce-eager"]
+    if runs_in_the_engine(contract):
+        found += ["--distributed-executor-backend", IN_THE_ENGINE]
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
     if contract.lora:
@@ -81,6 +98,7 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
         found.setdefault("TORCH_COMPILE_DISABLE", "1")
         found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)
         # Without this vLLM leaves one core to the system, which halves a machine with two.
-        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+        cores = sorted(os.sched_getaffinity(0))
+        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
+        found.setdefault("OMP_NUM_THREADS", str(len(cores)))  # for a model in the engine's own process, which binds no threads
     return found
