@@ -15,6 +15,7 @@ import yaml
 from mistralctl import state, task
 from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, aws, listing
 from mistralctl.commands import extend, reap
+from mistralctl.commands.launch import Progress
 from mistralctl.errors import UserError
 from mistralctl.runtime import ssh
 from mistralctl.runtime.sky import _sdk, configuration, own_identity
@@ -362,3 +363,15 @@ def test_a_cloud_that_cannot_be_asked_is_not_an_empty_one(monkeypatch: pytest.Mo
         reap.check(reap.Reaped((not_used,), ()))
     with pytest.raises(UserError, match="--cloud: gpc is not one of aws, gcp, azure"):
         ask("gpc")
+
+
+def test_a_job_that_ray_ended_for_want_of_memory_is_called_that() -> None:
+    progress = Progress(lambda event: None)
+    progress.line("starting the server\n")
+    assert progress.failure == ""
+    progress.line(
+        "Memory on the node (IP: 10.0.0.4, ID: fbe2) where the task (task ID: f256, name=m, pid=549, memory used=0.14GB) was running was "
+        "22.40GB / 23.54GB (0.951362), which exceeds the memory usage threshold of 0.95. Ray killed this worker (ID: ab2f)\n"
+    )
+    progress.line("Refer to the documentation on how to address the out of memory issue\n")
+    assert progress.failure.startswith("the machine's memory was full (22.40GB of 23.54GB), ")
