@@ -120,7 +120,8 @@ def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
 
 def read_status(name: str, *, seconds: float = 20, shared: bool = False) -> str:
     """The launcher's status.json on the node, empty where there is none yet; `shared`: over the tunnel's connection or not at all."""
-    script = f'cat "$HOME/.mistralctl/run/{name}/status.json" 2> /dev/null || true'
+    file = f'"$HOME/.mistralctl/run/{name}/status.json"'
+    script = f"[ ! -r {file} ] || exec cat {file}"
     return _run_shared(name, script, seconds) if shared else run(name, script, seconds=seconds)
 
 
