@@ -4,7 +4,7 @@ The same model and flags, each way started and ended by turns, the first of each
 pairs of vLLM's way to ours, so that above 1 is a gain, with a 95 % confidence interval by bootstrap over the pairs:
 
 - start: seconds from exec to the first 200 of /health;
-- tokens: the time for 64 tokens of one request, and of 8 requests at once;
+- one, eight: seconds for 64 tokens of one request, and of 8 requests at once;
 - processor: processor seconds of all processes for a request of one token and the 1.5 s after it.
 
     python benchmarks/one_process.py [--quick] [-o json]      # in the node's environment: make bench
@@ -19,8 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -53,12 +53,9 @@ def processor_seconds(process: psutil.Process) -> float:
 
 def together(server: Server, clients: int) -> float:
     """Seconds until each of them has its 64 tokens."""
-    threads = [threading.Thread(target=lambda: server.ask(server.connect(), 64, stream=False)) for _ in range(clients)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:  # which passes on what fails
+        list(pool.map(lambda _: server.ask(server.connect(), 64, stream=False), range(clients)))
     return time.perf_counter() - began
 
 

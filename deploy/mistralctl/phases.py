@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -87,6 +88,21 @@ class Milestones:
         if self._now is not None:
             yield PhaseEvent(self._now, "end", at)
             self._now = None
+
+
+# What Ray, by which SkyPilot runs jobs, writes into a job's log when it ends the job; the job's status says so only minutes later.
+FULL_MEMORY = re.compile(r"Memory on the node .* was running was (\S+) / (\S+) .*Ray killed this worker")
+
+
+def full_memory(line: str) -> str:
+    """Why Ray ended the job, if that is what a line of its log says; empty otherwise."""
+    full = FULL_MEMORY.search(line)
+    if full is None:
+        return ""
+    return (
+        f"the machine's memory was full ({full[1]} of {full[2]}), so Ray, by which SkyPilot runs jobs, ended ours; take a machine with more "
+        "memory, or lower --max-concurrency if it serves"
+    )
 
 
 def durations(events: Iterable[PhaseEvent]) -> Iterator[Phase]:

@@ -142,6 +142,7 @@ ERRORS = [
         8,
         "there are no AWS credentials here; log in (`aws configure`, `aws sso login`) or give a role",
     ),
+    (("pull", "hf://nobody/nothing", "set"), 7, "hf://nobody/nothing: http://127.0.0.1:9 cannot be reached (ConnectError)"),
     (("ls", "hf://nobody/nothing"), 7, "hf://nobody/nothing: http://127.0.0.1:9 cannot be reached (ConnectError)"),
     (
         ("mirror", "hf://a/b", "s3://b/x", "--here", "--dry-run"),

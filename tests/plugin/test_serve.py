@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
 from nodes import KEY, Launcher, launched, write_secrets
@@ -49,6 +50,9 @@ def test_ready_says_what_runs(served: Launcher) -> None:
     assert engine["num_blocks"] > 0
     assert engine["block_size"] > 0
     assert engine["max_concurrency"] > 1
+    titles = [process.name() for process in psutil.Process(served.process.pid).children(recursive=True)]
+    assert any(title.startswith("VLLM::Engine") for title in titles), titles
+    assert not [title for title in titles if "Worker" in title]  # the model runs in the engine's process
     assert status["canary"]["state"] == "verified"
     assert status["canary"]["max_difference"] < 1e-4
 

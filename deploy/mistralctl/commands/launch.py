@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +37,6 @@ OnPhase = Callable[[PhaseEvent], None]
 Confirm = Callable[[str], bool]
 Check = Callable[[bool], None]
 
-# What Ray writes into a job's log when it has ended the job; its status says so only minutes later.
-FULL_MEMORY = re.compile(r"Memory on the node .* was running was (\S+) / (\S+) .*Ray killed this worker")
-
 
 def cluster_name(name: str) -> str:
     """SkyPilot's name of a deployment's machine, apart from the user's own clusters."""
@@ -68,11 +64,7 @@ class Progress:
         """Takes a line of SkyPilot's or of the job's log."""
         if phases.parse(line) is None and line.strip():
             self.last = line.strip()
-        if full := FULL_MEMORY.search(line):
-            self.failure = (
-                f"the machine's memory was full ({full[1]} of {full[2]}), so Ray, which SkyPilot runs jobs with, ended the server; "
-                "lower --max-concurrency or take a machine with more memory"
-            )
+        self.failure = phases.full_memory(line) or self.failure
         for event in self.milestones.read(line, time.time()):
             self.hear(event)
 

@@ -388,7 +388,7 @@ def open_ports(group: Document) -> dict[int, list[str]]:
             if named and named != "*":
                 first, _, last = str(named).partition("-")
                 networks = rule.get("sourceAddressPrefixes") or [rule["sourceAddressPrefix"]]
-                networks = ["0.0.0.0/0" if network in ("*", "Internet") else network for network in networks]
+                networks = ["0.0.0.0/0" if network == "*" else network for network in networks]
                 for port in range(int(first), min(int(last or first), int(first) + 999) + 1):
                     found.pop(port, None)
                     if rule["access"] == "Allow":
