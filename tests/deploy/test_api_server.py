@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -48,10 +49,10 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 def test_only_a_killed_servers_processes_are_ended_and_only_if_none_answers(left: dict[str, psutil.Process]) -> None:
     assert api_server.orphans() == [left["killed"]]
     with socket.create_server(("127.0.0.1", 0)) as another:
-        api_server.clear_the_way(f"http://127.0.0.1:{another.getsockname()[1]}")
+        api_server.clear_the_way(f"http://127.0.0.1:{another.getsockname()[1]}", [])
         assert api_server.orphans() == [left["killed"]]
         closed = f"http://127.0.0.1:{another.getsockname()[1]}"
-    api_server.clear_the_way(closed)
+    api_server.clear_the_way(closed, [])
     deadline = time.monotonic() + 5
     while left["killed"].is_running() and left["killed"].status() != "zombie" and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -59,9 +60,62 @@ def test_only_a_killed_servers_processes_are_ended_and_only_if_none_answers(left
     assert all(left[name].is_running() for name in ("alive", "another home", "no server"))
 
 
-def test_the_servers_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+class Clock:
+    """Time that passes only while it is slept."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.on_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.on_sleep()
+
+
+def test_a_port_that_a_connection_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(api_server, "time", clock)
+    closed, finished, bound, listened = free_ports(4)
+    url = f"http://127.0.0.1:{closed}"
+    with socket.create_server(("127.0.0.1", listened)), socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname(), source_address=("127.0.0.1", finished))
+        peer, _ = server.accept()
+        client.close()  # who closes first is left with the port, which is nobody's then
+        peer.close()
+        api_server.clear_the_way(url, [closed, listened])  # who listens there will not be waited away
+        assert clock.now == 0
+        api_server.clear_the_way(url, [closed, finished])
+        assert clock.now == pytest.approx(api_server.HELD_SECONDS, abs=1)
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", bound))
+    clock.now, clock.on_sleep = 0, holder.close
+    api_server.clear_the_way(url, [bound])
+    assert 0 < clock.now < 5
+
+
+def test_why_the_server_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert api_server.last_words() == ""
-    (tmp_path / ".sky" / "api_server").mkdir(parents=True)
-    (tmp_path / ".sky" / "api_server" / "server.log").write_text("INFO one\nRuntimeError: port 50011 is already in use\n\n")
-    assert api_server.last_words() == "RuntimeError: port 50011 is already in use"
+    assert api_server.why_not() == "it does not say why (log: ~/.sky/api_server/server.log)"
+    log = tmp_path / ".sky" / "api_server" / "server.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("INFO one\nModuleNotFoundError: No module named 'x'\n\n")
+    assert api_server.why_not() == "ModuleNotFoundError: No module named 'x' (log: ~/.sky/api_server/server.log)"
+    [free] = free_ports(1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        log.write_text(f"RuntimeError: Port {port} is not available\n")
+        me = psutil.Process()
+        assert api_server.why_not().startswith(
+            f"port {port} is held by {me.name()} (process {me.pid}); end that, or export SKYPILOT_API"
+        )
+    log.write_text(f"RuntimeError: SkyPilot API server fails to start as port {free} is already in use by another process.\n")
+    assert api_server.why_not().startswith(f"port {free} is held by another program; ")

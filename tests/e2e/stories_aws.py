@@ -124,6 +124,39 @@ def test_a_log_that_is_cut_off_goes_on(sim: SimCloud) -> None:
         gone(sim, AWS, "cut")
 
 
+FINISHED = """
+import socket
+server = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(server.getsockname(), source_address=("127.0.0.1", 46580))
+peer, _ = server.accept()
+client.close()
+"""
+LISTENING = "import socket, time; server = socket.create_server(('127.0.0.1', 50011)); print('here', flush=True); time.sleep(600)"
+
+
+def test_a_port_of_the_api_server_that_another_program_has(sim: SimCloud) -> None:
+    sim.fault("aws", "capacity")
+    with story("a finished connection has the API server's port for a minute: it is waited for"):
+        sim.run(["sky", "api", "stop"], timeout=60)
+        sim.run([sys.executable, "-c", FINISHED])
+        refused = sim.run([*UP, "--name", "held"], check=False, timeout=300)
+        assert "InsufficientInstanceCapacity" in refused.stderr
+    with story("another program listens on a port of the API server: it is named"):
+        sim.run(["sky", "api", "stop"], timeout=60)
+        program = sim.popen([sys.executable, "-c", LISTENING])
+        assert program.stdout
+        program.stdout.readline()
+        refused = sim.run([*UP, "--name", "held"], check=False, timeout=120)
+        print(refused.stderr)
+        program.terminate()
+        program.communicate(timeout=30)
+        assert refused.returncode == 8
+        [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
+        assert line.startswith("mistralctl: SkyPilot's API server does not start: port 50011 is held by python")
+        assert line.endswith("; end that, or export SKYPILOT_API_SERVER_LOCAL_PORT=46600 or any other free port")
+    gone(sim, AWS, "held")
+
+
 OLD_SERVER = """
 import runpy, sys
 import sky.server.constants

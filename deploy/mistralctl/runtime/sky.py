@@ -141,7 +141,10 @@ def _sdk() -> Iterator[Any]:
                 "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
             ) from error
         if common.is_api_server_local():
-            api_server.clear_the_way(common.get_server_url())
+            from sky.server.requests.queues import mp_queue
+
+            ports = common.get_local_api_server_port(), mp_queue.get_queue_manager_port()
+            api_server.clear_the_way(common.get_server_url(), ports)
         try:
             yield sky
         except UserError:
@@ -160,9 +163,7 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
         what = "mistralctl doctor --cloud CLOUD says what a cloud does not like"
         return UserError(f"SkyPilot has no access to any cloud; {what}", Exit.CLOUD)
     if "API server process exited" in text:
-        return UserError(
-            f"SkyPilot's API server does not start: {api_server.last_words()[:300]} (log: {api_server.LOG})", Exit.CLOUD
-        )
+        return UserError(f"SkyPilot's API server does not start: {api_server.why_not()}", Exit.CLOUD)
     if kind in LOST:
         local = common.is_api_server_local()
         what = "run the same again, which starts it anew and goes on" if local else "see that it runs, then run the same again"

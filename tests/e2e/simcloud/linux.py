@@ -12,6 +12,7 @@ from pathlib import Path
 READ_ONLY, NO_SUID, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 SETPTRACER_PDEATHSIG = 1
 NEW_NET = 0x40000000
+FIXED_PORTS = "46580,46590,50011"  # of SkyPilot's API server, of its skylet on a node, of the API server's queue
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,8 +52,9 @@ def die_with_parent() -> None:
 
 
 def loopback_up() -> None:
-    """Switches `lo` on in this network namespace."""
+    """Switches `lo` on in this network namespace, in which no connection takes a port of SkyPilot's for its own end by chance."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    Path("/proc/sys/net/ipv4/ip_local_reserved_ports").write_text(FIXED_PORTS)
 
 
 def minimal_devices(folder: Path) -> None:
