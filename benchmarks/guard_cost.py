@@ -21,9 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,9 @@ class Server:
                 self.ask(connection, TOKENS, stream=False)
             connection.close()
 
-        threads = [threading.Thread(target=client, args=(connection,)) for connection in connections]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            began = time.perf_counter()
+            list(pool.map(client, connections))  # a request that failed fails here
         return CLIENTS * each / (time.perf_counter() - began)
 
     def first_token(self, times: int) -> float:

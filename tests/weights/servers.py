@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -22,17 +24,13 @@ TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mist
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that is free now, low enough that 10000 more is a port, too (seaweedfs wants that)."""
+    """A port of 127.0.0.1 that is free now, and stays so until its server starts: connections take theirs from 32768 on, and
+    seaweedfs wants the one that is 10000 higher, too."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 50000:
+        port = 12000 + secrets.randbelow(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port
-        port = 20000 + port % 25000
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 @contextmanager
