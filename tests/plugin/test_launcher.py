@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -76,15 +79,57 @@ def test_a_port_in_use_is_named(node_dir: Path) -> None:
             failed(launcher, Code.ENGINE, "cannot be used: Address already in use")
 
 
-def test_on_a_node_the_port_of_a_server_that_is_ending_is_waited_for() -> None:
+def test_on_a_node_the_port_of_a_server_that_is_ending_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "predecessors", lambda name: pytest.fail("nobody is to be ended yet"))
     with socket.create_server(("127.0.0.1", 0)) as ending:
         port = ending.getsockname()[1]
-        with pytest.raises(LaunchError, match="cannot be used"):
-            serve.until_free("127.0.0.1", port, 0.2, threading.Event())
+        with monkeypatch.context() as short:
+            short.setattr(serve, "PORT_SECONDS", 0.2)
+            with pytest.raises(LaunchError, match="cannot be used"):
+                serve.until_free("127.0.0.1", port, threading.Event(), "test")
         closing = threading.Timer(0.5, ending.close)
         closing.start()
-        serve.until_free("127.0.0.1", port, 30, threading.Event())
+        serve.until_free("127.0.0.1", port, threading.Event(), "test")
         closing.join()
+
+
+LAUNCHER = """
+import signal, socket, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: print("told", flush=True))
+server = socket.create_server(("127.0.0.1", int(sys.argv[2])))
+print("there", flush=True)
+time.sleep(300)
+"""
+
+
+def test_on_a_node_an_earlier_launcher_that_hangs_is_told_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            ports.append(probe.getsockname()[1])
+    hung, another = (
+        subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "vllm_mistral.serve", str(port)], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"MISTRALCTL_NAME": name},
+        )
+        for port, name in zip(ports, ("test", "another"), strict=True)
+    )  # fmt: skip
+    try:
+        for process in (hung, another):
+            assert process.stdout
+            assert process.stdout.readline() == "there\n"
+        assert [one.pid for one in serve.predecessors("test")] == [hung.pid]
+        monkeypatch.setattr(serve, "TERM_SECONDS", 0.2)
+        monkeypatch.setattr(serve, "KILL_SECONDS", 2.0)
+        serve.until_free("127.0.0.1", ports[0], threading.Event(), "test")
+        assert hung.wait(5) == -signal.SIGKILL
+        assert hung.stdout
+        assert hung.stdout.read() == "told\n"
+        assert another.poll() is None
+    finally:
+        for process in (hung, another):
+            process.kill()
+            process.communicate()
 
 
 def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:

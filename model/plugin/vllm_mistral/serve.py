@@ -13,9 +13,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, tls, weights
 from vllm_mistral.client import Client
@@ -34,7 +37,9 @@ POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
 SAME_SECONDS = 0.5
 # A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
 END_SECONDS, LEAST_END_SECONDS = 29.0, 3.0
-PORT_SECONDS = 60.0  # on a node, for the server of a job that was cancelled and may still be ending
+# On a node the server of a job that was cancelled may still be ending. If its launcher did not hear of that, or hangs, it is told
+# after END_SECONDS, and killed when it has had them twice; its ward has 30 s then.
+TERM_SECONDS, KILL_SECONDS, PORT_SECONDS = 35.0, 70.0, 120.0
 
 
 class _Signals:
@@ -93,15 +98,33 @@ def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
     return facts
 
 
-def until_free(host: str, port: int, seconds: float, asked: threading.Event) -> None:
-    """Waits until no other program has the port; LaunchError if one still has it after so many seconds."""
-    deadline = time.monotonic() + seconds
+def predecessors(name: str) -> list[psutil.Process]:
+    """The other launchers of a deployment that this user runs: of jobs that were cancelled."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and "vllm_mistral.serve" in process.cmdline()
+            if ours and process.environ().get("MISTRALCTL_NAME") == name:
+                found.append(process)
+    return found
+
+
+def until_free(host: str, port: int, asked: threading.Event, name: str) -> None:
+    """Waits until no other program has the port, and ends other launchers of the deployment `name` that do not do so by themselves;
+    LaunchError if the port is not free after PORT_SECONDS."""
+    began, steps = time.monotonic(), [(TERM_SECONDS, signal.SIGTERM), (KILL_SECONDS, signal.SIGKILL)]
     while True:
         try:
             return check_port(host, port)
         except LaunchError:
-            if time.monotonic() > deadline:
+            if (waited := time.monotonic() - began) > PORT_SECONDS:
                 raise
+        if steps and waited > steps[0][0]:
+            _, number = steps.pop(0)
+            for process in predecessors(name):
+                sys.stdout.write(f"an earlier launcher (process {process.pid}) still has the port; it gets {number.name}\n")
+                with suppress(psutil.Error):
+                    process.send_signal(number)
         if asked.wait(SOON_SECONDS):
             raise _Asked
 
@@ -185,7 +208,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     try:
         with status.during("engine"):
             check_installed()
-            until_free(wanted.host, wanted.port, PORT_SECONDS if wanted.serve_user else 0, signals.asked)
+            if wanted.serve_user:
+                until_free(wanted.host, wanted.port, signals.asked, wanted.name)
+            check_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
