@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from mistralctl.endpoint import is_free
+
 MARK = "IS_SKYPILOT_SERVER"  # SkyPilot sets it for its server, and the server's processes have it from there
 LOG = Path("~/.sky/api_server/server.log")
 PORT_VARIABLE = "SKYPILOT_API_SERVER_LOCAL_PORT"
@@ -58,7 +60,7 @@ def clear_the_way(url: str, ports: Sequence[int]) -> None:
             continue
     psutil.wait_procs(left, timeout=5)
     deadline = time.monotonic() + HELD_SECONDS
-    while not all(_can_be_had(port) or _answers(port) for port in ports) and time.monotonic() < deadline:
+    while not all(is_free(port) or _answers(port) for port in ports) and time.monotonic() < deadline:
         time.sleep(0.5)
 
 
@@ -67,17 +69,6 @@ def _answers(port: int, host: str = "127.0.0.1") -> bool:
         socket.create_connection((host, port), timeout=5).close()
     except OSError:
         return False
-    return True
-
-
-def _can_be_had(port: int) -> bool:
-    """Whether the server could listen there, as it finds out itself."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
     return True
 
 

@@ -210,7 +210,8 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             check_installed()
             if wanted.serve_user:
                 until_free(wanted.host, wanted.port, signals.asked, wanted.name)
-            check_port(wanted.host, wanted.port)
+            else:
+                check_port(wanted.host, wanted.port)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
