@@ -8,12 +8,12 @@ import json
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mistralctl import package_dir
 from mistralctl.clouds import LOCAL
 from mistralctl.fit import MEMORY_UTILIZATION
 from mistralctl.gpus import GIB
@@ -29,13 +29,6 @@ SERVE_USER = "mistralctl-serve"
 AUTOSTOP_MINUTES = 5
 # The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
 DISK_BASE_GIB = 64
-
-
-def package_dir(part: str) -> Path:
-    """The folder `task_templates` or `model`: inside an installed package, or beside `deploy/` in a checkout."""
-    package = Path(str(resources.files("mistralctl")))
-    inside = package / part
-    return inside if inside.is_dir() else package.parent.parent / part
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mistralctl import package_dir
 from mistralctl.errors import Exit, UserError
-from mistralctl.task import package_dir
 
 sys.path.insert(0, str(package_dir("model") / "weights"))
 

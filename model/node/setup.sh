@@ -17,7 +17,7 @@ mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
   "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
-    "$model_dir/plugin" "$model_dir/weights"
+    "$model_dir/contract" "$model_dir/plugin" "$model_dir/weights"
 }
 
 # vLLM 0.32 comes with CUDA 13, which wants a driver of the 580 series or newer (NVIDIA, CUDA Toolkit release notes, table of drivers).

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from mistralctl.task import package_dir
+from mistralctl import package_dir
 
 sys.path.append(str(package_dir("model") / "plugin"))  # the guard, which needs nothing of vLLM, for tests of the gate
 

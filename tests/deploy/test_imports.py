@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mistralctl.task import package_dir
+from mistralctl import package_dir
 
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 # Top to bottom; a module imports its own tier and the tiers above.
@@ -95,6 +95,16 @@ def test_laptop_and_node_never_import_each_other() -> None:
         names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         assert not {name for name in names if name.split(".")[0] == "mistralctl"}, path
+
+
+def test_the_contract_needs_the_standard_library_alone() -> None:
+    found = sorted((package_dir("model") / "contract" / "mistral_contract").rglob("*.py"))
+    assert found
+    for path in found:
+        tree = ast.parse(path.read_text("utf-8"))
+        names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "mistral_contract"}, path
 
 
 def test_one_module_imports_the_weights_tool() -> None:

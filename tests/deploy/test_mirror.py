@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import mirror, task
+from mistralctl import mirror, package_dir, task
 from mistralctl.errors import Exit, UserError
 
 Run = Callable[..., CompletedProcess[str]]
@@ -28,7 +28,7 @@ def rendered(name: str) -> task.Task:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_mirror(name: str, request: pytest.FixtureRequest) -> None:
-    text = task.dump(rendered(name)).replace(str(task.package_dir("model").parent), "PACKAGE")
+    text = task.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
     file = GOLDEN / f"{name}.yaml"
     if request.config.getoption("--golden"):
         file.write_text(text, "utf-8")
@@ -37,7 +37,7 @@ def test_rendered_mirror(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_only_data_is_set_on_the_template() -> None:
-    template = yaml.safe_load((task.package_dir("task_templates") / "mirror.yaml").read_text("utf-8"))
+    template = yaml.safe_load((package_dir("task_templates") / "mirror.yaml").read_text("utf-8"))
     got = rendered("mirror-aws")
     assert got.keys() == template.keys()
     assert (got["setup"], got["run"]) == (template["setup"], template["run"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mistralctl.task import package_dir
+from mistralctl import package_dir
 
 NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan, task
+from mistralctl import checkpoints, package_dir, plan, task
 from mistralctl.config import load
 from test_mirror import CASES as MIRRORS
 from test_mirror import rendered as mirror_rendered
@@ -36,7 +36,7 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         files[-1].write_text(task.dump(mirror_rendered(name)), "utf-8")
     for name in ("serve.yaml", "mirror.yaml"):
         files.append(folder / name)
-        files[-1].write_text((task.package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
+        files[-1].write_text((package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
     (folder / "broken.yaml").write_text(files[0].read_text("utf-8").replace("resources:", "resorces:"), "utf-8")
     files.append(folder / "broken.yaml")
     env = {
@@ -44,7 +44,7 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true",
     }  # fmt: skip
     script = Path(__file__).parent / "sky_accepts.py"
-    checkout = task.package_dir("model").parent
+    checkout = package_dir("model").parent
     done = subprocess.run(
         [sys.executable, str(script), *map(str, files)],
         env=env,

@@ -9,11 +9,11 @@ from subprocess import CompletedProcess
 
 import pytest
 import yaml
+from mistralctl import package_dir
 from mistralctl.clouds import CLOUDS
 from mistralctl.errors import UserError
 from mistralctl.rights import BUCKETS, right
 from mistralctl.stores import endpoints
-from mistralctl.task import package_dir
 
 Run = Callable[..., CompletedProcess[str]]
 S3 = ["s3://bucket/v03"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import checkpoints, plan, task
+from mistralctl import checkpoints, package_dir, plan, task
 from mistralctl.config import load
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
@@ -44,7 +44,7 @@ def rendered(name: str) -> task.Task:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_task(name: str, request: pytest.FixtureRequest) -> None:
-    text = task.dump(rendered(name)).replace(str(task.package_dir("model").parent), "PACKAGE")
+    text = task.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
     serving = rendered(name)["envs"]["MISTRALCTL_SERVING_ID"]
     environment = rendered(name)["envs"]["MISTRALCTL_ENV_ID"].split("-")[1]
     text = text.replace(serving, "HASH-OF-OPTIONS-AND-SOURCES").replace(environment, "HASH-OF-REQUIREMENTS")
@@ -55,7 +55,7 @@ def test_rendered_task(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_only_data_is_set_on_the_template() -> None:
-    template = yaml.safe_load((task.package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
+    template = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
     got = rendered("every-option")
     assert got.keys() == template.keys()
     assert (got["setup"], got["run"]) == (template["setup"], template["run"])
@@ -68,9 +68,9 @@ def test_the_dump_is_read_back_as_it_was() -> None:
 
 
 def test_the_contract_page_names_every_env_and_no_other() -> None:
-    page = (task.package_dir("model").parent / "docs" / "contract.md").read_text("utf-8")
+    page = (package_dir("model").parent / "docs" / "contract.md").read_text("utf-8")
     envs = set(rendered("local")["envs"]) | set(
-        yaml.safe_load((task.package_dir("task_templates") / "mirror.yaml").read_text())["envs"]
+        yaml.safe_load((package_dir("task_templates") / "mirror.yaml").read_text())["envs"]
     )
     rows = [line for line in page.splitlines() if line.startswith("| `MISTRALCTL_")]
     named = {word.strip("`") for row in rows for word in row.split("|")[1].replace(",", " ").split()}

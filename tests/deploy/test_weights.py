@@ -10,9 +10,8 @@ from subprocess import CompletedProcess
 
 import pytest
 import tomllib
-from mistralctl import weights
+from mistralctl import package_dir, weights
 from mistralctl.errors import Exit
-from mistralctl.task import package_dir
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 import hub as hubs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl.task import package_dir
+from mistralctl import package_dir
 from running import Cli, down, share_node
 from simcloud import SimCloud
 from xdist.scheduler import LoadFileScheduling

@@ -19,9 +19,8 @@ import openai
 import psutil
 import pytest
 import tiny
-from mistralctl import state
+from mistralctl import package_dir, state
 from mistralctl.endpoint import is_free
-from mistralctl.task import package_dir
 from running import LITTLE, MODEL, Cli, down, share_node
 
 # Who is not root makes the namespaces inside a user namespace of their own.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import mirror, task
+from mistralctl import mirror, package_dir
 from mistralctl.models import SMOLLM2
 from mistralctl.runtime import local
 from running import LITTLE, MODEL, Cli, down, share_node
@@ -90,7 +90,7 @@ def test_the_task_of_a_mirror_runs_as_it_stands(mirrored: Cli, store: dict[str, 
     name, node = made["name"], str(share_node(tmp_path / "home") / "node")
     made["envs"]["MISTRALCTL_NODE_DIR"] = node
     made["envs"]["MISTRALCTL_PYTHON"] = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    made["file_mounts"] = {f"{node}/run/{name}/model": str(task.package_dir("model"))}
+    made["file_mounts"] = {f"{node}/run/{name}/model": str(package_dir("model"))}
     local.place_files(made)
     env = local.environment(made, os.environ | store)
     for script in (made["setup"], made["run"]):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mistralctl.task import package_dir
+from mistralctl import package_dir
 from running import LITTLE, MODEL, Cli, down, share_node
 
 UV = Path(sys.executable).parent / "uv"
