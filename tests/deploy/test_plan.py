@@ -111,8 +111,8 @@ def test_this_machine_says_what_it_lacks() -> None:
 
 def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text(
-        '{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100,'
-        ' "intermediate_size": 128, "max_position_embeddings": 512, "sliding_window": 32}'
+        '{"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,'
+        ' "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 512, "sliding_window": 32}'
     )
     (tmp_path / "model.safetensors").write_bytes(b"")
     got = make(model=str(tmp_path), cloud=["local"])
