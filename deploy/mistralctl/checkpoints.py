@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mistral_contract import architecture
+
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS, Model, Shape

@@ -264,7 +264,7 @@ def _rope_and_context(config: Mapping[str, Any]) -> tuple[str, int]:
             raise _other(f"rope_parameters.{name}", value)
     _number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10000.0)), 1)
     for name in ROPES[kind]:
-        if name in NEEDED_ROPE[kind] or name.startswith("beta_") and name in rope:
+        if name in NEEDED_ROPE[kind] or (name.startswith("beta_") and name in rope):
             _number(f"rope_parameters.{name}", rope.get(name), 1 if name == "factor" else 1e-6)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise Refused("rope_parameters.low_freq_factor should be below high_freq_factor; correct the file")
