@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench real clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -138,6 +138,12 @@ bench: .venv/.made .venv-node/.made .venv-weights/.made
 	$(BIN)/python benchmarks/status_many.py $(BENCH_OPTIONS)
 	for program in $(wildcard benchmarks/attention.py benchmarks/kv_blocks.py benchmarks/stock_vs_ours.py benchmarks/startup.py benchmarks/guard_cost.py benchmarks/one_process.py); do .venv-node/bin/python "$$program" $(BENCH_OPTIONS); done
 	for program in $(wildcard benchmarks/weights_pull.py benchmarks/pull_and_load.py); do .venv-weights/bin/python "$$program" $(BENCH_OPTIONS); done
+
+# A first run on a real account, scripted; rents a machine and takes it away. Never in CI.
+# make real CLOUD=aws [MAX_PRICE=1.50] [REAL_OPTIONS='--skip idle']
+MAX_PRICE ?= 4
+real: .venv/.made
+	$(BIN)/python benchmarks/real_run.py --cloud "$(CLOUD)" --max-price "$(MAX_PRICE)" $(REAL_OPTIONS)
 
 clean:
 	rm -rf .venv .venv-node .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -400,17 +400,30 @@ def gpus(output: Output = Form.text) -> None:
     _say(tables.gpus(), output, "gpus_text")
 
 
-@app.command(epilog="Examples: mistralctl doctor; mistralctl doctor --cloud aws")
+@app.command(epilog="Examples: mistralctl doctor; mistralctl doctor --cloud aws; mistralctl doctor --node mistral")
 def doctor(
     cloud: Annotated[
         list[str] | None, typer.Option(help="also ask this cloud, and SkyPilot about it (repeatable) [default: asks nobody]")
+    ] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ask a deployment's machine instead: GPU, driver, image, memory, disk",
+            autocompletion=_known_names,
+        ),
     ] = None,
     output: Output = Form.text,
 ) -> None:
     """Say what is missing on this machine or account, and the command that mends it."""
     from mistralctl.commands import doctor as doctor_command
 
-    _say(doctor_command.run(cloud or ()), output, "doctor_text")
+    if node is None:
+        _say(doctor_command.run(cloud or ()), output, "doctor_text")
+    elif cloud:
+        raise UserError("--node: asks one machine and means nothing with --cloud; leave one of the two out")
+    else:
+        _say(doctor_command.node_facts(node), output, "node_text")
 
 
 weights_app = typer.Typer(

@@ -203,6 +203,44 @@ def extended_text(result: Extended) -> str:
     return f"{result.name} lives {result.by} longer: until {_moment(result.ends_at)}, {_minutes(result.ttl_left)} from now"
 
 
+def _gib(value: int | None) -> str:
+    return "?" if value is None else f"{value / GIB:.1f} GiB"
+
+
+def _node_rows(node: dict[str, Any]) -> list[list[str]]:
+    """What a deployment's machine says of itself, a row a thing."""
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_used_mib']} of {gpu['memory_mib']} MiB used, capability {gpu['capability']}, driver {gpu['driver']}"
+        for gpu in node["gpus"]
+    ]  # fmt: skip
+    pull = node["pull"] or {}
+    speeds = []
+    if pull.get("seconds"):
+        speeds.append(f"{pull['fetched'] / 1e6 / pull['seconds']:.0f} MB/s from {pull['uri']}")
+    if pull.get("disk_seconds"):
+        speeds.append(f"disk {pull['disk_written'] / 1e6 / pull['disk_seconds']:.0f} MB/s while busy")
+    return [
+        ["image", node["image"] or "?"],
+        ["system", f"{node['system']}, Linux {node['kernel']}, {node['cpus']} processors"],
+        ["memory", f"{_gib(node['memory_available_bytes'])} available of {_gib(node['memory_bytes'])}"],
+        ["disk", f"{_gib(node['disk_free_bytes'])} free of {_gib(node['disk_bytes'])}"],
+        *(["GPU", gpu] for gpu in gpus or [f"none ({node['gpu_problem']})"]),
+        *([["CUDA", f"the driver runs CUDA up to {node['cuda']}"]] if node["cuda"] else []),
+        *([["devices", " ".join(node["devices"])]] if node["devices"] else []),
+        ["programs", ", ".join(f"{name}: {path or 'none'}" for name, path in node["programs"].items())],
+        *([["pull", ", ".join(speeds)]] if speeds else []),
+    ]
+
+
+def node_text(node: dict[str, Any]) -> str:
+    """What a deployment's machine says of itself now."""
+    return _rows(_node_rows(node))
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
+
+
 def receipt_text(result: Receipt) -> str:
     """What matters most; `-o json` has it all."""
     where = " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part)
@@ -219,8 +257,9 @@ def receipt_text(result: Receipt) -> str:
         ["check", f"{canary.get('state', 'not known')}"],
         ["gate", _gate(result.gate) if result.gate else "none"],
         ["flags", shlex.join(result.flags)],
+        *(_node_rows(result.node) if result.node else []),
     ]  # fmt: skip
-    return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
+    return _rows(rows)
 
 
 def env_text(client: Client) -> str:

@@ -46,7 +46,7 @@ make_environment() {
   phase environment end
 }
 
-pull() { # URI FOLDER [REVISION]: vLLM reads it next, so it is kept in the page cache
+pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in the page cache
   local n
   case $1 in
     hf://*) # the laptop sends the hub's token as soon as it sees this set-up run; by hand there may be none
@@ -55,7 +55,7 @@ pull() { # URI FOLDER [REVISION]: vLLM reads it next, so it is kept in the page 
         sleep 0.25
       done ;;
   esac
-  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"}
+  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"}
 }
 
 pull_weights() {
@@ -64,7 +64,7 @@ pull_weights() {
   adapters=$(printf '%s' "${MISTRALCTL_LORA:-}" | tr -d '{}" ' | tr ',' '\n')  # names and URIs hold none of these
   # shellcheck disable=SC2046 # one argument for each adapter
   weights_tool "$uri" $(printf '%s\n' "$adapters" | sed 's/^[^:]*://') || return
-  pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" || return
+  pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" || return
   while IFS=: read -r adapter source; do
     [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return
   done <<< "$adapters"

@@ -19,7 +19,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
                 "clouds.aws", "clouds.gcp", "clouds.azure", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh",
-                "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),
+                "runtime.facts", "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),
     "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
                  "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",
                  "commands.doctor", "commands.weights"),

@@ -134,6 +134,19 @@ def answers_through_the_tunnel(sim: SimCloud, place: Place, served: dict[str, An
     assert one["launcher"]["canary"]["state"] == "verified"
     assert 0 < one["cost"] < one["price"]
     assert instance.tags["mistralctl-name"] == "served"
+    tells_of_its_machine(sim, "served")
+
+
+def tells_of_its_machine(sim: SimCloud, name: str) -> None:
+    """The receipt and `doctor --node` say what the machine is, and how its weights came."""
+    noted = json.loads(sim.run(["mistralctl", "receipt", name, "-o", "json"]).stdout)["node"]
+    now = json.loads(sim.run(["mistralctl", "doctor", "--node", name, "-o", "json"], timeout=60).stdout)
+    print("machine:", json.dumps(now))
+    same = ("image", "system", "kernel", "cpus", "memory_bytes", "pull")
+    assert {key: noted[key] for key in same} == {key: now[key] for key in same}
+    assert now["image"]
+    assert now["pull"]["fetched"] > 0 < now["pull"]["seconds"]
+    assert now["gpu_problem"] == "no nvidia-smi"
 
 
 def replaces_the_job(sim: SimCloud, place: Place, served: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, simulated
+from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, simulated, tells_of_its_machine
 from planted import are_where_they_belong, key_file, plant, went_with_the_node
 from roles import exceeded
 from running import MODEL
@@ -83,6 +83,7 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     assert one["price"] > 0
     assert 0 < one["cost"] < one["price"]
     assert instance.tags["mistralctl-name"] == "served"
+    tells_of_its_machine(sim, "served")
     assert 25 < one["idle_left"] <= 30
     assert 600 < one["ttl_left"] <= 720
 

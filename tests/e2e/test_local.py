@@ -223,6 +223,11 @@ def test_the_receipt_has_what_was_served(served: tuple[Cli, dict[str, Any]]) -> 
         assert hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
     assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "vllm_mistral.front.Guard"
     assert (receipt["engine"]["class"], receipt["canary"]["state"], receipt["down_at"]) == (CLASS, "verified", None)
+    now = cli.json("doctor", "--node", "served")
+    assert list(now) == list(receipt["node"])
+    assert now["kernel"] == receipt["node"]["kernel"] == os.uname().release
+    assert "memory      " in cli("doctor", "--node", "served").stdout
+    assert cli("doctor", "--node", "nobody", code=4).stderr.startswith("mistralctl: ")
 
 
 def test_another_name_cannot_have_the_same_port(served: tuple[Cli, dict[str, Any]]) -> None:

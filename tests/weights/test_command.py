@@ -18,6 +18,7 @@ import hub as hubs
 import pytest
 import sets
 from mistral_weights.cli import main
+from mistral_weights.disk import written_so_far
 from mistral_weights.errors import EXIT_CODES, Kind
 from places import Place
 
@@ -79,6 +80,36 @@ def test_json_events_end_in_one_result(tmp_path: Path, capsys: pytest.CaptureFix
         "message": "'s3://' cannot be read; write it as s3://BUCKET[/PREFIX]",
     }
     assert err == "mistral_weights: 's3://' cannot be read; write it as s3://BUCKET[/PREFIX]\n"
+
+
+def test_the_result_of_a_pull_is_kept_and_not_that_of_one_which_brought_nothing(tmp_path: Path) -> None:
+    uri, kept = _source(tmp_path), tmp_path / "pulled.json"
+    command = ["pull", uri, str(tmp_path / "set"), "--result", str(kept)]
+    assert main(command) == 0
+    first = json.loads(kept.read_text())
+    assert (first["fetched"], first["already_there"]) == (5002, False)
+    assert first["seconds"] > 0
+    assert main(command) == 0
+    assert json.loads(kept.read_text()) == first
+
+
+def test_what_a_disk_wrote_is_what_the_kernel_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = "63326 24447 2373058 7455 31855 489318 2048 192857 0 12140 203045 17615 20 1832024 2722 482 10\n"
+    read: list[str] = []
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: read.append(str(path)) or counts)
+    assert written_so_far(tmp_path) == (2048 * 512, 12.14)
+    device = tmp_path.stat().st_dev
+    assert read == [f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"]
+
+
+def test_a_folder_on_no_disk_is_not_counted() -> None:
+    assert written_so_far(Path("/proc")) is None
+
+
+def test_a_result_that_cannot_be_kept_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["pull", _source(tmp_path), str(tmp_path / "set"), "--result", str(tmp_path / "nowhere" / "pulled.json")]
+    assert main(command) != 0
+    assert "nowhere/pulled.json: No such file or directory; check the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

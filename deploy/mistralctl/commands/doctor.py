@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mistralctl import node, state
 from mistralctl.clouds import CLOUDS, listing
-from mistralctl.errors import UserError
+from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import this_machine
 
@@ -104,6 +105,16 @@ def _ask(cloud: str) -> list[Check]:
         return "enabled"
 
     return [_asked("identity", cloud, listing(cloud).identity), _asked("machines", cloud, enabled)]
+
+
+def node_facts(name: str) -> dict[str, Any]:
+    """Return what the machine of a deployment says of itself now (model/node/machine.py); UserError if it cannot be asked."""
+    from mistralctl.runtime import facts
+
+    record = state.known(name)
+    if record.state == "down":
+        raise UserError(f"--node: {name} is down; its last machine is in mistralctl receipt {name}", Exit.NOT_FOUND)
+    return facts.read(record)
 
 
 def run(clouds: Sequence[str] = ()) -> Doctor:

@@ -13,7 +13,7 @@ from typing import Any
 import mistralctl
 from mistralctl import state
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime import rundir
+from mistralctl.runtime import facts, rundir
 from mistralctl.state import Record
 
 SCHEMA = 1
@@ -34,7 +34,8 @@ class WeightsFile:
 class Receipt:
     """A deployment. Times are in seconds since the epoch, `price` in USD an hour; None: not known, or not come yet.
 
-    `flags` are those of `vllm serve`, `engine` is what the running engine said of itself, `task` is what was run. No secret is in it.
+    `flags` are those of `vllm serve`, `engine` is what the running engine said of itself, `task` is what was run, `node` what its
+    machine said of itself when the server was ready (model/node/machine.py). No secret is in it.
     """
 
     schema: int
@@ -58,6 +59,7 @@ class Receipt:
     canary: dict[str, Any] | None
     gate: dict[str, Any] | None
     task: dict[str, Any]
+    node: dict[str, Any] | None = None
 
 
 def path(name: str) -> Path:
@@ -95,11 +97,14 @@ def write(record: Record) -> None:
         "vllm": engine.get("vllm"), "torch": engine.get("torch"),
     }  # fmt: skip
     files = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
+    node = None
+    with suppress(UserError):  # a receipt without it is better than none
+        node = facts.read(record)
     _save(Receipt(
         SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
         record.served_model_name, round(time.time(), 1), None, versions, envs["MISTRALCTL_WEIGHTS"], envs["MISTRALCTL_REVISION"],
         tuple(files), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
-        record.gate or None, record.task,
+        record.gate or None, record.task, node,
     ))  # fmt: skip
 
 

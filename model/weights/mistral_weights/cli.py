@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from .disk import write_whole
 from .errors import EXIT_CODES, Kind, WeightsError
 from .events import Report
 from .ls import Listed, Ls, ls
@@ -39,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--full", action="store_true", help="hash every byte of a set that is there already")
     verb.add_argument("--plain", action="store_true", help="read through the store's SDK only")
     verb.add_argument("--keep-cached", action="store_true", help="write through the page cache: for a load right afterwards")
+    verb.add_argument(
+        "--result", type=Path, metavar="FILE", help="also write the result there, as JSON, unless the set was there already"
+    )
     verb = verbs.add_parser("mirror", parents=[common], help="bring a set from one store to another")
     verb.add_argument("source", metavar="SOURCE")
     verb.add_argument("target", metavar="TARGET")
@@ -127,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with progress(options.output) as report:
             result = _run(options, report)
+        if isinstance(result, Pulled) and options.result and not result.already_there:
+            write_whole(options.result, json.dumps(asdict(result)).encode())
     except WeightsError as error:
         if options.debug:
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from . import names
 from .address import Address, parse
 from .arrival import Wanted
-from .disk import explained, require_space, sync_folder, write_whole
+from .disk import explained, require_space, sync_folder, write_whole, written_so_far
 from .errors import Kind, WeightsError
 from .events import Advanced, Begun, FileFinished, FileRestarted, Report, silent
 from .http_reader import readers
@@ -50,7 +50,10 @@ class Pull:
 
 @dataclass(frozen=True)
 class Pulled:
-    """A set that is there and right. `fetched` counts the bytes that came over the network in this run."""
+    """A set that is there and right. `fetched` counts the bytes that came over the network in this run.
+
+    `disk_written` and `disk_seconds` are what its disk wrote meanwhile (bytes, whoever wrote) and how long it was busy, None if unknown.
+    """
 
     uri: str
     folder: str
@@ -63,6 +66,8 @@ class Pulled:
     resumed: int
     seconds: float
     already_there: bool
+    disk_written: int | None = None
+    disk_seconds: float | None = None
 
 
 def pull(request: Pull, report: Report = silent) -> Pulled:
@@ -84,6 +89,7 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
             _withdraw(folder, partial, there)
         with explained(partial):
             partial.mkdir(exist_ok=True)
+        before = written_so_far(partial)
         try:
             brought, tally = _bring(request, address, partial, report)
         finally:
@@ -91,7 +97,11 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
                 partial.rmdir()  # only when nothing came into it
         _publish(brought, folder)
     manifest = brought.manifest
-    return _pulled(address, folder, manifest, time.monotonic() - begun, tally.fetched, tally.resumed, False)
+    found = _pulled(address, folder, manifest, time.monotonic() - begun, tally.fetched, tally.resumed, False)
+    after = written_so_far(folder)
+    if before is None or after is None:
+        return found
+    return replace(found, disk_written=after[0] - before[0], disk_seconds=round(after[1] - before[1], 3))
 
 
 def _there(folder: Path, address: Address, full: bool) -> Pulled | tuple[Damage, ...] | None:

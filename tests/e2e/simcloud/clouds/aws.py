@@ -273,7 +273,7 @@ def metadata(amazon: Amazon) -> type[BaseHTTPRequestHandler]:
                 "Token": s3.SESSION, "LastUpdated": f"{now:%Y-%m-%dT%H:%M:%SZ}", "Expiration": f"{now + timedelta(hours=6):%Y-%m-%dT%H:%M:%SZ}",
             }  # fmt: skip
             table = {
-                "meta-data/instance-id": instance.id, "meta-data/instance-type": instance.instance_type,
+                "meta-data/ami-id": instance.image_id, "meta-data/instance-id": instance.id, "meta-data/instance-type": instance.instance_type,
                 "meta-data/placement/region": instance.region_name, "meta-data/placement/availability-zone": instance.availability_zone,
                 "meta-data/local-ipv4": instance.private_ip, "meta-data/public-ipv4": instance.public_ip,
                 "meta-data/instance-life-cycle": "spot" if instance.lifecycle == "spot" else "on-demand",

@@ -368,6 +368,8 @@ class Azure(Cloud):
                 "vmSize": of["hardwareProfile"]["vmSize"], "subscriptionId": identity.SUBSCRIPTION, "resourceId": machine["id"],
                 "priority": of.get("priority", "Regular"), "resourceGroupName": machine["id"].split("/")[4],
             }})  # fmt: skip
+        if asked.path == "/metadata/instance/compute/storageProfile":
+            return web.Answer(200, {"imageReference": machine["properties"]["storageProfile"].get("imageReference", {})})
         return web.Answer(404, {"error": "not found"})
 
 

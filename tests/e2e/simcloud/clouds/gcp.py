@@ -347,6 +347,12 @@ class Google(Cloud):
             instance = self.put("instances", path, **fields, disks=disks)
         self.boot(instance)
 
+    def image(self, instance: Resource) -> str | None:
+        """The image of an instance's boot disk, as its metadata server names it: projects/PROJECT/global/images/IMAGE."""
+        [boot] = [disk for disk in instance["disks"] if disk["boot"]]
+        source = self.resources["disks"][boot["source"].removeprefix(BASE)]["sourceImage"]
+        return str(source).partition("/compute/v1/")[2] or source
+
     def make_disk(self, instance: str, number: int, disk: Resource) -> Resource:
         zone, asked = instance.split("/")[3], disk.get("initializeParams", {})
         name = last(instance) if disk.get("boot") else f"{last(instance)}-{number}"

@@ -613,9 +613,10 @@ class Metadata(Base):
             return metadata(instance, key.removeprefix("instance/attributes/"))
         account = next(iter(instance["serviceAccounts"]), None)
         zone = f"projects/{NUMBER}/zones/{last(instance['zone'])}"
-        found: dict[str, str | Resource] = {
+        found: dict[str, str | Resource | None] = {
             "project/project-id": PROJECT, "project/numeric-project-id": NUMBER, "instance/name": instance["name"],
-            "instance/id": instance["id"], "instance/zone": zone, "universe/universe-domain": "googleapis.com",
+            "instance/id": instance["id"], "instance/zone": zone, "instance/image": self.google.image(instance),
+            "universe/universe-domain": "googleapis.com",
             "instance/machine-type": f"projects/{NUMBER}/machineTypes/{last(instance['machineType'])}",
             "instance/preempted": "TRUE" if instance["name"] in self.google.preempted else "FALSE",
         }  # fmt: skip
