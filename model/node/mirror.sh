@@ -14,19 +14,23 @@ umask 022
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 uv=$(find_uv) || { phase weights fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
-weights_tool "$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET"
-[ "$1" = run ] || { ready_for_cloud; exit; }
 
-wanted=("$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" --stage "$node_dir/weights/$MISTRALCTL_NAME")
-[ -z "${MISTRALCTL_REVISION:-}" ] || wanted+=(--revision "$MISTRALCTL_REVISION")
-limit=()
-if [ -n "${MISTRALCTL_TTL_MINUTES:-}" ] && command -v timeout > /dev/null; then
-  limit=(timeout --kill-after=60s "$((MISTRALCTL_TTL_MINUTES * 60))s") # even a mirror that hangs ends, and the machine with it
-fi
-phase weights start
-mistral_weights mirror "${wanted[@]}" || {
+mirror() { # VERB
+  local wanted=("$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" --stage "$node_dir/weights/$MISTRALCTL_NAME") limit=()
+  weights_tool "$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" || return
+  [ "$1" = run ] || { ready_for_cloud; return; }
+  [ -z "${MISTRALCTL_REVISION:-}" ] || wanted+=(--revision "$MISTRALCTL_REVISION")
+  if [ -n "${MISTRALCTL_TTL_MINUTES:-}" ] && command -v timeout > /dev/null; then
+    limit=(timeout --kill-after=60s "$((MISTRALCTL_TTL_MINUTES * 60))s") # even a mirror that hangs ends, and the machine with it
+  fi
+  phase weights start
+  mistral_weights mirror "${wanted[@]}" || return
+  phase weights end
+}
+
+heard "$run_dir/errors" mirror "$1" || {
   code=$?
-  phase weights fail "the mirror ended with code $code; the line before this one says why"
+  why=$(last_error "$run_dir/errors")
+  phase weights fail "${why:-the mirror ended with code $code; see mistralctl logs}"
   exit "$code"
 }
-phase weights end

@@ -58,14 +58,22 @@ pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in 
   mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"}
 }
 
+list_adapters() { # a line for each: its name, a tab, its URI. Neither holds a control character
+  "$uv" run --quiet --no-project --python "$MISTRALCTL_PYTHON" python -c 'import json, os
+for adapter in json.loads(os.environ.get("MISTRALCTL_LORA") or "{}").items():
+    print(*adapter, sep="\t")'
+}
+
 pull_weights() {
-  local uri=${MISTRALCTL_WEIGHTS/#file:\/\/\~/file://$HOME} adapters adapter source
+  local uri=${MISTRALCTL_WEIGHTS/#file:\/\/\~/file://$HOME} adapters adapter source sources=()
   phase weights start
-  adapters=$(printf '%s' "${MISTRALCTL_LORA:-}" | tr -d '{}" ' | tr ',' '\n')  # names and URIs hold none of these
-  # shellcheck disable=SC2046 # one argument for each adapter
-  weights_tool "$uri" $(printf '%s\n' "$adapters" | sed 's/^[^:]*://') || return
+  adapters=$(list_adapters) || return
+  while IFS=$'\t' read -r adapter source; do
+    [ -z "$adapter" ] || sources+=("$source")
+  done <<< "$adapters"
+  weights_tool "$uri" ${sources[@]+"${sources[@]}"} || return
   pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" || return
-  while IFS=: read -r adapter source; do
+  while IFS=$'\t' read -r adapter source; do
     [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return
   done <<< "$adapters"
   phase weights end
@@ -73,35 +81,28 @@ pull_weights() {
 
 uv=$(find_uv) || { phase environment fail "uv cannot be installed; install it from PyPI and run this again"; exit 1; }
 
-errors=$(mktemp -d)
-trap 'rm -rf "$errors"' EXIT
+errors=$run_dir/errors
+rm -rf "$errors"
+mkdir "$errors"
 # A job of its own for each, so that the one that fails can end the other with all its children.
 set -m
-(pull_weights) 2> >(tee "$errors/weights" >&2) &
+(heard "$errors/weights" pull_weights) &
 weights_job=$!
-(make_environment) 2> >(tee "$errors/environment" >&2) &
+(heard "$errors/environment" make_environment) &
 environment_job=$!
 set +m
-(ready_for_cloud) 2> >(tee "$errors/cloud" >&2) &
+(heard "$errors/cloud" ready_for_cloud) &
 cloud_job=$!
 trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
-
-last_error() { # PHASE: the last line that it wrote to standard error; where that is uv's last cause, its error and that
-  sleep 0.2 # until tee has written it
-  awk '/[^ ]/ { last = $0 }
-    /^error: / { error = substr($0, 8); cause = "" }
-    /^ +(cause|Caused by): / { cause = $0; sub(/^ +(cause|Caused by)/, "", cause) }
-    END { print last ~ /^error: |^ +(cause|Caused by): / ? error cause : last }' "$errors/$1"
-}
 
 wait "$environment_job" || {
   status=$?
   kill -- -"$weights_job" 2> /dev/null || true
   wait "$weights_job" 2> /dev/null || true
-  why=$(last_error environment)
+  why=$(last_error "$errors/environment")
   case $why in
     *NVIDIA*) phase environment fail "$why" ;;
-    *) phase environment fail "the environment of vLLM could not be installed ($why); check the network and the free disk space, then run up again" ;;
+    *) phase environment fail "the environment of vLLM could not be installed (${why:-code $status}); check the network and the free disk space, then run up again" ;;
   esac
   exit "$status"
 }
@@ -113,12 +114,14 @@ trap 'kill -- -"$weights_job" -"$byte_code_job" 2> /dev/null || true; exit 130' 
 wait "$weights_job" || {
   status=$?
   kill -- -"$byte_code_job" 2> /dev/null || true
-  phase weights fail "$(last_error weights)"
+  why=$(last_error "$errors/weights")
+  phase weights fail "${why:-the weights could not be pulled (code $status); see mistralctl logs}"
   exit "$status"
 }
 kill -- -"$byte_code_job" 2> /dev/null || true
 wait "$byte_code_job" 2> /dev/null || true
 wait "$cloud_job" || {
-  phase environment fail "$(last_error cloud)"
+  why=$(last_error "$errors/cloud")
+  phase environment fail "${why:-this machine could not be made ready for its cloud; see mistralctl logs}"
   exit 1
 }

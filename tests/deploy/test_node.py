@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,73 @@ def test_a_failed_download_is_tried_three_times_and_named(tmp_path: Path) -> Non
     assert "the environment of vLLM could not be installed (Failed to fetch: http://127.0.0.1:9/simple/" in said
     assert "refused" in said
     assert "check the network and the free disk space, then run up again" in said
+
+
+# Makes environments in no time: the tool's has a real Python, and vLLM's takes as long as the weights need to fail.
+FAKE_UV = f"""#!/bin/bash
+case "$1 $2" in
+  "run "*) exec {UV} "$@" ;;
+  "venv "*) mkdir -p "${{@: -1}}/bin"; ln -sf {sys.executable} "${{@: -1}}/bin/python" ;;
+  "pip "*) [[ "$*" != *--target* ]] || while [ ! -e "$HOME/pulled" ]; do sleep 0.05; done ;;
+esac
+"""
+FAKE_TOOL = """#!/bin/bash
+code=0
+{python} "$@" || code=$?
+printf '%s\\n' "$*" >> $HOME/pulled
+exit $code
+"""
+
+
+def run_with_fakes(tmp_path: Path, script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A real script of the node and the real weights tool, with environments that need no download."""
+    (tmp_path / "bin").mkdir(parents=True)
+    tool = tmp_path / "bin" / "python"
+    tool.write_text(FAKE_TOOL.format(python=sys.executable))
+    uv = tmp_path / "bin" / "uv"
+    uv.write_text(FAKE_UV.replace(f"ln -sf {sys.executable}", f"ln -sf {tool}"))
+    for program in (tool, uv):
+        program.chmod(0o755)
+    envs = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text())["envs"]
+    envs |= {"MISTRALCTL_NODE_DIR": str(tmp_path / "node"), "MISTRALCTL_ENGINE": "cpu", "MISTRALCTL_PYTHON": sys.executable}
+    env = {**envs, "HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.defpath}", "MISTRALCTL_REVISION": "", **variables}
+    return subprocess.run(["bash", str(NODE / script), *words], env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_weights_that_fail_while_vllm_is_installed_are_named_every_time(tmp_path: Path) -> None:
+    def once(number: int) -> list[str]:
+        home = tmp_path / str(number)
+        done = run_with_fakes(home, "setup.sh", MISTRALCTL_WEIGHTS=f"file://{home}/nowhere")
+        assert done.returncode == 3
+        return [json.loads(line.split(" ", 1)[1])["message"] for line in done.stdout.splitlines() if '"event": "fail"' in line]
+
+    with ThreadPoolExecutor(2) as pool:
+        for number, said in enumerate(pool.map(once, range(12))):
+            assert said == [f"mistral_weights: there is no folder {tmp_path}/{number}/nowhere; check the path"]
+
+
+def test_a_mirror_that_fails_says_why_in_its_phase(tmp_path: Path) -> None:
+    envs = {"MISTRALCTL_MIRROR_SOURCE": f"file://{tmp_path}/nowhere", "MISTRALCTL_MIRROR_TARGET": f"file://{tmp_path}/target"}
+    done = run_with_fakes(tmp_path, "mirror.sh", "run", **envs)
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1].endswith(
+        f'"message": "mistral_weights: there is no folder {tmp_path}/nowhere; check the path"}}'
+    )
+
+
+def test_adapters_are_read_as_json(tmp_path: Path) -> None:
+    sources = {"sql": "a,b", "Two.2": "c:d {e}", "three": 'it\'s "f"', "four": "ü=g"}
+    for folder in ("weights", *sources.values()):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    adapters = {name: f"file://{tmp_path}/{folder}".replace(" ", "%20") for name, folder in sources.items()}
+    done = run_with_fakes(
+        tmp_path, "setup.sh", MISTRALCTL_WEIGHTS=f"file://{tmp_path}/weights", MISTRALCTL_LORA=json.dumps(adapters)
+    )
+    assert done.returncode == 0, done.stderr
+    pulls = [line.split(" pull ")[1] for line in (tmp_path / "pulled").read_text().splitlines() if " pull " in line]
+    lora = tmp_path / "node" / "run" / "mistral" / "lora"
+    assert [pull.split(" --keep-cached")[0] for pull in pulls[1:]] == [f"{uri} {lora}/{name}" for name, uri in adapters.items()]
 
 
 @pytest.mark.parametrize(
