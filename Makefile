@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench real clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -127,6 +127,10 @@ format: .venv/.made
 schema: .venv/.made
 	$(BIN)/python -c 'import json; from mistralctl.spec import json_schema; print(json.dumps(json_schema(), indent=1))' \
 	  > deploy/mistralctl/mistralctl.schema.json
+
+# For a machine with an NVIDIA GPU and a Python that has torch (PYTHON=...): installs nothing, asks no network.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 check: lint test
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,12 +122,51 @@ def test_without_figures_or_room_for_them_nothing_is_verified(weights: Path, tmp
     assert verdict(weights, weights, "float32", max_model_len=1000).state == "not verified"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"prompt_token_ids": [1], "forced_token_ids": [1, 2], "logprobs": [0.1]}'])
+def text_of(**changed: Any) -> str:
+    return json.dumps({"prompt_token_ids": [1], "forced_token_ids": [1, 2], "logprobs": [-0.1, -0.2]} | changed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", text_of(logprobs=[-0.1]), text_of(prompt_token_ids=[]), text_of(forced_token_ids=[], logprobs=[]),
+        text_of(logprobs=[-0.1, math.nan]), text_of(logprobs=[-0.1, -math.inf]), text_of(logprobs=[-0.1, 0.5]),
+        text_of(logprobs=[-0.1, None]), text_of(logprobs=[-0.1, True]), text_of(logprobs=[-0.1, "-0.2"]),
+        text_of(forced_token_ids=[1, True]), text_of(prompt_token_ids=[-1]),
+    ],
+)  # fmt: skip
 def test_damaged_figures_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / canary.FILE).write_text(text)
     with pytest.raises(LaunchError, match="is damaged") as caught:
         canary.stored_figures(tmp_path)
     assert caught.value.code is Code.CANARY
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_of_the_engine_never_passes(tmp_path: Path, place: int) -> None:
+    (tmp_path / canary.FILE).write_text(text_of())
+    entries: list[Any] = [None, {"1": {"logprob": -0.1}}, {"2": {"logprob": -0.2}}]
+    entries[1 + place][str(1 + place)]["logprob"] = math.nan
+
+    class Answers(Client):
+        def ask(self, path: str, body: dict[str, Any] | None = None, seconds: float = 0.0) -> bytes:
+            return json.dumps({"choices": [{"prompt_logprobs": entries}]}).encode()
+
+    with pytest.raises(LaunchError, match="not finite") as caught:
+        canary.compare(Answers("http://127.0.0.1:1", "key"), "tiny", tmp_path, "float32", 100)
+    assert caught.value.code is Code.CANARY
+
+
+def test_weights_with_a_nan_get_no_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write(tmp_path / "broken", **SHAPE)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert reference.main([str(folder), "--canary", "--canary-tokens", "200"]) == 2
+    assert "the log-probabilities are not finite; the weights are damaged" in capfd.readouterr().err
+    assert not (folder / canary.FILE).exists()
 
 
 def test_weights_with_a_nan_are_caught(weights: Path, tmp_path: Path) -> None:

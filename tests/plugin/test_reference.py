@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import json
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,24 +145,86 @@ def test_a_window_that_is_off_by_one_is_far_from_equal(tiny: Path, off_by: int) 
     assert difference(rows[first_wrong:], wrong[first_wrong:]) > 0.1
 
 
+def sharded(folder: Path, target: Path) -> Path:
+    """The same checkpoint in two files with an index."""
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, part in shards.items():
+        save_file(part, target / name)
+    index = {"weight_map": {tensor: name for name, part in shards.items() for tensor in part}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    return target
+
+
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"sliding_window": None, "num_key_value_heads": 1}])
 def test_consolidated_and_sharded_files_are_the_same_model(tmp_path: Path, shape: dict[str, Any]) -> None:
     folder = write(tmp_path / "whole", **shape)
     whole = Mistral.load(folder)
-    params = consolidated(folder, tmp_path / "consolidated")
-    sharded = tmp_path / "sharded"
-    sharded.mkdir()
-    tensors = load_file(folder / "model.safetensors")
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
-    for name, part in shards.items():
-        save_file(part, sharded / name)
-    index = {"weight_map": {tensor: name for name, part in shards.items() for tensor in part}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    (sharded / "config.json").write_text((folder / "config.json").read_text())
-    for other in (Mistral.load(params), Mistral.load(sharded)):
-        assert other.config == whole.config
-        assert other.weights.keys() == whole.weights.keys()
-        assert all(torch.equal(other.weights[name], whole.weights[name]) for name in whole.weights)
+    for other in (consolidated(folder, tmp_path / "consolidated"), sharded(folder, tmp_path / "sharded")):
+        for stream in (False, True):
+            model = Mistral.load(other, stream=stream)
+            assert model.config == whole.config
+            assert model.weights.keys() == whole.weights.keys()
+            assert all(torch.equal(model.weights[name], whole.weights[name]) for name in whole.weights)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_streamed_weights_give_the_same_bits(tmp_path: Path, case: str) -> None:
+    folder = write(tmp_path / "whole", **SHAPES[case])
+    narrow = {name: w.bfloat16() for name, w in load_file(folder / "model.safetensors").items()}
+    save_file(narrow, folder / "model.safetensors")
+    batch = prompts([300, 1, 47, 120])
+    for place in (folder, sharded(folder, tmp_path / "sharded")):
+        plain, streamed = (Engine(Mistral.load(place, stream=stream), 7, 1000) for stream in (False, True))
+        for expected, rows in zip(plain.score(batch), streamed.score(batch), strict=True):
+            assert torch.equal(expected, rows)
+        assert plain.generate(batch, Sampling(max_tokens=5)) == streamed.generate(batch, Sampling(max_tokens=5))
+
+
+def test_a_streamed_step_reads_each_weight_once_and_holds_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = Mistral.load(write(tmp_path / "weights"), stream=True)
+    read, alive = list[str](), list[weakref.ref[torch.Tensor]]()
+    original = reference.StoredWeights.__getitem__
+
+    def counting(stored: reference.StoredWeights, name: str) -> torch.Tensor:
+        assert not [one for one in alive if one() is not None], f"{read[-1]} is still held when {name} is read"
+        tensor = original(stored, name)
+        read.append(name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(reference.StoredWeights, "__getitem__", counting)
+    Engine(streamed, max_num_batched_tokens=1000).score(prompts([300, 20, 47]), last=1)
+    assert sorted(read) == sorted([*streamed.weights, *["lm_head.weight"] * 2])  # the head is asked once for each prompt
+
+
+def test_streaming_takes_the_memory_of_a_layer_and_says_what_7b_would_take() -> None:
+    program = Path(reference.__file__).parents[3] / "benchmarks" / "streamed_canary.py"
+    done = subprocess.run(
+        [sys.executable, program, "--quick", "--threads", "1", "-o", "json"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["same_bits"] is True
+    assert found["differences"]["in memory, small steps"] <= LIMIT
+    saved = found["peak_mib"]["in memory"] - found["peak_mib"]["streamed"]
+    assert saved > 0.6 * found["weights_mib"] > 100, found
+    assert found["seconds_32_layers"] > found["layer_seconds"] * 32
+
+
+def test_scores_in_memory_are_bounded_whatever_the_length(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [ids] = prompts([700])
+    model = Mistral.load(tiny)
+    model = Mistral(dataclasses.replace(model.config, windows=(None,)), model.weights)
+    [expected] = Engine(model).score([ids])
+    sizes = list[int]()
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, dim: (sizes.append(scores.numel()), softmax(scores, dim=dim))[1])
+    monkeypatch.setattr(reference, "MAX_SCORES", 2**14)
+    [rows] = Engine(model).score([ids])
+    assert max(sizes) <= 2**14 < 4 * 700 * 700
+    assert difference(rows, expected) <= LIMIT
 
 
 def test_weights_kept_narrow_give_the_same_numbers_as_widened_ones(tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_the_canary_holds_what_hugging_face_says_and_is_written_whole(tmp_path: 
     assert {path.name for path in folder.iterdir() if "canary" in path.name} == {"mistralctl-canary.json"}
 
 
+def test_a_streamed_canary_is_the_same_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "weights", max_position_embeddings=4096, sliding_window=100)
+    path = folder / "mistralctl-canary.json"
+    for place in (folder, consolidated(folder, tmp_path / "consolidated")):
+        options = [str(place), "--canary", "--canary-tokens", "300", "--device", "cpu"]
+        assert main([*options, "--max-num-batched-tokens", "8192"]) == 0
+        plain = (place / path.name).read_bytes()
+        (place / path.name).unlink()
+        assert main([*options, "--stream"]) == 0
+        assert (place / path.name).read_bytes() == plain
+    capfd.readouterr()
+
+
 def config_of(**changed: Any) -> ModelConfig:
     base = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, False, (4096,) * 32, (2,))
     return dataclasses.replace(base, **changed)
@@ -187,7 +200,7 @@ def broken(folder: Path, how: str) -> list[str]:
         ("another model", "model_type is 'qwen2', not 'mistral'"),
         ("a wrong type", "config.json: "),
         ("quantized", "quantization_config: the reference has no quantization"),
-        ("another shape", "expected [128, 64] of float32"),
+        ("another shape", "expected [128, 64] of F32, BF16, F16"),
         ("more layers", "9 weights are missing, the first is model.layers.2.input_layernorm.weight"),
         ("fewer layers", "expected no weight of that name"),
         ("cut off", "not a readable safetensors file"),

@@ -71,8 +71,12 @@ def stored_figures(folder: Path) -> dict[str, Any] | None:
         if text is None:
             return None
         found: dict[str, Any] = json.loads(text)
-        tokens = found["prompt_token_ids"] + found["forced_token_ids"]
-        if not all(isinstance(token, int) for token in tokens) or len(found["forced_token_ids"]) != len(found["logprobs"]):
+        prompt, forced, logprobs = found["prompt_token_ids"], found["forced_token_ids"], found["logprobs"]
+        if not all(type(token) is int and token >= 0 for token in prompt + forced) or not prompt or not forced:
+            raise ValueError("its token ids are none")
+        if not all(type(value) in (int, float) and math.isfinite(value) and value <= 0 for value in logprobs):
+            raise ValueError("its log-probabilities are none")
+        if len(forced) != len(logprobs):
             raise ValueError("its lists do not fit")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,9 +92,11 @@ def compare(client: Client, model: str, folder: Path, dtype: str, max_model_len:
     if stored is None or len(stored["prompt_token_ids"]) + len(stored["forced_token_ids"]) >= max_model_len:
         return Verdict("not verified")
     got = forced_logprobs(client, model, stored["prompt_token_ids"], stored["forced_token_ids"])
+    if not all(math.isfinite(value) for value in got):  # max() below would lose a nan that is not the first
+        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
     difference = max(abs(a - b) for a, b in zip(got, stored["logprobs"], strict=True))
     allowed = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
-    if not difference <= allowed:  # also false for nan
+    if difference > allowed:
         raise LaunchError(
             Code.CANARY,
             f"the engine does not compute what the weights say: a log-probability differs by {difference:.3f}, {allowed} is "

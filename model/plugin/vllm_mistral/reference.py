@@ -8,7 +8,7 @@ Letters in shapes: T tokens of one step (all sequences laid end to end), Q queri
 G key-value heads (H is a multiple of G), D head_dim, V vocabulary, N blocks, B tokens of a block, W tokens of the window.
 
     python -m vllm_mistral.reference WEIGHTS "The capital of France is"
-    python -m vllm_mistral.reference WEIGHTS --canary
+    python -m vllm_mistral.reference WEIGHTS --canary [--stream]
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
@@ -34,9 +34,12 @@ CANARY_TOKENS = 8
 CANARY_SEEDS = 4
 CANARY_ROUNDING = 0.15  # a difference by bfloat16 that is small enough
 PREFILL_CHUNK = 2048  # tokens of one step, vLLM's max_num_batched_tokens
-QUERY_TILE = 512  # queries whose scores are in memory at once
+STREAM_CHUNK = 8192  # of one step that reads all weights from the disk: a canary's prompt as a whole
+QUERY_TILE = 512  # queries whose scores are in memory at once,
+MAX_SCORES = 2**27  # and the most scores, 512 MiB in float32
 RECYCLED = -1  # entry of a block table whose block went back to the pool
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 
 
 class BadInput(Exception):
@@ -213,29 +216,69 @@ def split_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.view(-1, head_dim // 2, 2, hidden).transpose(1, 2).reshape(out, hidden)
 
 
-def read_weights(folder: Path, config: ModelConfig, device: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All weights by their Hugging Face names, in `dtype` or as stored (None). Missing, unknown or misshapen ones are refused."""
-    files, consolidated = weight_files(folder)
-    shapes, weights = config.shapes(), dict[str, Tensor]()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device=device) as shard:
+class StoredWeights(Mapping[str, Tensor]):
+    """All weights of a folder by their Hugging Face names, as stored. Missing, unknown or misshapen ones are refused at once; a weight
+    is read when it is asked for and kept by nobody: its file is mapped, so a weight in use is all that is in memory."""
+
+    def __init__(self, folder: Path, config: ModelConfig, device: str) -> None:
+        files, self.consolidated = weight_files(folder)
+        self.head_dim, self.device = config.head_dim, device
+        self.places: dict[str, tuple[Path, str]] = {}
+        shapes = config.shapes()
+        for path in files:
+            with opened(path, "cpu") as shard:
                 for stored_name in shard.keys():  # noqa: SIM118
-                    name = hugging_face_name(stored_name) if consolidated else stored_name
+                    name = hugging_face_name(stored_name) if self.consolidated else stored_name
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
                         continue
-                    tensor = shard.get_tensor(stored_name)
-                    if tuple(tensor.shape) != shapes.get(name) or tensor.dtype not in DTYPES.values():
-                        expected = f"{list(shapes[name])} of {', '.join(DTYPES)}" if name in shapes else "no weight of that name"
-                        raise BadInput(f"{path}: {stored_name} is {list(tensor.shape)} of {tensor.dtype}; expected {expected}")
-                    if consolidated and name.endswith(("q_proj.weight", "k_proj.weight")):
-                        tensor = split_halves(tensor, config.head_dim)
-                    weights[name] = tensor.to(dtype) if dtype else tensor
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path}: not a readable safetensors file ({error})") from error
-    if missing := shapes.keys() - weights.keys():
-        raise BadInput(f"{folder}: {len(missing)} weights are missing, the first is {min(missing)}")
-    return weights
+                    stored = shard.get_slice(stored_name)
+                    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                    if shape != shapes.get(name) or dtype not in STORED_DTYPES:
+                        expected = (
+                            f"{list(shapes[name])} of {', '.join(STORED_DTYPES)}" if name in shapes else "no weight of that name"
+                        )
+                        raise BadInput(f"{path}: {stored_name} is {list(shape)} of {dtype}; expected {expected}")
+                    self.places[name] = (path, stored_name)
+        if missing := shapes.keys() - self.places.keys():
+            raise BadInput(f"{folder}: {len(missing)} weights are missing, the first is {min(missing)}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored_name = self.places[name]
+        with opened(path, self.device) as shard:
+            return self.read(shard, name, stored_name)
+
+    def read(self, shard: Any, name: str, stored_name: str) -> Tensor:
+        tensor: Tensor = shard.get_tensor(stored_name)
+        swapped = self.consolidated and name.endswith(("q_proj.weight", "k_proj.weight"))
+        return split_halves(tensor, self.head_dim) if swapped else tensor
+
+    def in_memory(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """All of them, in `dtype` or as stored (None)."""
+        weights = dict[str, Tensor]()
+        for file in sorted({path for path, _ in self.places.values()}):
+            with opened(file, self.device) as shard:
+                for name, (path, stored_name) in self.places.items():
+                    if path == file:
+                        tensor = self.read(shard, name, stored_name)
+                        weights[name] = tensor.to(dtype) if dtype else tensor
+        return weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@contextmanager
+def opened(path: Path, device: str) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=device) as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a readable safetensors file ({error})") from error
 
 
 # --- the arithmetic of a layer -----------------------------------------------------------------------------------------
@@ -290,7 +333,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_start: int, key_s
 
     Row 0 of `query` is the token at position `query_start`, row 0 of `key` that at `key_start`. A query at position p sees
     the keys p - W + 1 .. p: a key at distance >= W is masked, so W keys are seen, its own among them. Query head h reads
-    key-value head h // (H / G). Queries go in tiles, and a tile does not even read a key that all its queries mask.
+    key-value head h // (H / G). Queries go in tiles of at most MAX_SCORES scores, and a tile does not even read a key that all its
+    queries mask.
 
     With equal scores the result is the mean of the values seen. W = 2, values 1, 2, 3, 4:
 
@@ -308,8 +352,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_start: int, key_s
     heads, head_dim = query.shape[1:]
     groups = key.shape[1]
     output = torch.empty_like(query)
-    for tile in range(0, len(query), QUERY_TILE):
-        q = query[tile : tile + QUERY_TILE].view(-1, groups, heads // groups, head_dim)
+    size = max(1, min(QUERY_TILE, MAX_SCORES // (heads * len(key))))
+    for tile in range(0, len(query), size):
+        q = query[tile : tile + size].view(-1, groups, heads // groups, head_dim)
         first, end = query_start + tile, query_start + tile + len(q)
         oldest = key_start if window is None else max(key_start, first - window + 1)
         seen = slice(oldest - key_start, end - key_start)
@@ -317,7 +362,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_start: int, key_s
         masked = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = torch.einsum("qghd,kgd->ghqk", q, key[seen]).float() * head_dim**-0.5
         weights = scores.masked_fill_(masked, -math.inf).softmax(dim=-1).to(value.dtype)
-        output[tile : tile + QUERY_TILE] = torch.einsum("ghqk,kgd->qghd", weights, value[seen]).reshape(-1, heads, head_dim)
+        output[tile : tile + size] = torch.einsum("ghqk,kgd->qghd", weights, value[seen]).reshape(-1, heads, head_dim)
     return output
 
 
@@ -408,18 +453,24 @@ class Chunk:
 
 
 class Mistral:
-    """Weights and the forward pass. A weight narrower than `dtype` is widened where it is used, which is exact."""
+    """Weights and the forward pass. A weight narrower than `dtype` is widened where it is used, which is exact. A step goes through a
+    layer with all its tokens before the next layer's weights are asked for, so they may be `StoredWeights`."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         self.config, self.weights, self.dtype = config, weights, dtype
         self.device = weights["model.norm.weight"].device
         self.cache_windows = list(dict.fromkeys(config.windows))  # one cache for each window that occurs
+        self.computed: Callable[[int], None] = lambda layer: None  # called after each layer
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, widen: bool = True) -> Mistral:
-        """`widen=False` leaves the weights as stored: half the memory for bfloat16 in float32 arithmetic, but slower decoding."""
+    def load(
+        cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, widen: bool = True, stream: bool = False
+    ) -> Mistral:
+        """`widen=False` leaves the weights as stored: half the memory for bfloat16 in float32 arithmetic, but slower decoding.
+        `stream=True` leaves them on the disk, so that a step reads each of them once and one is in memory at a time."""
         config = read_config(Path(folder))
-        return cls(config, read_weights(Path(folder), config, device, dtype if widen else None), dtype)
+        stored = StoredWeights(Path(folder), config, device)
+        return cls(config, stored if stream else stored.in_memory(dtype if widen else None), dtype)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self.weights[name + ".weight"].to(x.dtype))
@@ -464,6 +515,7 @@ class Mistral:
             h = self.norm(x, layer + "post_attention_layernorm")
             gate, up = self.linear(h, layer + "mlp.gate_proj"), self.linear(h, layer + "mlp.up_proj")
             x = x + self.linear(silu(gate) * up, layer + "mlp.down_proj")
+            self.computed(i)
         return self.norm(x, "model.norm")
 
     def logprobs(self, hidden: Tensor) -> Tensor:
@@ -669,12 +721,15 @@ def make_canary(engine: Engine, length: int | None = None) -> dict[str, Any]:
     """
     model, candidates = engine.model, list[dict[str, Any]]()
     rounded = Mistral(model.config, model.weights, torch.bfloat16)
+    rounded.computed = model.computed
     for seed in range(CANARY_SEEDS):
         prompt = canary_prompt(model.config, seed, length)
         [completion] = engine.generate([prompt], Sampling(max_tokens=CANARY_TOKENS))
         narrow = Engine(rounded, engine.block_size, engine.max_num_batched_tokens, engine.progress)
         [rows] = narrow.score([prompt + completion.token_ids], last=CANARY_TOKENS + 1)
         moved = rows[:-1].gather(1, torch.tensor(completion.token_ids, device=rows.device)[:, None])[:, 0].tolist()
+        if not all(math.isfinite(value) for value in (*completion.logprobs, *moved)):
+            raise BadInput("the log-probabilities are not finite; the weights are damaged")
         candidate = {
             "schema": 1,
             "prompt_token_ids": prompt,
@@ -744,10 +799,12 @@ class ProgressLine:
         self.begun = self.shown = time.monotonic()
 
     def __call__(self, computed: int, total: int) -> None:
+        self.show(f"{computed} of at most {total} tokens, {computed / (time.monotonic() - self.begun):.1f} tokens/s")
+
+    def show(self, line: str) -> None:
         now, terminal = time.monotonic(), sys.stderr.isatty()
         if terminal or now - self.shown >= 5:
             self.shown = now
-            line = f"{computed} of at most {total} tokens, {computed / (now - self.begun):.1f} tokens/s"
             sys.stderr.write(f"\r{line}\x1b[K" if terminal else f"{line}\n")
             sys.stderr.flush()
 
@@ -758,6 +815,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", help="text to go on with")
     parser.add_argument("--canary", action="store_true", help=f"write {CANARY_FILE} into the folder instead")
     parser.add_argument("--canary-tokens", type=int, help="length of its prompt; default: a quarter more than the window")
+    parser.add_argument(
+        "--stream", action="store_true", help="read the weights layer by layer: for a model larger than the memory"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a chat message")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -766,7 +826,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the arithmetic; default: float32 on a CPU, else bfloat16")
     parser.add_argument("--block-size", type=int, default=16, help="tokens of a block of the KV cache")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=PREFILL_CHUNK, help="tokens of one step")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, help=f"tokens of one step; default: {PREFILL_CHUNK}, streamed {STREAM_CHUNK}"
+    )
     return parser.parse_args(argv)
 
 
@@ -787,8 +849,13 @@ def command(options: argparse.Namespace) -> str:
         except Exception as error:
             raise BadInput(f"{options.weights}: no usable tokenizer ({str(error).strip().splitlines()[0]})") from error
     sys.stderr.write(f"loading {options.weights}\n")
-    model = Mistral.load(options.weights, options.device, DTYPES[dtype], widen=not options.canary)
-    engine = Engine(model, options.block_size, options.max_num_batched_tokens, ProgressLine())
+    model = Mistral.load(options.weights, options.device, DTYPES[dtype], not options.canary, options.stream)
+    chunk, line = options.max_num_batched_tokens, ProgressLine()
+    if options.stream:
+        model.computed = lambda layer: line.show(f"layer {layer + 1} of {config.num_hidden_layers}")
+    engine = Engine(
+        model, options.block_size, (STREAM_CHUNK if options.stream else PREFILL_CHUNK) if chunk is None else chunk, line
+    )
     if options.canary:
         return str(write_canary(options.weights, make_canary(engine, options.canary_tokens)))
     [completion] = engine.generate([prompt], sampling)
