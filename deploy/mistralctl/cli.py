@@ -102,6 +102,10 @@ def _spec_options(
     region: Annotated[str | None, typer.Option(help="region of the one cloud that is chosen")] = None,
     zone: Annotated[str | None, typer.Option(help="zone of that region")] = None,
     accelerators: Annotated[str | None, typer.Option(metavar="NAME:COUNT", help="GPU, for example L4:1")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[CLOUD=]ID", help="image of the machine (repeatable, one a cloud) [default: docs/gpu.md]"),
+    ] = None,
     spot: Annotated[bool | None, typer.Option("--spot/--no-spot", help="cheaper, and it may be taken away")] = None,
     max_price: Annotated[str | None, typer.Option(metavar="USD", help="highest price per hour")] = None,
     weights: Annotated[
@@ -136,11 +140,16 @@ def _spec_options(
 ) -> Sourced:
     """The checked spec of these options, the variables and the file."""
     from mistralctl import config
-    from mistralctl.spec import DeploymentSpec
+    from mistralctl.spec import DeploymentSpec, parse_images
 
     given = {k: v for k, v in locals().items() if k in DeploymentSpec.model_fields and v not in (None, [])}
     if vllm_arg:
         given["vllm_args"] = vllm_arg
+    if image:
+        try:
+            given["image"] = parse_images(image)
+        except ValueError as error:
+            raise UserError(f"--image: {error}") from None
     if lora:
         given["lora"] = adapters = {}
         for one in lora:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from mistralctl.errors import UserError
-from mistralctl.spec import DeploymentSpec
+from mistralctl.spec import DeploymentSpec, parse_images
 
 FILE = "mistralctl.yaml"
 LARGEST_FILE = 1 << 20
@@ -135,6 +135,11 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
             found[field] = [part.strip() for part in value.split(",")]
         elif field == "vllm_args":
             found[field] = _json(name, value, list, '["--seed=7"]')
+        elif field == "image":
+            try:
+                found[field] = parse_images([part.strip() for part in value.split(",")])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
         elif field == "lora":
             found[field] = _json(name, value, dict, '{"sql": "s3://bucket/sql"}')
         else:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mistralctl import fit as memory
-from mistralctl import prices
+from mistralctl import images, prices
 from mistralctl.clouds import CLOUDS, LOCAL
 from mistralctl.config import Sourced
 from mistralctl.durations import minutes
@@ -126,16 +126,32 @@ def _check_public(sourced: Sourced) -> None:
         raise UserError(f"{sourced.place(given)}: needs --{other} as well")
 
 
+def _check_images(sourced: Sourced) -> None:
+    spec, place = sourced.spec, sourced.place("image")
+    if isinstance(spec.image, str) and len(spec.cloud) != 1:
+        raise UserError(f"{place}: {spec.image!r} needs exactly one cloud beside it; add --cloud, or write CLOUD=ID")
+    for cloud, image in spec.images.items():
+        if spec.cloud and cloud not in spec.cloud:
+            raise UserError(
+                f"{place}: {image!r} is for {cloud}, which is not among the clouds; add --cloud {cloud}, or leave it out"
+            )
+        if wrong := images.misspelt(cloud, image):
+            raise UserError(f"{place}: {image!r} {wrong}")
+        if cloud == "aws" and image.startswith("ami-") and spec.region is None:
+            raise UserError(f"{place}: {image!r} is the image of one region; add --cloud aws and that --region")
+
+
 def _check_places(sourced: Sourced) -> None:
     _check_public(sourced)
     spec = sourced.spec
-    named = [field for field in ("region", "zone", "accelerators", "max_price") if getattr(spec, field) is not None]
+    named = [field for field in ("region", "zone", "accelerators", "image", "max_price") if getattr(spec, field) is not None]
     if spec.cloud == (LOCAL,):
         if spec.spot:
             named.append("spot")
         if named:
             raise UserError(f"{sourced.place(named[0])}: means nothing on this machine (--cloud local); leave one of the two out")
         return
+    _check_images(sourced)
     if spec.region is None and spec.zone is None:
         return
     field = "region" if spec.region else "zone"
@@ -183,6 +199,8 @@ def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Of
         )  # fmt: skip
         if fitted.reason:
             reasons.append(fitted.reason)
+    if cloud in CLOUDS and not reasons and (unfit := images.refusal(cloud, gpu.name, plan.spec.images.get(cloud))):
+        reasons.append(unfit)
     return Option(
         cloud, gpu.name, count, offer.instance_type if offer else None, offer.region if offer else None,
         offer.price if offer else None, offer.spot_price if offer else None, fitted, ", and ".join(reasons) or None,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mistralctl import durations
+from mistralctl import durations, images
 from mistralctl.gpus import GPUS
 from mistralctl.models import DEFAULT_MODEL, MODELS
 
@@ -187,6 +188,42 @@ def _allow(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def parse_images(values: Sequence[str]) -> str | dict[str, str]:
+    """`[CLOUD=]ID`, as it is given for each cloud, as the field `image` has it: one id, or one for each cloud.
+
+    >>> parse_images(["aws=ami-0123456789abcdef0"])
+    {'aws': 'ami-0123456789abcdef0'}
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        cloud, separator, image = value.partition("=")
+        if not separator and len(values) == 1:
+            return value
+        if not separator:
+            raise ValueError(f"{value!r} does not say its cloud; write CLOUD=ID for each, for example aws=ami-0123456789abcdef0")
+        if cloud in found:
+            raise ValueError(f"{cloud} is given twice; keep one of them")
+        found[cloud] = image
+    return found
+
+
+def _image(value: object) -> object:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError(
+            f"{value!r} is not an image; write its id, or a mapping of clouds to ids: {{aws: ami-0123456789abcdef0}}"
+        )
+    for cloud, image in value.items():
+        if cloud not in images.FORMS:
+            raise ValueError(
+                f"{cloud!r} is not one of {', '.join(images.FORMS)}; write CLOUD=ID, for example aws=ami-0123456789abcdef0"
+            )
+        if not isinstance(image, str) or (wrong := images.misspelt(cloud, image)):
+            raise ValueError(f"{image!r} {wrong if isinstance(image, str) else 'is no text; put quotes around it'}")
+    return value
+
+
 def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
     if "local" in values and len(set(values)) > 1:
         raise ValueError("local stands alone; leave out either local or the other clouds")
@@ -217,6 +254,9 @@ class DeploymentSpec(BaseModel):
     zone: _Region | None = Field(None, description="zone of that region")
     accelerators: Annotated[str, AfterValidator(_accelerators)] | None = Field(
         None, description="GPU and count, for example L4:1"
+    )
+    image: Annotated[str | dict[str, str] | None, BeforeValidator(_image)] = Field(
+        None, description="image of the machine, instead of the one in docs/gpu.md: its id, or a mapping of clouds to ids"
     )
     spot: bool = Field(False, description="use a spot machine: cheaper, and it may be taken away")
     max_price: float | None = Field(None, gt=0, le=1000, description="highest price, USD per hour")
@@ -250,6 +290,13 @@ class DeploymentSpec(BaseModel):
         "30m", description="end after so long without a request: 30m, 2h, never"
     )
     ttl: Annotated[str, AfterValidator(_duration)] = Field("12h", description="end after so long in any case")
+
+    @property
+    def images(self) -> dict[str, str]:
+        """The image that was named for each cloud; one without a cloud is that of the one cloud that is chosen."""
+        if isinstance(self.image, str):
+            return dict.fromkeys(self.cloud, self.image)
+        return self.image or {}
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mistralctl import package_dir
+from mistralctl import images, package_dir
 from mistralctl.clouds import LOCAL
 from mistralctl.fit import MEMORY_UTILIZATION
 from mistralctl.gpus import GIB
@@ -113,6 +113,8 @@ def _resources(plan: Plan) -> dict[str, Any]:
             entry["accelerators"] = f"{option.accelerator}:{option.count}"
         else:
             entry |= {"cpus": f"{SMALLEST_CPU_NODE[0]}+", "memory": f"{SMALLEST_CPU_NODE[1]}+"}
+        if image := images.asked_for(option.cloud, option.accelerator, spec.images.get(option.cloud)):
+            entry["image_id"] = image
         if entry not in entries:
             entries.append(entry)
     if len(entries) == 1:

@@ -32,7 +32,7 @@ check_driver() {
     return 1
   fi
   [ "${found%%.*}" -ge "$OLDEST_DRIVER" ] || {
-    echo "the NVIDIA driver of this image is $found and vLLM's CUDA 13 needs $OLDEST_DRIVER or newer; name an image with one in SkyPilot's configuration" >&2
+    echo "the NVIDIA driver of this image is $found and vLLM's CUDA 13 needs $OLDEST_DRIVER or newer; name an image with one by --image" >&2
     return 1
   }
 }

@@ -49,6 +49,7 @@ def accepted(path: Path) -> dict[str, object]:
         "region": best.region,
         "instance_type": best.instance_type,
         "accelerators": best.accelerators,
+        "image": best.image_id,
         "use_spot": best.use_spot,
         "candidates": len(task.resources),
         "price": round(best.get_cost(3600), 4),

@@ -23,7 +23,7 @@ ERRORS = [
     (("up", "--vllm-arg=--port=9"), 2, "--vllm-arg: --port would set --port, which mistralctl sets itself: use --port"),
     (("up", "-f", "none.yaml"), 2, "-f: none.yaml does not exist; name an existing file"),
     (("up", "--idle", "soon"), 2, "--idle: 'soon' is not a duration; write for example 30m, 12h, 2d or never"),
-    (("up", "--nmae", "x"), 2, "No such option: --nmae (Possible options: --name, --zone) (mistralctl --help)"),
+    (("up", "--nmae", "x"), 2, "No such option: --nmae (Possible options: --image, --name, --zone) (mistralctl --help)"),
     (("up", "-o", "xml"), 2, "Invalid value for '-o' / '--output': 'xml' is not one of 'text', 'json', 'yaml'. "
      "(mistralctl --help)"),
     (("down",), 2, "NAME: none is given; name a deployment or say --all (mistralctl status lists them)"),

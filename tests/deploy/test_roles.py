@@ -37,6 +37,8 @@ def test_azure_allows_every_resource_of_skypilots_template_and_the_quotas() -> N
     assert role["Actions"] == sorted(set(role["Actions"]), key=str.lower)
     assert {f"{resource['type']}/write" for resource in template["resources"]} <= set(role["Actions"])
     assert "Microsoft.Compute/locations/usages/read" in role["Actions"]
+    # SkyPilot asks for the size of an image of the marketplace, which machines with GPUs get.
+    assert "Microsoft.Compute/locations/publishers/artifacttypes/offers/skus/versions/read" in role["Actions"]
     assert not [action for action in role["Actions"] if "*" in action]
 
 

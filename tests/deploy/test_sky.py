@@ -10,13 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, package_dir, plan, task
+from mistralctl import checkpoints, images, package_dir, plan, prices, task
 from mistralctl.config import load
 from test_mirror import CASES as MIRRORS
 from test_mirror import rendered as mirror_rendered
 from test_task import CASES
 
 CLOUD_CASES = [name for name in CASES if name != "local"]
+
+
+def run(home: Path, script: str, *arguments: Path) -> list[str]:
+    """The lines that a script beside this file prints, which asks SkyPilot in a process of its own, with that home and no account."""
+    env = {
+        "HOME": str(home), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+        "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true",
+    }  # fmt: skip
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
+    checkout = package_dir("model").parent
+    done = subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +52,11 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         files[-1].write_text((package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
     (folder / "broken.yaml").write_text(files[0].read_text("utf-8").replace("resources:", "resorces:"), "utf-8")
     files.append(folder / "broken.yaml")
-    env = {
-        "HOME": str(folder), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
-        "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true",
-    }  # fmt: skip
-    script = Path(__file__).parent / "sky_accepts.py"
-    checkout = package_dir("model").parent
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, files)],
-        env=env,
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line.removeprefix("accepted ")) for line in done.stdout.splitlines() if line.startswith("accepted ")]
+    found = [
+        json.loads(line.removeprefix("accepted "))
+        for line in run(folder, "sky_accepts.py", *files)
+        if line.startswith("accepted ")
+    ]
     return {entry.pop("task"): entry for entry in found}
 
 
@@ -66,6 +67,9 @@ def test_skypilot_accepts_the_task_and_chooses_what_the_plan_chose(name: str, ac
     sourced = load(CASES[name], {}, None)
     chosen = plan.make(sourced, checkpoints.resolve(sourced), None).chosen
     assert got["cloud"] == chosen.cloud
+    entry = task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")["resources"]
+    entry = entry.get("any_of", [entry])[0]
+    assert list((got["image"] or {None: None}).values()) == [entry.get("image_id")]
     if chosen.accelerator:
         assert got["accelerators"] == {chosen.accelerator: chosen.count}
         assert got["price"] == pytest.approx(chosen.spot_price if sourced.spec.spot else chosen.price, abs=1e-3)
@@ -86,6 +90,16 @@ def test_skypilot_accepts_a_mirror_on_a_cheap_machine_of_the_buckets_cloud(
 def test_the_templates_as_they_stand_are_accepted(accepted: dict[str, dict[str, Any]]) -> None:
     assert accepted["serve"]["accelerators"] == {"L4": 1}
     assert (accepted["mirror"]["cloud"], accepted["mirror"]["accelerators"]) == ("aws", None)
+
+
+def test_the_table_of_images_has_what_skypilot_takes_for_each_machine(tmp_path: Path) -> None:
+    [line] = [line for line in run(tmp_path, "sky_images.py") if line.startswith("images ")]
+    found = json.loads(line.removeprefix("images "))
+    for cloud in images.SKYPILOTS:
+        for offer in prices.offers(cloud):
+            by = offer.accelerator if cloud == "gcp" else offer.instance_type
+            if by:
+                assert found[cloud][by] == images.skypilots(cloud, offer.accelerator), (cloud, by)
 
 
 def test_a_misspelt_key_would_have_been_noticed(accepted: dict[str, dict[str, Any]]) -> None:

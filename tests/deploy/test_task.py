@@ -29,6 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
         "quantization": "fp8", "lora": {"sql": "s3://bucket/sql", "chat": "hf://someone/chat"}, "served_model_name": "m",
         "vllm_args": ["--seed=7", "--enable-log-requests"], "idle": "2h", "ttl": "never",
     },
+    "images": {
+        "cloud": ["aws", "gcp", "azure"], "max_price": 4.0,
+        "image": {"gcp": "projects/mine/global/images/gpu-580", "azure": "microsoft-dsvm:ubuntu-hpc:2204:22.04.2026082801"},
+    },
     "public": {"model": "smollm2-135m-instruct", "cloud": ["gcp"], "public": True, "allow": ["203.0.113.0/24", "198.51.100.7"], "port": 8443},
     "local": {"model": "smollm2-135m-instruct", "cloud": ["local"], "port": 8123},
 }  # fmt: skip

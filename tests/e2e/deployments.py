@@ -75,8 +75,8 @@ PLACES = {
         Place(
             "azure", "az://simulated/models/smollm2", "eastus", "azureuser",
             {"capacity": "AllocationFailed", "quota": "OperationNotAllowed", "permission": "AuthorizationFailed"},
-            ("azure_refresh_token",), ".azure/msal_token_cache.json", "A10",
-            ("Standard_NV36ads_A10_v5",), "StandardNVADSA10v5Family", taken="stopped",
+            ("azure_refresh_token",), ".azure/msal_token_cache.json", "A100-80GB",
+            ("Standard_NC24ads_A100_v4",), "StandardNCADSA100v4Family", taken="stopped",
         ),
     )
 }  # fmt: skip

@@ -24,6 +24,8 @@ VERBS = {"GET": "read", "HEAD": "read", "PUT": "write", "PATCH": "write", "DELET
 MACHINES = "microsoft.compute/virtualmachines"
 GROUP_DELETION_SECONDS = 3.0
 OURS = {"id": ROOT, "subscriptionId": SUBSCRIPTION, "displayName": "simulated", "state": "Enabled", "tenantId": TENANT}
+# The marketplace: images to versions to the GB that a disk needs.
+MARKETPLACE = {"microsoft-dsvm:ubuntu-hpc:2204": {"22.04.2023080201": 30, "22.04.2025102701": 64, "22.04.2026082801": 64}}
 _TAG = re.compile(r"tagName eq '([^']*)'(?: and tagValue eq '([^']*)')?")
 
 
@@ -137,6 +139,8 @@ class Manager:
             return self._operation(parts[-1], rest[-2] == "operationresults")
         if rest[-1] == "usages":
             return self._usages(rest[-2])
+        if "publishers" in rest:
+            return _images(rest)
         if rest[-1] == "skus":
             return self._types()
         found = self.azure.resources.within(kind="/".join(rest[1:]))
@@ -314,6 +318,20 @@ class Manager:
             return Answer(202, None, self.begin(lambda: self.azure.delete_machine(found)))
         self.azure.resources.delete(identifier)
         return Answer(200)
+
+
+def _images(rest: list[str]) -> Answer:
+    """The versions of a marketplace image, or one of them, as https://learn.microsoft.com/rest/api/compute/virtual-machine-images has them."""
+    of = dict(zip(rest[2::2], rest[3::2], strict=False))
+    known = MARKETPLACE.get(":".join(of[one] for one in ("publishers", "offers", "skus")), {})
+    if "versions" not in of:
+        return Answer(200, [{"id": "/".join(["", *rest, name]), "name": name, "location": of["locations"]} for name in known])
+    if of["versions"] not in known:
+        raise Refused(404, "NotFound", "Artifact: VMImage was not found.")
+    size = {"operatingSystem": "Linux", "sizeInGb": known[of["versions"]]}
+    return Answer(200, {
+        "id": "/".join(["", *rest]), "name": of["versions"], "location": of["locations"], "properties": {"osDiskImage": size}
+    })  # fmt: skip
 
 
 def action_of(method: str, parts: list[str]) -> str:
