@@ -71,7 +71,9 @@ def _tree(folder: Path) -> str:
 
 def environment_id(engine: str, python: str) -> str:
     """The name of the node's environment: what it is made from, hashed."""
-    return f"{engine}-{digest([python, _tree(package_dir('model') / 'node' / f'vllm-{engine}')])}"
+    node = package_dir("model") / "node"
+    script = (node / "environment.sh").read_text("utf-8")
+    return f"{engine}-{digest([python, script, _tree(node / f'vllm-{engine}')])}"
 
 
 # What a node's set-up is made from; everything else is the server's alone.

@@ -8,9 +8,9 @@ engine=$1 python=$2 folder=$3 uv=${4:-uv}
 . "$here/once.sh"
 
 install_vllm() {
-  local options=(--python "$folder/bin/python" --requirement requirements.txt)
+  local options=(--python "$folder/bin/python" --requirement requirements.txt --constraints constraints.txt)
   if [ "$engine" = cpu ]; then
-    options+=(--constraints constraints.txt --overrides overrides.txt)
+    options+=(--overrides overrides.txt)
     # torch's CPU build comes from the folder that the user named, or else from PyTorch's own index.
     [ -n "${UV_FIND_LINKS:-}" ] || options+=(--torch-backend cpu)
   fi

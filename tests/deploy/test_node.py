@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from mistralctl import package_dir
+from mistralctl.task import _tree, environment_id
+from packaging.requirements import Requirement
 
 NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
@@ -152,16 +155,58 @@ def test_an_azure_node_signs_in_with_its_own_identity_and_others_need_not(tmp_pa
     assert (tmp_path / "asked").read_text() == asked
 
 
-def test_vllm_for_gpus_resolves_whole(tmp_path: Path) -> None:
-    """By the package index, for the node's Python and system, with what the plugin wants beside it; nothing is installed."""
+def pins(engine: str, python: str) -> dict[str, str]:
+    """The versions that an engine's environment has with this Python, by its constraints."""
+    found = {}
+    for line in (NODE / f"vllm-{engine}" / "constraints.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            found[requirement.name] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_vllm_for_gpus_resolves_to_its_pins_and_nothing_else(python: str, tmp_path: Path) -> None:
+    """By the package index, for the node's system; nothing is installed."""
     env = {key: value for key, value in os.environ.items() if key != "UV_FIND_LINKS"}
     command = [
-        UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11", "--python-platform",
-        "x86_64-manylinux_2_28", NODE / "vllm-cuda" / "requirements.txt", package_dir("model") / "plugin" / "pyproject.toml",
+        UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python, "--python-platform",
+        "x86_64-manylinux_2_28", "--constraints", NODE / "vllm-cuda" / "constraints.txt", NODE / "vllm-cuda" / "requirements.txt",
     ]  # fmt: skip
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = dict(line.split("==") for line in done.stdout.splitlines() if "==" in line and ";" not in line)
-    assert found["vllm"] == "0.32.0"
-    assert found["torch"].startswith("2.")
-    assert found["nvidia-cuda-runtime"].startswith("13.")  # what OLDEST_DRIVER in setup.sh stands for
+    assert dict(line.split("==") for line in done.stdout.splitlines()) == pins("cuda", python)
+
+
+def test_vllm_for_gpus_is_built_for_one_cuda() -> None:
+    """Flashinfer and CUTLASS load cuda-bindings, which cuda-python brings; a compiler newer than the driver writes code that it refuses."""
+    found = pins("cuda", "3.11")
+    assert found["cuda-python"].split(".")[0] == found["cuda-bindings"].split(".")[0] == "13"
+    toolkit = ("toolkit", "runtime", "nvcc", "crt", "cccl", "nvrtc", "nvvm", "nvjitlink", "cupti")
+    versions = {found.get(f"nvidia-cuda-{part}") or found.get(f"nvidia-{part}") or found[f"cuda-{part}"] for part in toolkit}
+    assert {version.rsplit(".", version.count(".") - 1)[0] for version in versions} == {
+        "13.0"
+    }  # what OLDEST_DRIVER in setup.sh stands for
+
+
+def test_both_engines_have_the_same_versions() -> None:
+    cuda, cpu = pins("cuda", "3.13"), pins("cpu", "3.13")
+    common = set(cuda) & set(cpu)
+    assert len(common) > 100
+    assert {name: cuda[name] for name in common} == {name: cpu[name] for name in common}
+
+
+@pytest.mark.parametrize("engine", ["cuda", "cpu"])
+@pytest.mark.parametrize("file", ["vllm-{}/constraints.txt", "vllm-{}/requirements.txt", "environment.sh"])
+def test_the_name_of_an_environment_changes_with_all_that_it_is_made_from(
+    engine: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(package_dir("model"), tmp_path / "model", ignore=shutil.ignore_patterns("plugin", "weights"))
+    monkeypatch.setattr("mistralctl.task.package_dir", lambda name: tmp_path / name)
+    _tree.cache_clear()
+    before = environment_id(engine, "3.11")
+    assert before == environment_id(engine, "3.11") != environment_id(engine, "3.12")
+    changed = tmp_path / "model" / "node" / file.format(engine)
+    changed.write_text(changed.read_text() + "# changed\n")
+    _tree.cache_clear()
+    assert environment_id(engine, "3.11") != before
