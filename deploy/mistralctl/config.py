@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ FILE = "mistralctl.yaml"
 LARGEST_FILE = 1 << 20
 DEEPEST = 10
 LIST_FIELDS = ("cloud", "vllm_args", "allow")
+NUMBERS = ("max_price", "max_model_len", "max_concurrency", "tensor_parallel", "port")
 FLAGS = {"vllm_args": "--vllm-arg", "model": "MODEL"}
 
 # Variables that mistralctl reads for other purposes than an option of a deployment.
@@ -91,7 +93,8 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: {error.problem}") from error
+        tab = "a tab stands where YAML takes spaces only; write a space" if "'\\t'" in str(error.problem) else ""
+        raise UserError(f"{path}{where}: {tab or error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not readable as YAML ({error}); save it as UTF-8 text") from error
     except (ValueError, OverflowError, RecursionError) as error:
@@ -116,11 +119,48 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(f"{path}: larger than 1 MiB; that is not a file of options")
-        return parse_yaml(path.read_text("utf-8"), str(path))
+        return _understood(parse_yaml(path.read_text("utf-8-sig"), str(path)), path)
     except FileNotFoundError as error:
         raise UserError(f"-f: {path} does not exist; name an existing file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"-f: {path} cannot be read ({error}); name a readable UTF-8 file") from error
+
+
+# Files of other programs, by keys that ours never has, and what they are.
+OTHERS = (
+    (("apiVersion", "kind"), "a Kubernetes manifest"),
+    (("services",), "a Docker Compose file"),
+    (("type", "commands"), "a dstack configuration"),
+    (("type", "ide"), "a dstack configuration"),
+    (("resources",), "a SkyPilot task"),
+    (("run",), "a SkyPilot task"),
+    (("setup",), "a SkyPilot task"),
+    (("service",), "a SkyPilot task"),
+    (("model_type",), "a model's config.json"),
+)
+
+
+def _understood(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a file, with one word where a list is meant as a list of it, and numbers in quotes as numbers."""
+    for keys, what in OTHERS:
+        if all(key in data for key in keys):
+            raise UserError(
+                f"{path}: this is {what}; {FILE} holds options of mistralctl such as model, cloud and max_price, from which it makes "
+                "the task itself (mistralctl up --dry-run shows it)"
+            )
+    found = dict(data)
+    for key, value in data.items():
+        if not isinstance(value, str):
+            continue
+        if key == "vllm_args":
+            found[key] = re.split(r"\s+(?=--)", value.strip())
+        elif key in LIST_FIELDS:
+            found[key] = [part.strip() for part in value.split(",")]
+        elif key in NUMBERS and re.fullmatch(r"[0-9]{1,9}", value):
+            found[key] = int(value)
+        elif key in NUMBERS and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value):
+            found[key] = float(value)
+    return found
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -157,7 +197,18 @@ def _json(name: str, value: str, kind: type, example: str) -> Any:
     return data
 
 
+# What other programs call our options.
+ELSEWHERE = {
+    "use_spot": "spot", "ports": "port", "autostop": "idle", "max_hourly_cost": "max_price", "infra": "cloud", "gpu": "accelerators",
+    "gpus": "accelerators", "any_of": "cloud", "lora_modules": "lora", "context_length": "max_model_len", "max_seq_len": "max_model_len",
+    "max_num_seqs": "max_concurrency", "tensor_parallel_size": "tensor_parallel", "tp": "tensor_parallel", "extra_args": "vllm_args",
+    "cidr": "allow", "adapters": "lora", "timeout": "ttl",
+}  # fmt: skip
+
+
 def _unknown(key: str) -> str:
+    if ours := ELSEWHERE.get(key.replace("-", "_").lower()):
+        return f"mistralctl calls it {ours}"
     near = difflib.get_close_matches(key.replace("-", "_").lower(), DeploymentSpec.model_fields, 1, 0.5)
     return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(DeploymentSpec.model_fields)}"
 

@@ -6,6 +6,19 @@ import re
 
 MINUTES = {"m": 1, "h": 60, "d": 1440}
 LONGEST = 365 * 1440
+WORDS = {
+    "min": "m",
+    "mins": "m",
+    "minute": "m",
+    "minutes": "m",
+    "hr": "h",
+    "hrs": "h",
+    "hour": "h",
+    "hours": "h",
+    "day": "d",
+    "days": "d",
+}
+NEVER = ("0", "off", "no", "none", "null", "false", "disabled", "infinite", "inf")
 
 
 def minutes(text: str) -> int | None:
@@ -20,8 +33,21 @@ def minutes(text: str) -> int | None:
         return None
     match = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
     if match is None:
-        raise ValueError(f"{text!r} is not a duration; write for example 30m, 12h, 2d or never")
+        raise ValueError(f"{text!r} is not a duration; {_spelling(text)}")
     value = int(match[1]) * MINUTES[match[2]]
     if not 1 <= value <= LONGEST:
         raise ValueError(f"{text!r} is out of range; between 1m and 365d, or never")
     return value
+
+
+def _spelling(text: str) -> str:
+    """How to write what was probably meant."""
+    word = text.strip().lower()
+    if word in NEVER:
+        return "write never to switch it off"
+    if word.isascii() and word.isdigit():
+        return f"write {word}m for minutes, {word}h for hours or {word}d for days"
+    match = re.fullmatch(r"([0-9]{1,6})[ _-]*([a-z]+)", word)
+    if match and (unit := WORDS.get(match[2], match[2])) in MINUTES:
+        return f"write {match[1]}{unit}"
+    return "write for example 30m, 12h, 2d or never"

@@ -122,7 +122,7 @@ def parse_accelerators(value: str) -> tuple[str, int]:
     spelt = {name.lower(): name for name in GPUS}
     name, count = spelt.get(match[1].lower()), int(match[2] or 1)
     if name is None:
-        near = difflib.get_close_matches(match[1].lower(), spelt, 1, 0.3)
+        near = difflib.get_close_matches(match[1].lower(), spelt, 1, 0.5)
         hint = f"did you mean {spelt[near[0]]}?" if near else f"one of {', '.join(GPUS)}"
         raise ValueError(f"{match[1]!r} is not a GPU that mistralctl plans with; {hint} (mistralctl gpus lists them)")
     if count not in (1, 2, 4, 8):
@@ -130,9 +130,30 @@ def parse_accelerators(value: str) -> tuple[str, int]:
     return name, count
 
 
+def _one_accelerator(value: object) -> object:
+    """`value`, unless it is a mapping or a list, in which SkyPilot's tasks name accelerators."""
+    if isinstance(value, dict):
+        named = [f"{name}:{count or 1}" for name, count in value.items()]
+    elif isinstance(value, list | tuple):
+        named = [str(item) for item in value]
+    else:
+        return value
+    if len(named) == 1:
+        raise ValueError(f"should be text; write {named[0]}")
+    raise ValueError(f"takes one kind, {len(named)} are given; write one of them, {named[0] if named else 'L4:1'}, or leave the line "
+                     "out: the cheapest that fit are taken, in order")  # fmt: skip
+
+
 def _accelerators(value: str) -> str:
     name, count = parse_accelerators(value)
     return f"{name}:{count}"
+
+
+def _unit(value: object) -> object:
+    """`value`, unless it is what YAML makes of `30`, `off` and `null`."""
+    if value is None or isinstance(value, bool | int | float):
+        durations.minutes("null" if value is None else "off" if value is False else str(value))
+    return value
 
 
 def _duration(value: str) -> str:
@@ -168,6 +189,9 @@ def _model(value: str) -> str:
     if value.startswith(("/", "./", "../", "~")):
         return value
     near = difflib.get_close_matches(value.lower(), MODELS, 1, 0.4)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value):
+        row = next((model.name for model in MODELS.values() if model.weights.lower() == f"hf://{value}".lower()), None)
+        raise ValueError(f"{value!r} is a repository of the hub; write " + (f"{row}, or " if row else "") + f"hf://{value}")
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MODELS)}, or a folder or URI"
     raise ValueError(f"unknown model {value!r}; {hint} (mistralctl models lists them; a folder begins with ./ or /)")
 
@@ -230,6 +254,7 @@ def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
     return tuple(dict.fromkeys(values))
 
 
+_Duration = Annotated[str, BeforeValidator(_unit), AfterValidator(_duration)]
 _Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,40}$")]
 
 
@@ -252,7 +277,7 @@ class DeploymentSpec(BaseModel):
     )
     region: _Region | None = Field(None, description="region of the one cloud that is chosen")
     zone: _Region | None = Field(None, description="zone of that region")
-    accelerators: Annotated[str, AfterValidator(_accelerators)] | None = Field(
+    accelerators: Annotated[Annotated[str, AfterValidator(_accelerators)] | None, BeforeValidator(_one_accelerator)] = Field(
         None, description="GPU and count, for example L4:1"
     )
     image: Annotated[str | dict[str, str] | None, BeforeValidator(_image)] = Field(
@@ -286,10 +311,8 @@ class DeploymentSpec(BaseModel):
     vllm_args: Annotated[tuple[str, ...], AfterValidator(_vllm_args)] = Field(
         (), description="further arguments of `vllm serve`, each in one piece: --seed=7"
     )
-    idle: Annotated[str, AfterValidator(_duration)] = Field(
-        "30m", description="end after so long without a request: 30m, 2h, never"
-    )
-    ttl: Annotated[str, AfterValidator(_duration)] = Field("12h", description="end after so long in any case")
+    idle: _Duration = Field("30m", description="end after so long without a request: 30m, 2h, never")
+    ttl: _Duration = Field("12h", description="end after so long in any case")
 
     @property
     def images(self) -> dict[str, str]:

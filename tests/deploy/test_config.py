@@ -20,14 +20,17 @@ from mistralctl.spec import OWN_VLLM_ARGS, DeploymentSpec, json_schema
 # Text of mistralctl.yaml, and how the error begins (after the file's path) and what it says to do.
 BAD_FILES = [
     ("max_model_len: abc", ": max_model_len: should be a whole number, is text 'abc'"),
-    ("max_model_len: '4096'", ": max_model_len: should be a whole number, is text '4096'"),
+    ("max_model_len: '4k'", ": max_model_len: should be a whole number, is text '4k'"),
+    ("max_model_len: '4096.0'", ": max_model_len: should be a whole number, is number 4096.0"),
+    ("max_price: '2$'", ": max_price: should be a number, is text '2$'"),
     ("max_model_len: 1.5", ": max_model_len: should be a whole number, is number 1.5"),
     ("max_model_len: -1", ": max_model_len: -1 is out of range; it must be at least 16"),
     ("max_model_len: 99999999999", ": max_model_len: 99999999999 is out of range; it must be at most 1048576"),
     ("max_price: .nan", "a number"),
     ("max_price: 0", ": max_price: 0 is out of range; it must be more than 0"),
     ("spot: 'yes'", ": spot: should be true or false, is text 'yes'"),
-    ("cloud: gcp", ": cloud: should be a list, is text 'gcp'"),
+    ("cloud: gpc", ": cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
+    ("cloud: 3", ": cloud: should be a list, is whole number 3"),
     ("cloud: [gpc]", ": cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
     ("cloud: [local, aws]", "local stands alone"),
     ("clouds: [gcp]", "unknown key 'clouds'; did you mean cloud?"),
@@ -41,9 +44,42 @@ BAD_FILES = [
     ("1: 2", "the key 1 is not a word"),
     ("? [a]\n: b", "a key must be a plain word"),
     ("port: [", "expected"),
-    ("\tport: 1", "cannot start any token"),
+    ("\tport: 1", ":1:1: a tab stands where YAML takes spaces only"),
     ("port: !!python/object/apply:os.system [id]", "could not determine a constructor"),
-    ("idle: 30", ": idle: should be text, is whole number 30"),
+    ("idle: 30", ": idle: '30' is not a duration; write 30m for minutes, 30h for hours or 30d for days"),
+    ("ttl: '30'", ": ttl: '30' is not a duration; write 30m for minutes"),
+    ("idle: 1.5", ": idle: '1.5' is not a duration; write for example 30m"),
+    ("ttl: null", ": ttl: 'null' is not a duration; write never to switch it off"),
+    ("ttl:", ": ttl: 'null' is not a duration; write never to switch it off"),
+    ("idle: off", ": idle: 'off' is not a duration; write never to switch it off"),
+    ("idle: on", ": idle: 'True' is not a duration; write for example 30m"),
+    ("idle: 0", ": idle: '0' is not a duration; write never to switch it off"),
+    ("idle: 30 min", ": idle: '30 min' is not a duration; write 30m"),
+    ("idle: 2Hours", ": idle: '2Hours' is not a duration; write 2h"),
+    ("use_spot: true", "unknown key 'use_spot'; mistralctl calls it spot"),
+    ("accelerators: {L4: 1}", ": accelerators: should be text; write L4:1"),
+    ("accelerators: {L4: null}", ": accelerators: should be text; write L4:1"),
+    ("accelerators: ['L4:1']", ": accelerators: should be text; write L4:1"),
+    ("accelerators: [L4, A10G]", ": accelerators: takes one kind, 2 are given; write one of them, L4, or leave the line out"),
+    ("accelerators: {A100: 4, A100-80GB: 2}", ": accelerators: takes one kind, 2 are given; write one of them, A100:4, or leave"),
+    ("accelerators: []", ": accelerators: takes one kind, 0 are given"),
+    ("accelerators: RTX4090", "is not a GPU that mistralctl plans with; one of"),
+    (
+        "model: mistralai/Mistral-7B-Instruct-v0.2",
+        "is a repository of the hub; write mistral-7b-instruct-v0.2, or hf://mistralai/",
+    ),
+    ("model: Qwen/Qwen3-8B", "is a repository of the hub; write hf://Qwen/Qwen3-8B"),
+    ("cloud:\t[aws]", ":1:7: a tab stands where YAML takes spaces only"),
+    (
+        "name: x\nresources: {cloud: aws}\nrun: vllm serve x\n",
+        ": this is a SkyPilot task; mistralctl.yaml holds options of mistralctl",
+    ),
+    ("run: |\n  vllm serve x\n", ": this is a SkyPilot task"),
+    ("service: {readiness_probe: /health}\nrun: x", ": this is a SkyPilot task"),
+    ("services: {vllm: {image: x}}", ": this is a Docker Compose file"),
+    ("apiVersion: v1\nkind: Pod", ": this is a Kubernetes manifest"),
+    ("type: task\ncommands: [x]\nresources: {gpu: 24GB}", ": this is a dstack configuration"),
+    ('{"model_type": "mistral"}', ": this is a model's config.json"),
     ("idle: 30x", ": idle: '30x' is not a duration; write for example 30m, 12h, 2d or never"),
     ("ttl: 0m", "out of range"),
     ("lora: [a]", ": lora: should be a mapping of names to URIs, is list"),
@@ -70,12 +106,29 @@ BAD_FILES = [
     ("quantization: magic", "is not one of fp8, awq, gptq, bitsandbytes, compressed-tensors"),
     ("served_model_name: 'a b'", "is not a model name for the API"),
     ("region: 'US East'", "is misspelt"),
-    ("vllm_args: '--seed=7'", "should be a list"),
+    ("vllm_args: '--seed 7'", "write it in one piece"),
+    ("vllm_args: '--seed=7 --port=1'", "--port would set --port"),
+    ("allow: here", ": allow: 'here' is not a network"),
     ("vllm_args: ['--seed 7']", "write it in one piece"),
     ("vllm_args: ['-O3']", "is a short argument"),
     ("model: 2023-09-27", ": model: unknown model '2023-09-27'"),
     ("port: 8000\nname: !!binary aGk=", ": name: should be plain text"),
     ("max_model_len: 1" + "0" * 5000, "max_model_len"),
+]
+# Text of mistralctl.yaml that is not quite as documented, and what is taken for it.
+TAKEN: list[tuple[str, dict[str, Any]]] = [
+    ("cloud: aws", {"cloud": ("aws",)}),
+    ("cloud: aws, gcp", {"cloud": ("aws", "gcp")}),
+    ("vllm_args: --seed=7", {"vllm_args": ("--seed=7",)}),
+    ("vllm_args: '--seed=7  --x={\"a\": 1} --y'", {"vllm_args": ("--seed=7", '--x={"a": 1}', "--y")}),
+    ("allow: 203.0.113.0/24", {"allow": ("203.0.113.0/24",)}),
+    ("max_price: '2'", {"max_price": 2.0}),
+    ("max_price: '2.5'", {"max_price": 2.5}),
+    ("max_model_len: '4096'\nport: \"8001\"", {"max_model_len": 4096, "port": 8001}),
+    ("\ufeffcloud: [aws]", {"cloud": ("aws",)}),
+    ("cloud: [aws]\r\nidle: 1h\r\n", {"cloud": ("aws",), "idle": "1h"}),
+    ("region: null", {"region": None}),
+    ("", {"idle": "30m"}),
 ]
 BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"max_model_len": "40000"}, "--max-model-len: 40000 is beyond the context of mistral-7b-instruct-v0.1, 32768 tokens"),
@@ -134,6 +187,13 @@ def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         whole({}, {}, file, tmp_path)
     one_line(error.value, str(file) if "does not fit" not in says else "", says)
+
+
+@pytest.mark.parametrize(("text", "fields"), TAKEN, ids=[repr(text) for text, _ in TAKEN])
+def test_what_a_file_says_in_another_form_is_taken(text: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_bytes(text.encode())
+    spec = load({}, {}, tmp_path / "m.yaml").spec
+    assert {name: getattr(spec, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize(("flags", "says"), BAD_FLAGS, ids=[str(flags) for flags, _ in BAD_FLAGS])
