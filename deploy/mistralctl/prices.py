@@ -16,8 +16,11 @@ GCP_HOSTS = {
     ("T4", 2): "n1-standard-8",
     ("V100", 1): "n1-standard-8",
     ("L4", 1): "g2-standard-4",
-    ("A100", 1): "a2-highgpu-1g",
-    ("A100-80GB", 1): "a2-ultragpu-1g",
+    ("L4", 2): "g2-standard-24",
+    ("L4", 4): "g2-standard-48",
+    ("L4", 8): "g2-standard-96",
+    **{("A100", count): f"a2-highgpu-{count}g" for count in (1, 2, 4, 8)},
+    **{("A100-80GB", count): f"a2-ultragpu-{count}g" for count in (1, 2, 4, 8)},
     ("H100", 1): "a3-highgpu-1g",
     ("H100", 8): "a3-highgpu-8g",
 }

@@ -1,4 +1,5 @@
-"""Prints the image that the installed SkyPilot takes for each machine type of the catalog, as one JSON object: cloud to type to tag.
+"""Prints what the installed SkyPilot takes for each machine of the catalog: `images` and a JSON object, cloud to machine type (on GCP: GPU)
+to the tag of its image; `machines` and one, cloud to GPU and count to machine type.
 
 Run by test_sky.py in a process with an empty HOME, in which sky_accepts.py lays out the catalog that mistralctl plans with.
 """
@@ -36,6 +37,13 @@ def main() -> None:
             elif offer.accelerator:
                 images[offer.accelerator] = GCP._get_gpu_image_id(offer.accelerator)
     sys.stdout.write("images " + json.dumps(found) + "\n")
+    machines: dict[str, dict[str, list[str]]] = {"aws": {}, "gcp": {}, "azure": {}}
+    for cloud, types in machines.items():
+        for offer in prices.offers(cloud):
+            if offer.accelerator:
+                got, _ = catalog.get_instance_type_for_accelerator(offer.accelerator, offer.count, clouds=cloud)
+                types[f"{offer.accelerator}:{offer.count}"] = got or []
+    sys.stdout.write("machines " + json.dumps(machines) + "\n")
 
 
 if __name__ == "__main__":

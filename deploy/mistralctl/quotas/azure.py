@@ -27,7 +27,9 @@ FAMILIES = (
     (r"Standard_NC\d+as_T4_v3", "Standard NCASv3_T4 Family", "Standard NCASv3_T4 Family vCPUs"),
     (r"Standard_NV\d+ads_A10_v5", "StandardNVADSA10v5Family", "Standard NVADSA10v5 Family vCPUs"),
     (r"Standard_NC\d+ads_A100_v4", "StandardNCADSA100v4Family", "Standard NCADS_A100_v4 Family vCPUs"),
-    (r"Standard_NC\d+ads_H100_v5", "StandardNCadsH100v5Family", "Standard NCadsH100v5 Family vCPUs"),
+    (r"Standard_NC\d+(ads|adis)_H100_v5", "StandardNCadsH100v5Family", "Standard NCadsH100v5 Family vCPUs"),
+    (r"Standard_ND96asr_v4", "Standard NDASv4_A100 Family", "Standard NDASv4_A100 Family vCPUs"),
+    (r"Standard_ND96amsr_A100_v4", "standard NDAMSv4_A100Family", "Standard NDAMSv4_A100Family vCPUs"),
 )
 _SIGNING_IN = threading.Lock()
 
