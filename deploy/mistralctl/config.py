@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from mistralctl.errors import UserError
+from mistralctl.errors import UserError, figure
 from mistralctl.spec import DeploymentSpec, parse_images
 
 FILE = "mistralctl.yaml"
@@ -29,14 +30,37 @@ OTHER_VARIABLES = frozenset({"MISTRALCTL_HOME", "MISTRALCTL_OWNER", "MISTRALCTL_
 
 @dataclass(frozen=True)
 class Sourced:
-    """A checked spec, and for each field that was set the words by which an error names its place."""
+    """A checked spec, and for each field that was set the words by which an error names its place; for numbers also as they were typed."""
 
     spec: DeploymentSpec
     sources: Mapping[str, str]
+    typed: Mapping[str, str] = dataclass_field(default_factory=dict)
 
     def place(self, field: str) -> str:
         """How an error names this field: `--region`, `MISTRALCTL_REGION`, `mistralctl.yaml: region`."""
         return self.sources.get(field, FLAGS.get(field, "--" + field.replace("_", "-")))
+
+    def number(self, field: str) -> str:
+        """A field's number as an error repeats it: as it was typed."""
+        return self.typed.get(field) or figure(getattr(self.spec, field))
+
+
+class _Whole(int):
+    """A whole number of a file that shows itself as it stands there."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Fraction(float):
+    """A number of a file that shows itself as it stands there."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,6 +102,21 @@ class _Loader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> _Whole:
+    number = _Whole(loader.construct_yaml_int(node))
+    number.text = str(node.value)
+    return number
+
+
+def _fraction(loader: _Loader, node: yaml.ScalarNode) -> _Fraction:
+    number = _Fraction(loader.construct_yaml_float(node))
+    number.text = str(node.value)
+    return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _fraction)
 
 # No option is a date: 2026-01-01 is text.
 _Loader.yaml_implicit_resolvers = {
@@ -213,9 +252,19 @@ def _unknown(key: str) -> str:
     return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(DeploymentSpec.model_fields)}"
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
-    """pydantic's error as one of ours: what is wrong, then what to do."""
-    context, kind, given = error.get("ctx", {}), str(error["type"]), error.get("input")
+def _given(layer: Any, path: Sequence[int | str], otherwise: object) -> object:
+    """What stands at a place of a layer, with its numbers as they were typed."""
+    for part in path:
+        try:
+            layer = layer[part]
+        except (KeyError, IndexError, TypeError):
+            return otherwise
+    return layer
+
+
+def _sentence(error: Mapping[str, Any], given: object) -> str:
+    """pydantic's error about a value as one of ours: what is wrong, then what to do."""
+    context, kind = error.get("ctx", {}), str(error["type"])
     shown = repr(given) if len(repr(given)) <= 80 else repr(given)[:77] + "..."
     if kind == "value_error":
         return str(context["error"])
@@ -227,7 +276,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
         bound = next(iter(context.values()))
         words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than",
                  "less_than_equal": "at most"}  # fmt: skip
-        return f"{shown} is out of range; it must be {words[kind]} {bound}"
+        return f"{shown} is out of range; it must be {words[kind]} {figure(bound)}"
     if kind == "string_pattern_mismatch":
         return f"{shown} is misspelt; small letters, digits and hyphens, for example us-east-1"
     wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "str": "text",
@@ -252,7 +301,9 @@ def _check(layer: Mapping[str, Any], place: dict[str, str], *, strict: bool) -> 
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
         if first["type"] == "extra_forbidden":
             raise UserError(f"{place.get(key, key)}: unknown key {key!r}; {_unknown(key)}") from None
-        raise UserError(f"{place.get(key, key)}{path}: {_sentence(first)}") from None
+        raise UserError(
+            f"{place.get(key, key)}{path}: {_sentence(first, _given(layer, first['loc'], first.get('input')))}"
+        ) from None
     except (TypeError, ValueError, RecursionError):
         key = next((key for key, value in layer.items() if not _is_plain(value)), next(iter(layer)))
         raise UserError(f"{place.get(key, key)}: should be plain text, numbers or lists of them; put quotes around it") from None
@@ -280,6 +331,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    typed: dict[str, str] = {}
     path = file or (directory / FILE if (directory / FILE).is_file() else None)
     from_file = read_file(path) if path else {}
     layers = (
@@ -293,4 +345,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
                 continue
             values[field] = value
             sources[field] = place.get(field, field)
-    return Sourced(DeploymentSpec.model_validate(values), sources)
+            typed.pop(field, None)
+            if isinstance(layer[field], (str, _Whole, _Fraction)):
+                typed[field] = layer[field] if isinstance(layer[field], str) else repr(layer[field])
+    return Sourced(DeploymentSpec.model_validate(values), sources, typed)

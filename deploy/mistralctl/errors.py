@@ -22,6 +22,20 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+def figure(value: float) -> str:
+    """A number as people write it, without an exponent and without a zero that says nothing.
+
+    >>> figure(0.00001), figure(1000000), figure(3.0)
+    ('0.00001', '1000000', '3')
+    """
+    text = repr(value)
+    if "e" in text:
+        from decimal import Decimal
+
+        text = f"{Decimal(text):f}"
+    return text.removesuffix(".0")
+
+
 class UserError(Exception):
     """What is wrong and what to do, in one line; `code` is the exit code that goes with it, `details` a table below it."""
 

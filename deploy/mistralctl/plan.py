@@ -21,7 +21,8 @@ from mistralctl.quotas import Quota
 from mistralctl.rights import Right, rights
 from mistralctl.spec import DeploymentSpec, parse_accelerators
 
-# A fall-back that costs more than this many times the cheapest machine is not taken unless --max-price allows it.
+# A fall-back that costs more than this many times the cheapest machine is not taken unless --max-price allows it, or it is the cheapest of
+# a cloud that was named.
 FALLBACK_FACTOR = 2.0
 CPU_OVERHEAD_BYTES = 4 * GIB  # a vLLM process on a CPU beside weights and cache: about 3 GB measured, and the system
 CPU_WEIGHTS_FACTOR = 1.15
@@ -106,7 +107,7 @@ def _context(sourced: Sourced, model: Model) -> int:
         return asked or 8192
     if asked is not None and asked > shape.context:
         raise UserError(
-            f"{sourced.place('max_model_len')}: {asked} is beyond the context of {model.name}, {shape.context} tokens; "
+            f"{sourced.place('max_model_len')}: {sourced.number('max_model_len')} is beyond the context of {model.name}, {shape.context} tokens; "
             f"give at most {shape.context}"
         )
     return asked or shape.context
@@ -182,7 +183,7 @@ def _accelerators(sourced: Sourced) -> tuple[str | None, int]:
     name, count = parse_accelerators(spec.accelerators)
     if spec.tensor_parallel not in (None, count):
         raise UserError(
-            f"{sourced.place('tensor_parallel')}: {spec.tensor_parallel} does not go with "
+            f"{sourced.place('tensor_parallel')}: {sourced.number('tensor_parallel')} does not go with "
             f"{sourced.place('accelerators')} {name}:{count}; leave it out or make the two equal"
         )
     return name, count
@@ -303,14 +304,17 @@ def _price(machine: prices.Offer | Option, spec: DeploymentSpec) -> float:
     return math.inf if price is None else price
 
 
-def _too_dear(option: Option, spec: DeploymentSpec, cheapest: float) -> str | None:
-    price = _price(option, spec)
+def _too_dear(option: Option, sourced: Sourced, fitting: list[Option]) -> str | None:
+    """Why a machine that fits is not taken; `fitting` are all that do, cheapest first."""
+    spec = sourced.spec
+    price, cheapest = _price(option, spec), _price(fitting[0], spec)
+    first = option.cloud in spec.cloud and option is next(o for o in fitting if o.cloud == option.cloud)
     if price == math.inf:
-        unknown = spec.spot and spec.accelerators is None and option.price is not None
+        unknown = spec.spot and spec.accelerators is None and option.price is not None and not first
         return "the snapshot has no spot price for it; ask for it with --accelerators" if unknown else None
     if spec.max_price is not None:
-        return f"{price:.2f} USD/h is above --max-price {spec.max_price:g}" if price > spec.max_price else None
-    if spec.accelerators is None and price > FALLBACK_FACTOR * cheapest:
+        return f"{price:.2f} USD/h is above --max-price {sourced.number('max_price')}" if price > spec.max_price else None
+    if spec.accelerators is None and not first and price > FALLBACK_FACTOR * cheapest:
         return f"{price:.2f} USD/h is more than twice the cheapest that fits; ask for it with --accelerators or --max-price"
     return None
 
@@ -323,7 +327,7 @@ def _local(draft: _Draft, sourced: Sourced, machine: Machine) -> Option:
     count = draft.spec.tensor_parallel or 1
     if count > len(machine.gpus):
         raise UserError(
-            f"{sourced.place('tensor_parallel')}: {count} GPUs are asked for, this machine has {len(machine.gpus)}; "
+            f"{sourced.place('tensor_parallel')}: {sourced.number('tensor_parallel')} GPUs are asked for, this machine has {len(machine.gpus)}; "
             f"give at most {len(machine.gpus)}"
         )
     return replace(_gpu_option(draft, LOCAL, machine.gpus[0], count, None), instance_type=machine.label)
@@ -335,7 +339,7 @@ def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> Use
     reasons = dict.fromkeys(f"{o.label}: {o.reason}" for o in refused if "--max-price" not in (o.reason or ""))
     if dear:
         reasons[
-            f"{sourced.place('max_price')} {spec.max_price:g} is below the cheapest that would fit, {min(dear):.2f} USD/h"
+            f"{sourced.place('max_price')} {sourced.number('max_price')} is below the cheapest that would fit, {min(dear):.2f} USD/h"
         ] = None
     whys = "; ".join(reasons)
     hints = []
@@ -384,7 +388,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
     draft = _Draft(spec, model, dtype, _context(sourced, model))
     if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
         raise UserError(
-            f"{sourced.place('tensor_parallel')}: {spec.tensor_parallel} GPUs cannot share {model.shape.kv_heads} key-value "
+            f"{sourced.place('tensor_parallel')}: {sourced.number('tensor_parallel')} GPUs cannot share {model.shape.kv_heads} key-value "
             "heads evenly; give a divisor"
         )
     if local:
@@ -398,8 +402,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
         every = [o for cloud in spec.cloud or CLOUDS for o in _options(draft, sourced, cloud, on_cpu)]
         every.sort(key=lambda o: (_price(o, spec), o.cloud, o.label))
         fitting = [option for option in every if option.reason is None]
-        cheapest = _price(fitting[0], spec) if fitting else math.inf
-        every = [o if o.reason else replace(o, reason=_too_dear(o, spec, cheapest)) for o in every]
+        every = [o if o.reason else replace(o, reason=_too_dear(o, sourced, fitting)) for o in every]
         fitting, refused = [o for o in every if o.reason is None], [o for o in every if o.reason]
         if on_cpu:  # one size of machine is asked for on every cloud, so that the cache is the same wherever it lands
             fitting = [next(o for o in fitting if o.cloud == cloud) for cloud in dict.fromkeys(o.cloud for o in fitting)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mistralctl.errors import Exit, UserError
+from mistralctl.errors import Exit, UserError, figure
 
 Kind = Literal["capacity", "quota", "permission", "credentials", "other"]
 
@@ -59,7 +59,7 @@ _ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])
 _REGION = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d|[a-z]+-[a-z]+\d+)\b")
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|<rich_[^>]*>|</rich_[^>]*>")
 _PRICE_LIMIT = re.compile(
-    r"Max hourly cost limit\s+\(\$([\d.]+)/hr\)"
+    r"Max hourly cost limit\s+\(\$([\d.e+-]+)/hr\)"
 )  # SkyPilot's hint where its catalog has nothing for the price
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
@@ -153,7 +153,7 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
     limit = _PRICE_LIMIT.search(plain(logged))
     if not rows and limit:
         what = "by today's catalog of SkyPilot no such machine costs so little; raise --max-price, or allow more places"
-        return UserError(f"--max-price {float(limit[1]):g} USD an hour: {what} (log: {log})", Exit.CLOUD)
+        return UserError(f"--max-price {figure(float(limit[1]))} USD an hour: {what} (log: {log})", Exit.CLOUD)
     if not rows:
         first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
         return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)

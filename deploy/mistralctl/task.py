@@ -15,6 +15,7 @@ import yaml
 
 from mistralctl import images, package_dir
 from mistralctl.clouds import LOCAL
+from mistralctl.errors import figure
 from mistralctl.fit import MEMORY_UTILIZATION
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
@@ -39,7 +40,13 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
 
+def _number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    node = dumper.represent_float(value)
+    return dumper.represent_scalar(node.tag, figure(value)) if "e" in node.value else node
+
+
 _Dumper.add_representer(str, _text)
+_Dumper.add_representer(float, _number)
 
 
 def dump(task: Task) -> str:

@@ -114,6 +114,16 @@ BAD_FILES = [
     ("model: 2023-09-27", ": model: unknown model '2023-09-27'"),
     ("port: 8000\nname: !!binary aGk=", ": name: should be plain text"),
     ("max_model_len: 1" + "0" * 5000, "max_model_len"),
+    ("max_price: 0.00001", ": max_price 0.00001 is below the cheapest that would fit"),
+    ("max_price: 2.50e-07", ": max_price 2.50e-07 is below the cheapest that would fit"),
+    ("max_price: -0.00001", ": max_price: -0.00001 is out of range; it must be more than 0"),
+    ("max_price: 12345678901234567890.0", ": max_price: 12345678901234567890.0 is out of range; it must be at most 1000"),
+    ("port: 0x50", ": port: 0x50 is out of range"),
+    ("ttl: 12:30", ": ttl: should be text, is whole number 12:30"),
+    ("cloud: [0.00001]", ": cloud[0]: 0.00001 is not one of"),
+    ("lora: {a: 0.00001}", ": lora.a: should be text, is number 0.00001"),
+    ("max_model_len: 1_000_000", ": max_model_len: 1_000_000 is beyond the context"),
+    ("tensor_parallel: 0x3", ": tensor_parallel: 0x3 GPUs cannot share"),
 ]
 # Text of mistralctl.yaml that is not quite as documented, and what is taken for it.
 TAKEN: list[tuple[str, dict[str, Any]]] = [
@@ -151,6 +161,11 @@ BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"model": "smollm2-135m-instruct", "quantization": "awq"}, "awq needs a GPU"),
     ({"max_price": "-3"}, "--max-price: '-3' is out of range; it must be more than 0"),
     ({"port": "http"}, "--port: should be a whole number"),
+    ({"max_price": "0.00001"}, "--max-price 0.00001 is below the cheapest that would fit"),
+    ({"max_price": "0.50"}, "--max-price 0.50 is below the cheapest that would fit"),
+    ({"max_model_len": "40_000"}, "--max-model-len: 40_000 is beyond the context"),
+    ({"cloud": ["local"], "max_price": 0.00001}, "--max-price: means nothing on this machine"),
+    ({"max_price": 0.00001}, "--max-price 0.00001 is below the cheapest that would fit"),
 ]
 BAD_VARIABLES = [
     ({"MISTRALCTL_PORT": "x"}, "MISTRALCTL_PORT: should be a whole number, is text 'x'"),

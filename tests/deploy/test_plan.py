@@ -47,6 +47,26 @@ def test_a_price_limit_admits_whatever_is_below_it() -> None:
     assert refused(got)["gcp H100:1"] == "5.38 USD/h is above --max-price 3"
 
 
+def test_a_price_limit_is_repeated_as_it_was_typed_and_never_in_exponents() -> None:
+    assert refused(make(max_price="3.00"))["gcp H100:1"] == "5.38 USD/h is above --max-price 3.00"
+    cheap = make(
+        cloud=["aws"], region="eu-central-1", max_price=0.00001
+    )  # no price is known there, so it is SkyPilot's to refuse
+    assert "  max_hourly_cost: 0.00001\n" in task.dump(task.render(cheap, owner="x"))
+
+
+def test_a_cloud_that_was_named_is_in_the_task_with_its_cheapest_machine_whatever_the_others_cost() -> None:
+    def machines(**flags: Any) -> list[str]:
+        return [f"{option.cloud} {option.label}" for option in make(**flags).options]
+
+    assert machines(cloud=["aws", "gcp", "azure"]) == ["gcp L4:1", "aws L4:1", "aws A10G:1", "azure A100-80GB:1"]
+    assert machines(cloud=["gcp", "azure"], spot=True) == ["gcp L4:1", "azure A100-80GB:1"]
+    assert "azure A100-80GB:1" not in machines()
+    assert machines(cloud=["aws", "azure"], max_price=1.0) == ["aws L4:1"]  # a limit rules over everything
+    # Its other machines are fall-backs like all others.
+    assert "more than twice the cheapest" in str(refused(make(cloud=["aws", "azure"]))["azure H100:1"])
+
+
 def test_spot_sorts_by_the_price_of_spot() -> None:
     got = make(spot=True)
     prices = [option.spot_price for option in got.options]
@@ -89,6 +109,38 @@ def test_tensor_parallel_asks_for_that_many_gpus() -> None:
     got = make(cloud=["aws"], tensor_parallel=8)
     assert {option.count for option in got.options} == {8}
     assert got.tensor_parallel == 8
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "sold"),
+    [
+        ("L4:2", {"gcp": "g2-standard-24"}), ("L4:4", {"aws": "g6.12xlarge", "gcp": "g2-standard-48"}),
+        ("L4:8", {"aws": "g6.48xlarge", "gcp": "g2-standard-96"}), ("A10G:4", {"aws": "g5.12xlarge"}), ("A10G:8", {"aws": "g5.48xlarge"}),
+        ("L40S:4", {"aws": "g6e.12xlarge"}), ("L40S:8", {"aws": "g6e.48xlarge"}), ("A100:2", {"gcp": "a2-highgpu-2g"}),
+        ("A100:4", {"gcp": "a2-highgpu-4g"}),
+        ("A100:8", {"aws": "p4d.24xlarge", "gcp": "a2-highgpu-8g", "azure": "Standard_ND96asr_v4"}),
+        ("A100-80GB:2", {"gcp": "a2-ultragpu-2g", "azure": "Standard_NC48ads_A100_v4"}),
+        ("A100-80GB:4", {"gcp": "a2-ultragpu-4g", "azure": "Standard_NC96ads_A100_v4"}),
+        ("A100-80GB:8", {"aws": "p4de.24xlarge", "gcp": "a2-ultragpu-8g", "azure": "Standard_ND96amsr_A100_v4"}),
+        ("H100:2", {"azure": "Standard_NC80adis_H100_v5"}), ("H100:8", {"aws": "p5.48xlarge", "gcp": "a3-highgpu-8g"}),
+    ],
+)  # fmt: skip
+def test_several_gpus_are_planned_on_every_cloud_that_sells_them(accelerators: str, sold: dict[str, str]) -> None:
+    got = make(accelerators=accelerators)
+    assert {option.cloud: option.instance_type for option in got.options} == sold
+    assert got.tensor_parallel == int(accelerators.partition(":")[2])
+    assert None not in {option.price for option in got.options}
+    whole = make(accelerators="L4:1").chosen.fit
+    assert whole is not None
+    assert got.chosen.fit is not None
+    assert got.chosen.fit.weight_bytes * got.tensor_parallel == pytest.approx(whole.weight_bytes)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_tensor_parallel_alone_finds_a_machine_with_so_many_gpus(gpus: int) -> None:
+    got = make(tensor_parallel=gpus)
+    assert {option.count for option in got.options} == {gpus}
+    assert got.chosen.label == f"L4:{gpus}"
 
 
 def test_a_region_without_a_price_is_planned_with_an_unknown_price() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from mistralctl.clouds import LOCAL
-from mistralctl.errors import Exit, UserError
+from mistralctl.errors import Exit, UserError, figure
 from mistralctl.plan import SMALLEST_CPU_NODE, Option, Plan
 from mistralctl.prices import offers
 from mistralctl.quotas import Need, Quota, Unknown, Wanted, asking, table, too_small_everywhere
@@ -143,6 +143,6 @@ def check(plan: Plan, note: Callable[[str], None], *, limits_only: bool = False)
         )
     for quota in small:
         note(
-            f"{quota.cloud} {quota.region}: {quota.code} {quota.name} is too small for {quota.machine} (needs {quota.needs:g} "
-            f"{quota.unit}, limit {quota.limit:g}); ask for more at {quota.page}"
+            f"{quota.cloud} {quota.region}: {quota.code} {quota.name} is too small for {quota.machine} (needs {figure(quota.needs)} "
+            f"{quota.unit}, limit {figure(quota.limit or 0)}); ask for more at {quota.page}"
         )  # fmt: skip

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, cast
 
+from mistralctl.errors import figure
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -103,7 +105,7 @@ def too_small_everywhere(quotas: Iterable[Quota]) -> bool:
 
 
 def _figure(value: float | None) -> str:
-    return "?" if value is None else f"{value:g}"
+    return "?" if value is None else figure(value)
 
 
 def table(quotas: Iterable[Quota]) -> list[str]:
@@ -113,7 +115,7 @@ def table(quotas: Iterable[Quota]) -> list[str]:
     for quota in quotas:
         verdict = {True: "enough", False: "TOO SMALL", None: f"unknown: {quota.why}" if quota.why else "unknown"}[quota.enough]
         key = (
-            quota.cloud, quota.machine, f"{quota.code} {quota.name}".strip(), f"{quota.needs:g} {quota.unit}".strip(),
+            quota.cloud, quota.machine, f"{quota.code} {quota.name}".strip(), f"{figure(quota.needs)} {quota.unit}".strip(),
             _figure(quota.limit), _figure(quota.used), verdict,
         )  # fmt: skip
         rows.setdefault(key, []).append(quota.region)
