@@ -106,6 +106,9 @@ def _spec_options(
         list[str] | None,
         typer.Option(metavar="[CLOUD=]ID", help="image of the machine (repeatable, one a cloud) [default: docs/gpu.md]"),
     ] = None,
+    disk_tier: Annotated[
+        str | None, typer.Option(metavar="T", help="speed of the disk: low, medium, high or best [default: docs/gpu.md]")
+    ] = None,
     spot: Annotated[bool | None, typer.Option("--spot/--no-spot", help="cheaper, and it may be taken away")] = None,
     max_price: Annotated[str | None, typer.Option(metavar="USD", help="highest price per hour")] = None,
     weights: Annotated[

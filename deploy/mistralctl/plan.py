@@ -145,7 +145,11 @@ def _check_images(sourced: Sourced) -> None:
 def _check_places(sourced: Sourced) -> None:
     _check_public(sourced)
     spec = sourced.spec
-    named = [field for field in ("region", "zone", "accelerators", "image", "max_price") if getattr(spec, field) is not None]
+    named = [
+        field
+        for field in ("region", "zone", "accelerators", "image", "disk_tier", "max_price")
+        if getattr(spec, field) is not None
+    ]
     if spec.cloud == (LOCAL,):
         if spec.spot:
             named.append("spot")

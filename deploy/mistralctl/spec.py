@@ -15,6 +15,7 @@ from mistralctl.models import DEFAULT_MODEL, MODELS
 
 CloudName = Literal["aws", "gcp", "azure", "local"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DiskTier = Literal["low", "medium", "high", "best"]
 Quantization = Literal["fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors"]
 
 NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
@@ -282,6 +283,10 @@ class DeploymentSpec(BaseModel):
     )
     image: Annotated[str | dict[str, str] | None, BeforeValidator(_image)] = Field(
         None, description="image of the machine, instead of the one in docs/gpu.md: its id, or a mapping of clouds to ids"
+    )
+    disk_tier: DiskTier | None = Field(
+        None,
+        description="speed of the machine's disk, as SkyPilot has it; if left out: high on AWS and GCP with a GPU, else medium",
     )
     spot: bool = Field(False, description="use a spot machine: cheaper, and it may be taken away")
     max_price: float | None = Field(None, gt=0, le=1000, description="highest price, USD per hour")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mistralctl import images, package_dir
-from mistralctl.clouds import LOCAL
+from mistralctl.clouds import DISK_TIERS, LOCAL
 from mistralctl.errors import figure
 from mistralctl.fit import MEMORY_UTILIZATION
 from mistralctl.gpus import GIB
@@ -124,6 +124,8 @@ def _resources(plan: Plan) -> dict[str, Any]:
             entry |= {"cpus": f"{SMALLEST_CPU_NODE[0]}+", "memory": f"{SMALLEST_CPU_NODE[1]}+"}
         if image := images.asked_for(option.cloud, option.accelerator, spec.images.get(option.cloud)):
             entry["image_id"] = image
+        if tier := spec.disk_tier or (DISK_TIERS.get(option.cloud) if option.accelerator else None):
+            entry["disk_tier"] = tier
         if entry not in entries:
             entries.append(entry)
     if len(entries) == 1:

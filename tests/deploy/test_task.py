@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "vllm_args": ["--seed=7", "--enable-log-requests"], "idle": "2h", "ttl": "never",
     },
     "images": {
-        "cloud": ["aws", "gcp", "azure"], "max_price": 4.0,
+        "cloud": ["aws", "gcp", "azure"], "max_price": 4.0, "disk_tier": "best",
         "image": {"gcp": "projects/mine/global/images/gpu-580", "azure": "microsoft-dsvm:ubuntu-hpc:2204:22.04.2026082801"},
     },
     "public": {"model": "smollm2-135m-instruct", "cloud": ["gcp"], "public": True, "allow": ["203.0.113.0/24", "198.51.100.7"], "port": 8443},
@@ -79,6 +79,25 @@ def test_the_contract_page_names_every_env_and_no_other() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `MISTRALCTL_")]
     named = {word.strip("`") for row in rows for word in row.split("|")[1].replace(",", " ").split()}
     assert named == envs
+
+
+def test_a_gpu_gets_a_faster_disk_where_that_is_cheap_and_a_tier_that_was_asked_for_is_every_machines() -> None:
+    def tiers(**flags: Any) -> dict[str, str | None]:
+        wanted = rendered_with(**flags)["resources"]
+        return {entry["infra"]: entry.get("disk_tier") for entry in wanted.get("any_of", [wanted])}
+
+    assert tiers(cloud=["aws", "gcp", "azure"]) == {"aws": "high", "gcp": "high", "azure": None}
+    assert tiers(model="smollm2-135m-instruct", cloud=["aws", "gcp", "azure"]) == {"aws": None, "gcp": None, "azure": None}
+    for tier in ("low", "medium", "high", "best"):
+        assert tiers(disk_tier=tier, cloud=["aws", "azure"]) == {"aws": tier, "azure": tier}
+        assert tiers(disk_tier=tier, model="smollm2-135m-instruct", cloud=["gcp"]) == {"gcp": tier}
+    one, other = (rendered_with(disk_tier=tier) for tier in ("high", "low"))
+    assert task.resources_id(one) != task.resources_id(other)
+
+
+def rendered_with(**flags: Any) -> task.Task:
+    sourced = load({"cloud": ["aws"]} | flags, {}, None)
+    return task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
 
 
 def test_labels_obey_the_strictest_cloud() -> None:
