@@ -21,6 +21,7 @@ FILE = "mistralctl.yaml"
 LARGEST_FILE = 1 << 20
 DEEPEST = 10
 LIST_FIELDS = ("cloud", "vllm_args", "allow")
+DURATIONS = ("idle", "ttl")
 NUMBERS = ("max_price", "max_model_len", "max_concurrency", "tensor_parallel", "port")
 FLAGS = {"vllm_args": "--vllm-arg", "model": "MODEL"}
 
@@ -50,6 +51,13 @@ class _Whole(int):
 
     text: str
 
+    @classmethod
+    def typed(cls, value: int, text: str) -> _Whole:
+        """A number, and what stands for it."""
+        number = cls(value)
+        number.text = text
+        return number
+
     def __repr__(self) -> str:
         return self.text
 
@@ -58,6 +66,13 @@ class _Fraction(float):
     """A number of a file that shows itself as it stands there."""
 
     text: str
+
+    @classmethod
+    def typed(cls, value: float, text: str) -> _Fraction:
+        """A number, and what stands for it."""
+        number = cls(value)
+        number.text = text
+        return number
 
     def __repr__(self) -> str:
         return self.text
@@ -104,15 +119,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> _Whole:
-    number = _Whole(loader.construct_yaml_int(node))
-    number.text = str(node.value)
-    return number
+    return _Whole.typed(loader.construct_yaml_int(node), str(node.value))
 
 
 def _fraction(loader: _Loader, node: yaml.ScalarNode) -> _Fraction:
-    number = _Fraction(loader.construct_yaml_float(node))
-    number.text = str(node.value)
-    return number
+    return _Fraction.typed(loader.construct_yaml_float(node), str(node.value))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
@@ -189,6 +200,8 @@ def _understood(data: dict[str, Any], path: Path) -> dict[str, Any]:
             )
     found = dict(data)
     for key, value in data.items():
+        if key in DURATIONS and isinstance(value, (_Whole, _Fraction)):
+            found[key] = repr(value)  # YAML takes 12:30 for 750
         if not isinstance(value, str):
             continue
         if key == "vllm_args":
@@ -196,9 +209,9 @@ def _understood(data: dict[str, Any], path: Path) -> dict[str, Any]:
         elif key in LIST_FIELDS:
             found[key] = [part.strip() for part in value.split(",")]
         elif key in NUMBERS and re.fullmatch(r"[0-9]{1,9}", value):
-            found[key] = int(value)
+            found[key] = _Whole.typed(int(value), value)
         elif key in NUMBERS and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value):
-            found[key] = float(value)
+            found[key] = _Fraction.typed(float(value), value)
     return found
 
 
