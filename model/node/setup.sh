@@ -13,6 +13,8 @@ umask 022
 . "$here/once.sh"
 # shellcheck source=model/node/weights.sh
 . "$here/weights.sh"
+# shellcheck source=model/node/gpu.sh
+. "$here/gpu.sh"
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
@@ -20,26 +22,13 @@ install_ours() { # [--offline]: what builds our packages is in uv's cache after 
     "$model_dir/contract" "$model_dir/plugin" "$model_dir/weights"
 }
 
-# vLLM 0.32 comes with CUDA 13, which wants a driver of the 580 series or newer (NVIDIA, CUDA Toolkit release notes, table of drivers).
-OLDEST_DRIVER=580
-
-check_driver() {
-  local found
-  [ "$MISTRALCTL_ENGINE" = cuda ] || return 0
-  found=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1) || true
-  if [ -z "$found" ]; then
-    echo "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver" >&2
-    return 1
-  fi
-  [ "${found%%.*}" -ge "$OLDEST_DRIVER" ] || {
-    echo "the NVIDIA driver of this image is $found and vLLM's CUDA 13 needs $OLDEST_DRIVER or newer; name an image with one by --image" >&2
-    return 1
-  }
-}
+NO_GPU=3 # the code of make_environment where this machine's GPUs cannot serve
 
 make_environment() {
   phase environment start
-  check_driver || return
+  if [ "$MISTRALCTL_ENGINE" = cuda ]; then
+    { check_driver && check_fabric; } || return "$NO_GPU"
+  fi
   bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site"
   install_ours --offline 2> /dev/null || install_ours || return
@@ -100,8 +89,8 @@ wait "$environment_job" || {
   kill -- -"$weights_job" 2> /dev/null || true
   wait "$weights_job" 2> /dev/null || true
   why=$(last_error "$errors/environment")
-  case $why in
-    *NVIDIA*) phase environment fail "$why" ;;
+  case $status in
+    "$NO_GPU") phase environment fail "$why" ;;
     *) phase environment fail "the environment of vLLM could not be installed (${why:-code $status}); check the network and the free disk space, then run up again" ;;
   esac
   exit "$status"

@@ -20,13 +20,13 @@ NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
 
 
-def set_up(tmp_path: Path, smi: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
+def set_up(tmp_path: Path, smi: str | None, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """The real setup.sh on a machine whose nvidia-smi prints this (None: that has none), weights in a folder."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "uv").symlink_to(UV)
     if smi is not None:
-        (programs / "nvidia-smi").write_text(f"#!/bin/sh\necho '{smi}'\n")
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'E'\n{smi}\nE\nexit {code}\n")
         (programs / "nvidia-smi").chmod(0o755)
     envs = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text())["envs"]
     (tmp_path / "weights").mkdir()
@@ -35,20 +35,100 @@ def set_up(tmp_path: Path, smi: str | None, **variables: str) -> subprocess.Comp
     return subprocess.run(["bash", str(NODE / "setup.sh")], env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
+NOT_REACHED = (
+    "the driver does not reach the GPU: {}; take another machine, or an image with a driver that fits it (--image CLOUD=ID)"
+)
+NO_MODULE = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA driver is "
+    "installed and running."
+)
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+HANDLE = "Unable to determine the device handle for GPU1: 0000:00:05.0: Unknown Error"
+
+
 @pytest.mark.parametrize(
-    ("smi", "line"),
+    ("smi", "code", "line"),
     [
-        (None, "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver"),
-        ("535.216.01", "the NVIDIA driver of this image is 535.216.01 and vLLM's CUDA 13 needs 580 or newer; name an image with one in "
-                       "SkyPilot's configuration"),
+        (None, 0, "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver "
+                  "(--image CLOUD=ID)"),
+        ("535.216.01", 0, "the NVIDIA driver of this image is 535.216.01 and vLLM's CUDA 13 needs 580 or newer; name an image with "
+                          "one (--image CLOUD=ID)"),
+        ("580.95.05\n570.133.20", 0, "the NVIDIA driver of this image is 570.133.20 and vLLM's CUDA 13 needs 580 or newer; name an "
+                                     "image with one (--image CLOUD=ID)"),
+        (f"{NO_MODULE}\n", 9, NOT_REACHED.format(NO_MODULE)),
+        ("No devices were found", 6, NOT_REACHED.format("No devices were found")),
+        ("No devices were found", 0, NOT_REACHED.format("No devices were found")),
+        (f"{MISMATCH}\nNVML library version: 580.126", 18, NOT_REACHED.format(MISMATCH)),
+        ("", 0, NOT_REACHED.format("nvidia-smi says nothing")),
+        ("", 255, NOT_REACHED.format("nvidia-smi ended with code 255")),
+        ("[N/A]", 0, NOT_REACHED.format("[N/A]")),
+        (f"580.95.05\n{HANDLE}", 255, NOT_REACHED.format(HANDLE)),
+        ("580.95.05\n[GPU requires reset]", 0, NOT_REACHED.format("[GPU requires reset]")),
+        ("580.95.05", 15, NOT_REACHED.format("nvidia-smi ended with code 15")),
     ],
 )  # fmt: skip
-def test_a_driver_that_is_too_old_is_named_before_anything_is_installed(tmp_path: Path, smi: str | None, line: str) -> None:
-    done = set_up(tmp_path, smi)
+def test_a_gpu_that_cannot_serve_is_named_before_anything_is_installed(
+    tmp_path: Path, smi: str | None, code: int, line: str
+) -> None:
+    done = set_up(tmp_path, smi, code)
     assert done.returncode != 0
     assert '"phase": "environment", "event": "fail", "at": ' in done.stdout
     assert done.stdout.splitlines()[-1].endswith(f'"message": "{line}"}}')
     assert not list((tmp_path / "node" / "envs").glob("cuda-*/bin"))
+
+
+@pytest.mark.parametrize(
+    ("smi", "code", "gpus", "line"),
+    [
+        ("580.65.06", 0, 1, ""),
+        ("595.58.03\n595.58.03", 0, 2, ""),
+        ("580.95.05\nWARNING: infoROM is corrupted at gpu 0000:00:1E.0", 14, 1, ""),
+        ("580.95.05\n" * 7, 0, 8, "this machine shows 7 NVIDIA GPUs and 8 shall share the model; take another machine, or a smaller "
+                                  "--tensor-parallel"),
+    ],
+)  # fmt: skip
+def test_what_nvidia_smi_says_of_drivers(tmp_path: Path, smi: str, code: int, gpus: int, line: str) -> None:
+    done = gpu_check(tmp_path, f"cat <<'E'\n{smi}\nE\nexit {code}", "check_driver", MISTRALCTL_TENSOR_PARALLEL=str(gpus))
+    assert (done.returncode, done.stderr.strip()) == (1 if line else 0, line)
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("[N/A], [N/A]", ""),
+        ("Completed, Success\nCompleted, Success", ""),
+        ('Field "fabric.state" is not a valid field to query.', ""),
+        ("Completed, Success\n$(cat state)", ""),  # from the third question on
+        ("Completed, Success\nIn Progress, N/A", "In Progress, N/A"),
+        ("Not Started, [N/A]", "Not Started, [N/A]"),
+        ("Completed, Insufficient Resources", "Completed, Insufficient Resources"),
+    ],
+)
+def test_the_fabric_of_gpus_behind_a_switch_is_waited_for(tmp_path: Path, says: str, line: str) -> None:
+    (tmp_path / "state").write_text("In Progress, N/A")
+    smi = f'cd {tmp_path}; echo >> asked; [ "$(wc -l < asked)" -lt 3 ] || echo "Completed, Success" > state; echo "{says}"'
+    done = gpu_check(tmp_path, smi, f"FABRIC_SECONDS={2 if line else 60}; check_fabric")
+    if line:
+        assert done.returncode == 1
+        assert f"the GPUs' NVLink fabric is not ready after 2 s (state, status: {line}); nvidia-fabricmanager" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+    asked = len((tmp_path / "asked").read_text())
+    assert asked >= 2 if line else asked == (3 if "$(cat" in says else 1)
+
+
+def test_an_nvidia_smi_that_hangs_is_named(tmp_path: Path) -> None:
+    done = gpu_check(tmp_path, "exec sleep 30", "ANSWER_SECONDS=1; check_driver")
+    assert NOT_REACHED.format("nvidia-smi did not answer within 1 s") in done.stderr
+
+
+def gpu_check(tmp_path: Path, smi: str, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A function of gpu.sh, as setup.sh calls it, with this nvidia-smi."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{smi}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    script = f"set -euo pipefail; . {NODE}/gpu.sh; {command}"
+    env = {"PATH": f"{tmp_path}:{os.defpath}", **variables}
+    return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_a_failed_download_is_tried_three_times_and_named(tmp_path: Path) -> None:
@@ -186,7 +266,7 @@ def test_vllm_for_gpus_is_built_for_one_cuda() -> None:
     versions = {found.get(f"nvidia-cuda-{part}") or found.get(f"nvidia-{part}") or found[f"cuda-{part}"] for part in toolkit}
     assert {version.rsplit(".", version.count(".") - 1)[0] for version in versions} == {
         "13.0"
-    }  # what OLDEST_DRIVER in setup.sh stands for
+    }  # what OLDEST_DRIVER in gpu.sh stands for
 
 
 def test_both_engines_have_the_same_versions() -> None:
