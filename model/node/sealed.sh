@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs vLLM as a user of its own who sees little of this machine. For root.
 #   sealed.sh prepare USER GROUP SHARED            makes the user and the folder that it shares with the launcher (of GROUP), shuts the
-#                                                  metadata service to it; says what it could not do
+#                                                  metadata service to it; says what it could not do. Loads what CUDA needs
 #   sealed.sh run USER HOME SHARED PATH... -- COMMAND...
 #                                                  of everything below HOME the command sees only SHARED and, not to write, each PATH
 set -euo pipefail
@@ -17,8 +17,13 @@ shut() { # PROGRAM ADDRESS
   "$1" -w -C "${rule[@]}" 2> /dev/null || "$1" -w -I "${rule[@]}"
 }
 
+load_uvm() { # CUDA needs /dev/nvidia-uvm. nvidia-smi does not make it, and below setpriv's --no-new-privs the setuid nvidia-modprobe cannot
+  { command -v nvidia-modprobe && nvidia-modprobe -c 0 -u; } || modprobe nvidia-uvm || true
+}
+
 prepare() { # GROUP SHARED
   local address
+  load_uvm > /dev/null 2>&1
   id "$user" > /dev/null 2>&1 || useradd --system --create-home --home-dir "$state" --shell /usr/sbin/nologin "$user"
   rm -rf "$2"
   install -d -o "$user" -g "$1" -m 2770 "$2"

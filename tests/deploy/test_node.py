@@ -122,6 +122,33 @@ def test_an_nvidia_smi_that_hangs_is_named(tmp_path: Path) -> None:
     assert NOT_REACHED.format("nvidia-smi did not answer within 1 s") in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("programs", "called"),
+    [
+        ({"nvidia-modprobe": 0, "modprobe": 0}, ["nvidia-modprobe -c 0 -u"]),
+        ({"modprobe": 0}, ["modprobe nvidia-uvm"]),
+        ({"nvidia-modprobe": 1, "modprobe": 1}, ["nvidia-modprobe -c 0 -u", "modprobe nvidia-uvm"]),
+        ({}, []),
+    ],
+)
+def test_what_cuda_needs_is_loaded_before_vllm_loses_its_privileges(
+    tmp_path: Path, programs: dict[str, int], called: list[str]
+) -> None:
+    """sealed.sh prepare, with programs that leave a mark instead of changing this machine."""
+    harmless = ("id", "install", "iptables", "ip6tables")
+    for name, code in (programs | dict.fromkeys(harmless, 0)).items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    for name in ("bash", "rm"):
+        (tmp_path / name).symlink_to(f"/bin/{name}")
+    command = [str(tmp_path / "bash"), str(NODE / "sealed.sh"), "prepare", "somebody", "0", str(tmp_path / "shared")]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = (tmp_path / "called").read_text().splitlines()
+    assert [line for line in lines if "modprobe" in line] == called
+    assert lines[: len(called) + 1] == [*called, "id somebody"]
+
+
 def gpu_check(tmp_path: Path, smi: str, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A function of gpu.sh, as setup.sh calls it, with this nvidia-smi."""
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{smi}\n")
