@@ -87,8 +87,17 @@ def test_the_short_list_is_served_with_the_key_and_health_without(guard: Guard, 
     assert behind.reached == [*sorted(WITH_KEY), ("GET", "/health")]
 
 
-@pytest.mark.parametrize("header", [None, b"", b"Bearer", b"Bearer wrong", b"bearer " + KEY.encode(), KEY.encode(),
-                                    b"Bearer " + KEY.encode() + b" ", b"Bearer " + KEY.encode()[:-1], b"\xff\xfe"])  # fmt: skip
+@pytest.mark.parametrize("header", [b"Bearer %b", b"bearer %b", b"BEARER %b", b"bEaReR   %b", b" \tBearer %b\t ", b"Bearer %b "])
+def test_the_scheme_has_no_case_and_spaces_around_do_not_count(header: bytes, guard: Guard) -> None:
+    """RFC 9110: section 11.1, 11.4 (1*SP behind the scheme), 5.5 (white space around a value)."""
+    assert ask(guard, "GET", "/v1/models", (b"Authorization", header % KEY.encode()))[0] == 200
+
+
+@pytest.mark.parametrize("header", [None, b"", b"Bearer", b"Bearer ", b"Bearer wrong", KEY.encode(), b" " + KEY.encode(),
+                                    b"Bearer " + KEY.encode() + b" x", b"Bearer " + KEY.encode()[:-1], b"\xff\xfe",
+                                    b"Basic " + KEY.encode(), b"Bearer\t" + KEY.encode(), b"Bearer \t" + KEY.encode(),
+                                    b"Bearer" + KEY.encode(), b"Bearer Bearer " + KEY.encode(), b"Bearer " + KEY.upper().encode(),
+                                    b"Bearer " + KEY.encode() + b"\0", b'Bearer "' + KEY.encode() + b'"'])  # fmt: skip
 def test_without_the_key_nothing_reaches_the_application(header: bytes | None, guard: Guard, behind: Behind) -> None:
     headers = [] if header is None else [(b"authorization", header)]
     for method, path in WITH_KEY:

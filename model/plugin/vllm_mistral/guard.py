@@ -62,6 +62,13 @@ def _handed_over(number: int) -> bytes:
         return pipe.read()
 
 
+def _bearer(value: bytes) -> bytes:
+    """The token of `Authorization: Bearer TOKEN`; nothing for another scheme. A scheme has no case, and spaces follow it (RFC 9110, 11.4);
+    spaces and tabs around a header's value are no part of it (5.5)."""
+    scheme, _, token = value.strip(b" \t").partition(b" ")
+    return token.lstrip(b" ") if scheme.lower() == b"bearer" else b""
+
+
 def probe_token(key: str) -> str:
     """What the gate's probe and the launcher show while the guard is closed; of no use to anybody once it is open."""
     return hmac.new(key.encode(), b"mistralctl probe", hashlib.sha256).hexdigest()
@@ -107,7 +114,7 @@ class Guard:
         self.app = app
         pipe = os.environ.get("MISTRALCTL_KEY_FD") if run_dir is None else None
         key = _handed_over(int(pipe)) if pipe else read_key(self.folder)
-        self.authorization = b"Bearer " + key
+        self.key = key
         self.token = probe_token(key.decode()).encode()
         self.traffic = Traffic(self.folder)
         self.chat = os.environ.get("MISTRALCTL_CHAT_TEMPLATE") != "none"
@@ -168,7 +175,7 @@ class Guard:
         if route in OPEN:
             return None
         given = [value for name, value in headers if name.lower() == b"authorization"]
-        if len(given) != 1 or not hmac.compare_digest(given[0], self.authorization):
+        if len(given) != 1 or not hmac.compare_digest(_bearer(given[0]), self.key):
             return 401, "the API key is missing or wrong"
         if route not in WITH_KEY:
             return 404, "this route is not served"
