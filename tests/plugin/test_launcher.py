@@ -132,6 +132,50 @@ def test_on_a_node_an_earlier_launcher_that_hangs_is_told_and_then_killed(monkey
             process.communicate()
 
 
+def test_on_a_gpu_the_memory_of_a_server_that_is_ending_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By nvidia-smi, which here names three processes: one of this deployment, one of another, and one that is gone."""
+    ending, another, gone = (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env={"MISTRALCTL_NAME": name})
+        for name in ("test", "another", "test")
+    )
+    try:
+        gone.kill()
+        gone.wait()
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f'#!/bin/sh\n[ "$*" = "--query-compute-apps=pid --format=csv,noheader" ] || exit 2\n'
+                       f'printf "{ending.pid}\\n{another.pid}\\n[N/A]\\n{gone.pid}\\n{ending.pid}\\n"\n')  # fmt: skip
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+        wanted = contract.read(variables(tmp_path, ENGINE="cuda", KV_CACHE_GIB="", MEMORY_UTILIZATION="0.92"))
+        with monkeypatch.context() as short:
+            short.setattr(serve, "GPU_SECONDS", 0.2)
+            serve.until_gpu_free(wanted, threading.Event())
+        said = capsys.readouterr().out
+        assert f"waits until an earlier server (processes {ending.pid}) gives the GPU's memory back\n" in said
+        assert "not given back within 0 s; starts nevertheless" in said
+        killer = threading.Timer(0.5, lambda: (ending.kill(), ending.wait()))
+        killer.start()
+        began = time.monotonic()
+        serve.until_gpu_free(wanted, threading.Event())
+        assert ending.poll() is not None
+        assert time.monotonic() - began < 30
+        assert "starts nevertheless" not in capsys.readouterr().out
+        assert another.poll() is None
+        user = psutil.Process(another.pid).username()  # on a node: whatever runs as vLLM's own user is this deployment's
+        assert serve.gpu_holders(dataclasses.replace(wanted, serve_user=user)) == [another.pid]
+        for text in ("#!/bin/sh\necho No devices were found\nexit 6\n", "#!/bin/sh\nexit 0\n"):
+            smi.write_text(text)
+            assert serve.gpu_holders(wanted) == []
+        smi.unlink()
+        assert serve.gpu_holders(wanted) == []
+    finally:
+        for process in (ending, another, gone):
+            process.kill()
+            process.wait()
+
+
 def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:
     with launched(node_dir, MAX_MODEL_LEN="5000") as launcher:
         failed(launcher, Code.ENGINE, "max_model_len (5000) is greater than the derived max_model_len")

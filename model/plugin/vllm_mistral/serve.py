@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -40,6 +41,8 @@ END_SECONDS, LEAST_END_SECONDS = 29.0, 3.0
 # On a node the server of a job that was cancelled may still be ending. If its launcher did not hear of that, or hangs, it is told
 # after END_SECONDS, and killed when it has had them twice; its ward has 30 s then.
 TERM_SECONDS, KILL_SECONDS, PORT_SECONDS = 35.0, 70.0, 120.0
+# A process that was killed gives a GPU's memory back after it has closed its sockets.
+GPU_SECONDS, SMI_SECONDS = 60.0, 20.0
 
 
 class _Signals:
@@ -129,6 +132,39 @@ def until_free(host: str, port: int, asked: threading.Event, name: str) -> None:
             raise _Asked
 
 
+def gpu_holders(wanted: Contract) -> list[int]:
+    """The processes of this deployment that hold memory of a GPU, by nvidia-smi: of a server that is ending. Others may hold it for ever."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=SMI_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = set()
+    for word in filter(str.isdecimal, said.split()):
+        with suppress(psutil.Error):  # it is gone, or another user's
+            process = psutil.Process(int(word))
+            if process.username() == wanted.serve_user or process.environ().get("MISTRALCTL_NAME") == wanted.name:
+                found.add(process.pid)
+    return sorted(found)
+
+
+def until_gpu_free(wanted: Contract, asked: threading.Event) -> None:
+    """Waits until no earlier server of this deployment holds memory of a GPU, of which vLLM wants its whole share at once; GPU_SECONDS at
+    most, as vLLM says best what is too little."""
+    deadline, named = time.monotonic() + GPU_SECONDS, None
+    while holders := gpu_holders(wanted):
+        if holders != named:
+            named = holders
+            sys.stdout.write(
+                f"waits until an earlier server (processes {', '.join(map(str, holders))}) gives the GPU's memory back\n"
+            )
+        if time.monotonic() > deadline:
+            sys.stdout.write(f"the GPU's memory was not given back within {GPU_SECONDS:.0f} s; starts nevertheless\n")
+            return
+        if asked.wait(POLL_SECONDS):
+            raise _Asked
+
+
 def _until_healthy(engine: Engine, asked: threading.Event) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not engine.healthy():
@@ -212,6 +248,8 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
                 until_free(wanted.host, wanted.port, signals.asked, wanted.name)
             else:
                 check_port(wanted.host, wanted.port)
+            if wanted.engine == "cuda":
+                until_gpu_free(wanted, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             arguments = flags.arguments(wanted, model_dir)
