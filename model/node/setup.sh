@@ -27,7 +27,7 @@ NO_GPU=3 # the code of make_environment where this machine's GPUs cannot serve
 make_environment() {
   phase environment start
   if [ "$MISTRALCTL_ENGINE" = cuda ]; then
-    { check_driver && check_fabric; } || return "$NO_GPU"
+    { check_driver && check_fabric && check_compiler; } || return "$NO_GPU"
   fi
   bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site"

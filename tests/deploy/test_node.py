@@ -25,6 +25,7 @@ def set_up(tmp_path: Path, smi: str | None, code: int = 0, **variables: str) -> 
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "uv").symlink_to(UV)
+    (programs / "gcc").symlink_to("/bin/true")
     if smi is not None:
         (programs / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'E'\n{smi}\nE\nexit {code}\n")
         (programs / "nvidia-smi").chmod(0o755)
@@ -147,6 +148,18 @@ def test_what_cuda_needs_is_loaded_before_vllm_loses_its_privileges(
     lines = (tmp_path / "called").read_text().splitlines()
     assert [line for line in lines if "modprobe" in line] == called
     assert lines[: len(called) + 1] == [*called, "id somebody"]
+
+
+@pytest.mark.parametrize(("gcc", "clang", "works"), [(0, 1, True), (None, 0, True), (1, 0, False), (None, None, False)])
+def test_a_machine_without_a_c_compiler_is_named(tmp_path: Path, gcc: int | None, clang: int | None, works: bool) -> None:
+    for name, code in (("gcc", gcc), ("clang", clang)):
+        if code is not None:
+            (tmp_path / name).write_text(f"#!/bin/bash\n[[ $(< /dev/stdin) = '#include <stdlib.h>' ]] && exit {code}\nexit 3\n")
+            (tmp_path / name).chmod(0o755)
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    done = gpu_check(tmp_path, "", "PATH=${PATH%%:*}; check_compiler")
+    assert done.returncode == (0 if works else 1)
+    assert ("this machine has no C compiler with its headers" in done.stderr) is not works
 
 
 def gpu_check(tmp_path: Path, smi: str, command: str, **variables: str) -> subprocess.CompletedProcess[str]:

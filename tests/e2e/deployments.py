@@ -195,6 +195,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
         "--middleware", "vllm_mistral.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
         "--max-num-batched-tokens", "1024", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
         "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
+        "--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false",
     ]  # fmt: skip
 
 

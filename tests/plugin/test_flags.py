@@ -12,6 +12,7 @@ import pytest
 from test_contract import GOOD
 from vllm_mistral import contract, flags
 from vllm_mistral.contract import Contract
+from vllm_mistral.isolation import Isolation
 
 MODEL = Path("/weights/model")
 CUDA = {
@@ -56,6 +57,8 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     assert got.seed == 7
     if engine == "cuda":
         assert got.gpu_memory_utilization == 0.92
+        assert got.enable_flashinfer_autotune is False
+        assert got.compilation_config.pass_config.fuse_allreduce_rms is False
 
 
 @pytest.mark.parametrize(
@@ -121,3 +124,37 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]
+
+
+def test_on_a_gpu_nothing_is_built_with_what_the_image_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    wanted = contract.read(GOOD | CUDA)
+    got = flags.environment(wanted, {"PATH": "/bin", "VLLM_USE_DEEP_GEMM": "1"})
+    assert got["VLLM_USE_DEEP_GEMM"] == "1"  # whoever sets it means it
+    for name in flags.NOTHING_BUILT:
+        assert hasattr(envs, name)
+    assert "TORCH_COMPILE_DISABLE" not in got
+    assert not set(flags.NOTHING_BUILT) & set(flags.environment(contract.read(GOOD), {}))
+    # vLLM's own question, as it asks it on a GPU: without the variable it goes on to FlashInfer, which is not here.
+    monkeypatch.setattr(type(topk_topp_sampler.current_platform), "is_cuda", lambda self: True)
+    with monkeypatch.context() as without:
+        without.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+        with pytest.raises(ImportError, match="flashinfer"):
+            topk_topp_sampler.flashinfer_sampler_supported()
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", got["VLLM_USE_FLASHINFER_SAMPLER"])
+    assert topk_topp_sampler.flashinfer_sampler_supported() is False
+
+
+def test_libraries_of_the_images_toolkit_do_not_reach_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    apart, same = Isolation("mistralctl-serve"), Isolation()
+    for given, kept in (("/usr/local/cuda/lib64", None), (f"/usr/local/cuda/lib64::{tmp_path}", str(tmp_path))):
+        environ = flags.environment(contract.read(GOOD | CUDA), {"PATH": "/bin", "LD_LIBRARY_PATH": given})
+        assert same.environment(environ).get("LD_LIBRARY_PATH") == kept  # but the driver's, where nothing else says where it lies
+        assert "LD_LIBRARY_PATH" not in apart.environment(environ)
+        assert apart.environment(environ)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    environ = flags.environment(contract.read(GOOD), {"LD_LIBRARY_PATH": "/somewhere"})
+    assert same.environment(environ)["LD_LIBRARY_PATH"] == "/somewhere"  # this machine's own, where it has no GPU
+    assert "LD_LIBRARY_PATH" not in apart.environment(environ)

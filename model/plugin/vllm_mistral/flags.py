@@ -15,6 +15,14 @@ GUARD = "vllm_mistral.front.Guard"
 IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 MEMORY_NODES = Path("/sys/devices/system/node")
 DRAIN_SECONDS = 25
+# What vLLM 0.32 would build with the image's nvcc while it starts, where there is one (docs/gpu.md): each of these names what is used instead,
+# which comes built with vLLM's wheel. FlashInfer's sampler is not even asked whether it can be built.
+NOTHING_BUILT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM's own sampler
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",  # vLLM's own all-reduce, NCCL
+    "VLLM_USE_DEEP_GEMM": "0",  # CUTLASS, for weights in blocks of fp8
+}
+NOTHING_BUILT_FLAGS = ("--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false")
 # TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
@@ -67,8 +75,7 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
         found += ["--quantization", contract.quantization]
     if contract.memory_utilization is not None:
         found += ["--gpu-memory-utilization", str(contract.memory_utilization)]
-    if contract.engine == "cpu":
-        found += ["--enforce-eager"]
+    found += ["--enforce-eager"] if contract.engine == "cpu" else NOTHING_BUILT_FLAGS
     if runs_in_the_engine(contract):
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
     if contract.tool_parser:
@@ -82,7 +89,7 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
 
 
 def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU."""
+    """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU, nothing built with nvcc on a GPU."""
     found = dict(environ)
     found |= {
         "MISTRALCTL_RUN_DIR": str(contract.shared_dir),
@@ -101,4 +108,11 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
         cores = sorted(os.sched_getaffinity(0))
         found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
         found.setdefault("OMP_NUM_THREADS", str(len(cores)))  # for a model in the engine's own process, which binds no threads
+    else:
+        found = NOTHING_BUILT | found
+        # Libraries of the image's CUDA toolkit would be loaded instead of the wheels'. The driver's may be found in no other way.
+        folders = found.pop("LD_LIBRARY_PATH", "").split(":")
+        drivers = [folder for folder in folders if folder and (Path(folder) / "libcuda.so.1").exists()]
+        if drivers:
+            found["LD_LIBRARY_PATH"] = ":".join(drivers)
     return found
