@@ -20,7 +20,7 @@ NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
 
 
-def set_up(tmp_path: Path, smi: str | None, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+def set_up(tmp_path: Path, smi: str | None, code: int = 0, /, **variables: str) -> subprocess.CompletedProcess[str]:
     """The real setup.sh on a machine whose nvidia-smi prints this (None: that has none), weights in a folder."""
     programs = tmp_path / "bin"
     programs.mkdir()
