@@ -6,18 +6,19 @@ import hashlib
 import json
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mistral_contract import architecture
+from mistral_contract import architecture, quantization
 
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
-from mistralctl.models import MODELS, Model, Shape
+from mistralctl.models import MODELS, Model, Shape, Stored
 
 
-def _shape(file: Path, place: str) -> Shape:
-    """The shape in config.json or params.json; UserError if the class does not serve such a model."""
+def _shape(file: Path, place: str) -> tuple[Shape, Stored]:
+    """The shape in config.json or params.json, and how the weights are quantized; UserError if such a model is not served."""
     try:
         config = json.loads(file.read_text("utf-8"))
         if not isinstance(config, dict):
@@ -26,9 +27,15 @@ def _shape(file: Path, place: str) -> Shape:
         raise UserError(f"{place}: {file} cannot be read ({error}); correct it") from None
     try:
         found = architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
+        scheme = quantization.read(config, {name: _json(file.parent / name) for name in quantization.BESIDE})
+        size = quantization.weight_bytes(scheme, found) if scheme else 0
     except architecture.Refused as refused:
         raise UserError(f"{place}: {file}: {refused}") from None
-    return Shape(found.parameters, found.layers, found.kv_heads, found.head_dim, found.window, found.context)
+    except quantization.NotServed as refused:
+        raise UserError(f"{place}: {file}: {refused}", Exit.WEIGHTS) from None
+    tables = (1 if found.tied else 2) * found.vocabulary * found.hidden
+    shape = Shape(found.parameters, tables, found.layers, found.kv_heads, found.head_dim, found.window, found.context)
+    return shape, Stored(scheme, bytes=size)
 
 
 class Tokenizer(NamedTuple):
@@ -79,7 +86,7 @@ def _folder(path: Path, place: str) -> Model:
             f"{place}: {file} is missing; name a folder in Hugging Face format, or one with consolidated.safetensors and params.json",
             Exit.NOT_FOUND,
         )
-    shape = _shape(file, place)
+    shape, stored = _shape(file, place)
     if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{place}: {path} has no *.safetensors file; pickled weights are never loaded", Exit.NOT_FOUND)
     if any(character.isspace() or "\ud800" <= character <= "\udfff" for character in str(path)):
@@ -88,7 +95,7 @@ def _folder(path: Path, place: str) -> Model:
     return Model(
         name=_name(path.name), weights=f"file://{path}", revision="", shape=shape, licence="unknown", chat=tokenizer.chat,
         tokenizer_mode=tokenizer.mode, tool_parser=tokenizer.tool_parser, runs_on_cpu=shape.parameters < 1_000_000_000,
-        note="a folder of this machine",
+        note="a folder of this machine", stored=stored,
     )  # fmt: skip
 
 
@@ -104,11 +111,13 @@ def resolve(sourced: Sourced) -> Model:
     """The model that the spec means. A URI's shape is not known here (None); a folder's is read from its own files."""
     value = sourced.spec.model
     if value in MODELS:
-        return MODELS[value]
+        row, weights = MODELS[value], sourced.spec.weights
+        return row if weights in (None, row.weights) else replace(row, stored=Stored(known=False))
     place = sourced.place("model")
     if value.startswith("file://"):
         return _folder(Path(value.removeprefix("file://")), place)
     if "://" in value:
         name = _name(value.split("#")[0].rstrip("/").rsplit("/", 1)[-1])
-        return Model(name, value, "", None, "unknown", True, "hf", runs_on_cpu=True, note="read on the node")
+        unread = Stored(known=False)
+        return Model(name, value, "", None, "unknown", True, "hf", runs_on_cpu=True, note="read on the node", stored=unread)
     return _folder(Path(value).expanduser().resolve(), place)

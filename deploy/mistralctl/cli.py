@@ -121,7 +121,10 @@ def _spec_options(
     tensor_parallel: Annotated[str | None, typer.Option(metavar="N", help="GPUs that share the model")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="D", help="auto, bfloat16, float16 or float32")] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="Q", help="fp8, awq, gptq, bitsandbytes, compressed-tensors")
+        str | None,
+        typer.Option(
+            metavar="Q", help="how the weights are quantized: awq, gptq, compressed-tensors, fp8; fp8 also quantizes others"
+        ),
     ] = None,
     lora: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="a LoRA adapter (repeatable)")] = None,
     served_model_name: Annotated[str | None, typer.Option(metavar="S", help="`model` in the API")] = None,

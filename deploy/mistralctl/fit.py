@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mistral_contract.quantization import METHODS, Scheme
+
 from mistralctl.gpus import GIB, Gpu
-from mistralctl.models import Shape
+from mistralctl.models import Shape, Stored
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Bytes a parameter takes on the GPU. 4-bit methods keep scales and leave embeddings and head in 16 bits.
-QUANTIZED_BYTES = {"fp8": 1.05, "awq": 0.58, "gptq": 0.58, "bitsandbytes": 0.60, "compressed-tensors": 1.05}
-# Oldest compute capability on which vLLM runs the method (vLLM's documentation, supported hardware).
-QUANTIZED_CAPABILITY = {"fp8": (8, 0), "awq": (7, 5), "gptq": (7, 5), "bitsandbytes": (7, 5),
-                        "compressed-tensors": (8, 0)}  # fmt: skip
+# Bytes that a weight of a linear layer takes where a method was named and nobody could read the weights: 4 bits with a scale and a
+# zero point for 128 weights; compressed-tensors may be 8 bits. Embedding and head keep 16 bits.
+QUANTIZED_BYTES = {"fp8": 1.0, "awq": 4.16 / 8, "gptq": 4.16 / 8, "compressed-tensors": 1.0}
 
 MEMORY_UTILIZATION = 0.92
 OVERHEAD_BYTES = GIB  # activations of one step, CUDA context and graphs
@@ -52,10 +52,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def weight_bytes(shape: Shape, dtype: str, quantization: str | None) -> int:
-    """Bytes of the weights in memory. Mistral 7B in bfloat16: 14.48 GB."""
-    per_parameter = QUANTIZED_BYTES[quantization] if quantization else DTYPE_BYTES[dtype]
-    return round(shape.parameters * per_parameter)
+def weight_bytes(shape: Shape, dtype: str, quantization: str | None, stored: Stored | None = None) -> int:
+    """Bytes of the weights in memory. Mistral 7B in bfloat16: 14.48 GB; with --quantization fp8: 7.50 GB.
+
+    By config.json or by the tensors of the files, whichever is more: files may hold what config.json does not say.
+    """
+    stored, plain = stored or Stored(), shape.parameters * DTYPE_BYTES[dtype]
+    in_files = stored.floats * DTYPE_BYTES[dtype] + stored.fixed
+    if stored.scheme is not None:
+        return max(stored.bytes, in_files)
+    if quantization:
+        return round((shape.parameters - shape.tables) * QUANTIZED_BYTES[quantization]) + shape.tables * DTYPE_BYTES[dtype]
+    return max(plain, in_files)
+
+
+def disk_bytes(shape: Shape, stored: Stored) -> int:
+    """Bytes of the weights on a disk: of their files where those were read, else by config.json, else in 16 bits."""
+    return stored.size or stored.bytes or 2 * shape.parameters
 
 
 def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
@@ -89,11 +102,11 @@ def cache_bytes(shape: Shape, *, dtype: str, max_model_len: int, engine: str, wi
 
 
 def fit(
-    shape: Shape, *, memory_bytes: float, max_model_len: int, dtype: str, quantization: str | None, engine: str,
+    shape: Shape, *, memory_bytes: float, max_model_len: int, dtype: str, weights: int, engine: str,
     gpus: int = 1, concurrency: int = 1, window: int | None = None,
 ) -> Fit:  # fmt: skip
-    """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take), and whether that is enough."""
-    weights = cdiv(weight_bytes(shape, dtype, quantization), gpus)
+    """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take) beside so many bytes of weights."""
+    weights = cdiv(weights, gpus)
     per_token = cdiv(kv_bytes_per_token(shape, dtype), gpus)
     cache = int(memory_bytes) - weights - OVERHEAD_BYTES
     block = BLOCK_SIZE[engine]
@@ -115,14 +128,14 @@ def fit(
     )  # fmt: skip
 
 
-def refused(gpu: Gpu, dtype: str, quantization: str | None) -> list[str]:
+def refused(gpu: Gpu, dtype: str, quantization: str | None, scheme: Scheme | None = None) -> list[str]:
     """Why this GPU cannot do the arithmetic, whatever its memory."""
     if not gpu.supported:
         return [f"compute capability {gpu.capability[0]}.{gpu.capability[1]}, vLLM needs 7.5"]
     reasons = []
     if dtype == "bfloat16" and not gpu.bfloat16:
         reasons.append("no bf16")
-    if quantization and gpu.capability < QUANTIZED_CAPABILITY[quantization]:
-        major, minor = QUANTIZED_CAPABILITY[quantization]
-        reasons.append(f"{quantization} needs compute capability {major}.{minor}")
+    method = scheme.method if scheme else quantization
+    if method and gpu.capability < (least := max(METHODS[method].capability, scheme.capability if scheme else (0, 0))):
+        reasons.append(f"{method} needs compute capability {least[0]}.{least[1]}")
     return reasons

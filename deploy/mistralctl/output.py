@@ -85,8 +85,9 @@ def _option(option: Option) -> list[str]:
 
 def plan_text(plan: Plan) -> str:
     """The arithmetic, the machines that fit, and why the others were refused."""
+    scheme = plan.model.stored.scheme
     lines = [f"{plan.name}: {plan.model.name}, {plan.max_model_len} tokens, {plan.dtype}"
-             + (f", {plan.spec.quantization}" if plan.spec.quantization else "")]  # fmt: skip
+             + (f", {scheme.label if scheme else plan.spec.quantization}" if scheme or plan.spec.quantization else "")]  # fmt: skip
     fit = plan.chosen.fit
     window = f"window {plan.sliding_window}" if plan.sliding_window else "no window"
     if fit is not None:

@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from mistral_contract import quantization
+from mistral_contract.quantization import METHODS
+
 from mistralctl import fit as memory
 from mistralctl import images, prices
 from mistralctl.clouds import CLOUDS, LOCAL
@@ -194,12 +197,12 @@ def _accelerators(sourced: Sourced) -> tuple[str | None, int]:
 
 
 def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Offer | None) -> Option:
-    reasons = memory.refused(gpu, plan.dtype, plan.spec.quantization)
+    reasons = memory.refused(gpu, plan.dtype, plan.spec.quantization, plan.model.stored.scheme)
     fitted = None
     if plan.shape is not None:
         fitted = memory.fit(
             plan.shape, memory_bytes=gpu.memory_gib * GIB * memory.MEMORY_UTILIZATION, dtype=plan.dtype,
-            max_model_len=plan.max_model_len, quantization=plan.spec.quantization, engine="cuda", gpus=count,
+            max_model_len=plan.max_model_len, weights=plan.weight_bytes, engine="cuda", gpus=count,
             concurrency=plan.spec.max_concurrency or 1, window=plan.shape.sliding_window,
         )  # fmt: skip
         if fitted.reason:
@@ -228,6 +231,12 @@ class _Draft:
     def shape(self) -> Shape | None:
         return self.model.shape
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in memory; 0 where the shape is not known."""
+        stored, shape = self.model.stored, self.shape
+        return memory.weight_bytes(shape, self.dtype, self.spec.quantization, stored) if shape else 0
+
 
 def _most_seqs(spec: DeploymentSpec, engine: str) -> int:
     """How many requests the server computes at a time."""
@@ -239,7 +248,7 @@ def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
     the requests that run at a time can fill, because vLLM writes to all of it before it serves."""
     weights, most = 0, CPU_CACHE_GIB
     if draft.shape is not None:
-        weights = memory.weight_bytes(draft.shape, draft.dtype, draft.spec.quantization)
+        weights = draft.weight_bytes
         filled = memory.cache_bytes(
             draft.shape, dtype=draft.dtype, max_model_len=draft.max_model_len, engine="cpu", window=draft.shape.sliding_window,
             requests=_most_seqs(draft.spec, "cpu"),
@@ -253,7 +262,7 @@ def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: floa
     fitted = reason = None
     gib = _cpu_cache_gib(draft, memory_bytes)
     if draft.shape is not None:
-        weights = memory.weight_bytes(draft.shape, draft.dtype, None)
+        weights = draft.weight_bytes
         if gib == 0:
             reason = (
                 f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for vLLM and the system leave no "
@@ -261,12 +270,12 @@ def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: floa
             )
         fitted = memory.fit(
             draft.shape, memory_bytes=gib * GIB + weights + memory.OVERHEAD_BYTES, dtype=draft.dtype,
-            max_model_len=draft.max_model_len, quantization=None, engine="cpu", window=draft.shape.sliding_window,
+            max_model_len=draft.max_model_len, weights=weights, engine="cpu", window=draft.shape.sliding_window,
             concurrency=draft.spec.max_concurrency or 1,
         )  # fmt: skip
         reason = reason or fitted.reason
-    if draft.spec.quantization:
-        reason = f"{draft.spec.quantization} needs a GPU"
+    if (method := _method(draft.model, draft.spec)) == "fp8" or (method and not draft.model.stored.known):
+        reason = f"{method} needs a GPU"
     return Option(
         cloud, None, 0, label, offer.region if offer else None, offer.price if offer else None,
         offer.spot_price if offer else None, fitted, reason,
@@ -364,13 +373,29 @@ def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> Use
     return UserError(f"{given}{draft.model.name} does not fit: {what}" + "".join(f"; {h}" for h in hints), Exit.NO_FIT)
 
 
-def _auto_dtype(model: Model, on_cpu: bool) -> str:
+def _method(model: Model, spec: DeploymentSpec) -> str | None:
+    """How the weights are quantized in memory."""
+    return model.stored.scheme.method if model.stored.scheme else spec.quantization
+
+
+def _check_quantization(sourced: Sourced, model: Model, dtype: str) -> None:
+    stored, method = model.stored, _method(model, sourced.spec)
+    try:
+        quantization.check(sourced.spec.quantization, stored.scheme, stored.known)
+    except ValueError as error:
+        raise UserError(f"{sourced.place('quantization')}: {error}") from None
+    if method and dtype not in METHODS[method].dtypes:
+        raise UserError(f"{sourced.place('dtype')}: {method} computes in {' or '.join(METHODS[method].dtypes)}, not in {dtype}")
+
+
+def _auto_dtype(model: Model, method: str | None, on_cpu: bool) -> str:
     """What --dtype auto means: bfloat16, but float32 for a small model on a CPU.
 
     There memory is plenty, few processors compute in bfloat16 at all, and those that do round so differently that SmolLM2-135M answers
     "What is the capital of France?" rightly with vLLM's vector kernel and wrongly with its AMX kernel (log-probabilities 0.2 apart).
     """
     small = model.shape is not None and model.shape.parameters <= SMALL_PARAMETERS
+    small = small and (method is None or "float32" in METHODS[method].dtypes)
     return "float32" if on_cpu and small else "bfloat16"
 
 
@@ -388,7 +413,8 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
     on_cpu = model.runs_on_cpu and spec.accelerators is None and spec.tensor_parallel is None
     if local:
         on_cpu = machine is not None and not machine.gpus
-    dtype = _auto_dtype(model, on_cpu) if spec.dtype == "auto" else spec.dtype
+    dtype = _auto_dtype(model, _method(model, spec), on_cpu) if spec.dtype == "auto" else spec.dtype
+    _check_quantization(sourced, model, dtype)
     draft = _Draft(spec, model, dtype, _context(sourced, model))
     if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
         raise UserError(

@@ -16,7 +16,7 @@ from mistralctl.models import DEFAULT_MODEL, MODELS
 CloudName = Literal["aws", "gcp", "azure", "local"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DiskTier = Literal["low", "medium", "high", "best"]
-Quantization = Literal["fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors"]
+Quantization = Literal["fp8", "awq", "gptq", "compressed-tensors"]
 
 NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/prefix", "az": "account/container/prefix",
@@ -297,7 +297,9 @@ class DeploymentSpec(BaseModel):
     max_concurrency: int | None = Field(None, ge=1, le=1024, description="requests of full length that must fit at once")
     tensor_parallel: int | None = Field(None, ge=1, le=8, description="GPUs that share the model")
     dtype: Dtype = Field("auto", description="type of weights and cache; auto is bfloat16")
-    quantization: Quantization | None = Field(None, description="vLLM's method for quantized weights")
+    quantization: Quantization | None = Field(
+        None, description="how the weights are quantized; fp8 also quantizes others while it loads them"
+    )
     lora: Annotated[dict[str, str], AfterValidator(_lora)] = Field({}, description="LoRA adapters: name to URI")
     served_model_name: Annotated[str, AfterValidator(_served_model_name)] | None = Field(
         None, description="`model` in the API; the model's name if left out"

@@ -16,7 +16,7 @@ import yaml
 from mistralctl import images, package_dir
 from mistralctl.clouds import DISK_TIERS, LOCAL
 from mistralctl.errors import figure
-from mistralctl.fit import MEMORY_UTILIZATION
+from mistralctl.fit import MEMORY_UTILIZATION, disk_bytes
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
 from mistralctl.rights import BUCKETS
@@ -112,7 +112,7 @@ def node_port(plan: Plan) -> int:
 
 def _resources(plan: Plan) -> dict[str, Any]:
     spec = plan.spec
-    weights_gib = plan.options[0].fit.weight_bytes * max(1, plan.tensor_parallel) / GIB if plan.options[0].fit else 16
+    weights_gib = disk_bytes(plan.model.shape, plan.model.stored) / GIB if plan.model.shape else 16
     found: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for option in plan.options:

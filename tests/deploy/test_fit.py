@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import doctest
+from typing import get_args
 
 import pytest
+from mistral_contract.quantization import METHODS, Scheme
 from mistralctl import durations, fit, spec
 from mistralctl.gpus import GIB, GPUS
 from mistralctl.models import MODELS, V01, V03
@@ -24,7 +26,7 @@ def test_mistral_7b_is_14_48_gb_and_131072_bytes_a_token() -> None:
 def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
     got = fit.fit(
         V03, memory_bytes=GPUS[name].memory_gib * GIB * fit.MEMORY_UTILIZATION, max_model_len=32768, dtype="bfloat16",
-        quantization=None, engine="cuda",
+        weights=fit.weight_bytes(V03, "bfloat16", None), engine="cuda",
     )  # fmt: skip
     assert got.cache_tokens / 1000 == pytest.approx(thousands, abs=1)
     assert got.reason is None
@@ -59,7 +61,7 @@ def test_with_a_window_chunks_are_smaller_and_more_long_requests_fit() -> None:
 
 def test_tensor_parallel_divides_weights_and_heads() -> None:
     one, two = (
-        fit.fit(V01, memory_bytes=20 * GIB, max_model_len=32768, dtype="bfloat16", quantization=None, engine="cuda", gpus=n)
+        fit.fit(V01, memory_bytes=20 * GIB, max_model_len=32768, dtype="bfloat16", weights=14_483_464_192, engine="cuda", gpus=n)
         for n in (1, 2)
     )
     assert two.weight_bytes * 2 == one.weight_bytes
@@ -68,7 +70,9 @@ def test_tensor_parallel_divides_weights_and_heads() -> None:
 
 def test_a_gpu_that_cannot_do_the_arithmetic_says_why() -> None:
     assert fit.refused(GPUS["T4"], "bfloat16", None) == ["no bf16"]
-    assert fit.refused(GPUS["T4"], "float16", "fp8") == ["fp8 needs compute capability 8.0"]
+    assert fit.refused(GPUS["T4"], "float16", "fp8") == []
+    hopper = Scheme("compressed-tensors", 4, (), capability=(9, 0))
+    assert fit.refused(GPUS["L4"], "bfloat16", None, hopper) == ["compressed-tensors needs compute capability 9.0"]
     assert fit.refused(GPUS["V100"], "float16", None) == ["compute capability 7.0, vLLM needs 7.5"]
     assert fit.refused(GPUS["L4"], "bfloat16", "awq") == []
 
@@ -80,4 +84,12 @@ def test_every_row_of_the_table_has_the_size_that_its_shape_implies() -> None:
         if model.name.startswith("mistral"):
             vocabulary = 32768 if "v0.3" in model.name else 32000
             layer = 2 * 4096 * 4096 + 2 * 4096 * tall.kv_heads * tall.head_dim + 3 * 4096 * 14336 + 2 * 4096
-            assert tall.parameters == 32 * layer + 2 * vocabulary * 4096 + 4096
+            assert (tall.parameters, tall.tables) == (32 * layer + 2 * vocabulary * 4096 + 4096, 2 * vocabulary * 4096)
+
+
+def test_the_options_methods_are_those_of_the_contract() -> None:
+    assert get_args(spec.Quantization) == tuple(METHODS) == tuple(fit.QUANTIZED_BYTES)
+
+
+def test_fp8_leaves_embedding_and_head_in_16_bits() -> None:
+    assert fit.weight_bytes(V01, "bfloat16", "fp8") == 6_979_588_096 + 2 * 262_144_000

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
 from mistralctl.plan import Plan
+from weights_folders import AWQ, FP8, GPTQ, W4A16, folder
 
 SMALL = Machine(24 * GIB, 2)
 
@@ -172,6 +174,74 @@ def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
     assert got.model.shape is not None
     assert got.model.shape.parameters == 2 * layer + 2 * 100 * 64 + 64
     assert (got.sliding_window, got.max_model_len, got.weights) == (32, 512, f"file://{tmp_path}")
+
+
+GB = 1e9
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes"),
+    [
+        (None, 14.48),
+        (AWQ, 4.15),
+        (AWQ | {"modules_to_not_convert": ["self_attn"]}, 6.14),
+        (GPTQ, 4.15),
+        (GPTQ | {"bits": 8}, 7.67),
+        (GPTQ | {"bits": 8, "desc_act": True, "group_size": -1}, 7.50),
+        (GPTQ | {"dynamic": {"-:.*mlp.*": {}}}, 12.50),
+        (FP8, 7.50),
+        (W4A16, 4.12),
+        (W4A16 | {"ignore": ["lm_head", "re:.*self_attn.*"]}, 6.12),
+    ],
+    ids=str,
+)
+def test_quantized_weights_are_planned_at_the_size_that_their_config_says(
+    config: dict[str, Any] | None, gigabytes: float, tmp_path: Path
+) -> None:
+    more = {} if config is None else {"quantization_config": config}
+    fit = make(model=str(folder(tmp_path / "m", **more)), accelerators="L4").chosen.fit
+    assert fit is not None
+    assert fit.weight_bytes / GB == pytest.approx(gigabytes, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "code", "says"),
+    [
+        (None, "awq", 2, "--quantization: awq needs weights that are so quantized, and these are not"),
+        (AWQ, "gptq", 2, "--quantization: gptq does not go with these weights, which are quantized with awq; leave it out"),
+        (FP8, "awq", 2, "--quantization: awq does not go with these weights, which are quantized with fp8"),
+        (GPTQ | {"bits": 3}, None, 10, "gptq with 3 bits is not served by vLLM 0.32, only with 4, 8"),
+        (GPTQ | {"desc_act": True}, None, 10, "gptq with desc_act is not served by vLLM 0.32"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None, 10, "quantization_config: bitsandbytes is not served"),
+        ({"quant_method": "hqq"}, "awq", 10, "quantization_config: hqq is not served; use a copy in fp8, awq, gptq, compressed-te"),
+        ({"group_size": 64, "bits": 4}, None, 10, "a method without a name is not served"),
+        (W4A16 | {"config_groups": 3}, None, 10, "compressed-tensors cannot be read"),
+    ],
+)  # fmt: skip
+def test_weights_quantized_otherwise_are_refused_before_anything_is_rented(
+    config: dict[str, Any] | None, wanted: str | None, code: int, says: str, tmp_path: Path
+) -> None:
+    more = {} if config is None else {"quantization_config": config}
+    with pytest.raises(UserError) as error:
+        make(model=str(folder(tmp_path / "m", **more)), accelerators="L4", quantization=wanted)
+    assert error.value.code == code
+    assert says in str(error.value)
+
+
+def test_a_configuration_of_older_tools_beside_config_json_counts(tmp_path: Path) -> None:
+    old = folder(tmp_path / "m")
+    (old / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": 128, "desc_act": False, "sym": True}))
+    scheme = make(model=str(old), accelerators="L4").model.stored.scheme
+    assert scheme is not None
+    assert scheme.label == "gptq, 8 bits"
+
+
+def test_fp8_of_weights_that_are_not_quantized_halves_them_and_not_the_disk() -> None:
+    plain, got = make(accelerators="L4"), make(accelerators="L4", quantization="fp8")
+    assert got.chosen.fit is not None
+    assert got.chosen.fit.weight_bytes / GB == pytest.approx(7.50, abs=0.01)
+    sizes = [task.render(one, owner="x")["resources"]["disk_size"] for one in (plain, got)]
+    assert sizes[0] == sizes[1]
 
 
 def test_plan_says_what_up_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_contract import GOOD
 from vllm_mistral import contract, flags
-from vllm_mistral.contract import Contract
+from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.isolation import Isolation
 
 MODEL = Path("/weights/model")
@@ -49,7 +49,7 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     assert (got.max_model_len, got.max_num_seqs) == (wanted.max_model_len, 8)
     assert got.max_num_batched_tokens == 2048
     assert got.tensor_parallel_size == wanted.tensor_parallel
-    assert (got.dtype, got.quantization) == (wanted.dtype, wanted.quantization)
+    assert (got.dtype, got.quantization) == (wanted.dtype, "fp8_per_tensor" if wanted.quantization else None)
     assert got.tokenizer_mode == wanted.tokenizer_mode
     assert (got.load_format, got.trust_remote_code) == ("safetensors", False)
     assert got.shutdown_timeout == flags.DRAIN_SECONDS
@@ -103,6 +103,35 @@ def test_weights_in_mistrals_own_format(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     got = parsed(flags.arguments(wanted, tmp_path))
     assert (got.load_format, got.config_format) == ("safetensors", "hf")
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+
+
+def test_the_method_is_that_of_the_weights(tmp_path: Path) -> None:
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}"})
+    (tmp_path / "model.safetensors").touch()
+    for config, method in (({}, None), ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"), (AWQ, "awq")):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        assert parsed(flags.arguments(wanted, tmp_path)).quantization == method
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "says"),
+    [
+        ("gptq", AWQ, "gptq does not go with these weights, which are quantized with awq"),
+        ("awq", {}, "awq needs weights that are so quantized"),
+        ("", {"quant_method": "bitsandbytes"}, "bitsandbytes is not served"),
+    ],
+)
+def test_a_method_that_the_weights_do_not_have_ends_the_launcher(
+    asked: str, config: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", "MISTRALCTL_QUANTIZATION": asked})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(LaunchError, match=says) as caught:
+        flags.arguments(wanted, tmp_path)
+    assert caught.value.code == Code.WEIGHTS
 
 
 def test_an_adapter_brings_its_rank(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
-from mistralctl.fit import weight_bytes
+from mistralctl.fit import disk_bytes
 from mistralctl.node import local_dir
 from mistralctl.phases import Phase, PhaseEvent
 from mistralctl.plan import Plan
@@ -105,7 +105,7 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     ):  # fmt: skip
         return _result(old, plan, "unchanged", "")
     shape = plan.model.shape
-    local.check_disk(task, weight_bytes(shape, "bfloat16", plan.spec.quantization) if shape else 0)  # as they are stored
+    local.check_disk(task, disk_bytes(shape, plan.model.stored) if shape else 0)
     if not offline:
         _check_hub(plan)
     if old is not None and running and old.pid is not None:

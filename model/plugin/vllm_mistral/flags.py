@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_mistral import ARCHITECTURE, tls
 from vllm_mistral.contract import Contract
-from vllm_mistral.weights import is_consolidated
+from vllm_mistral.weights import is_consolidated, quantization
 
 GUARD = "vllm_mistral.front.Guard"
 IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -71,8 +71,8 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
         shared = contract.shared_dir
         found += ["--ssl-keyfile", str(shared / tls.KEY_FILE), "--ssl-certfile", str(shared / tls.CERTIFICATE_FILE)]
         found += ["--ssl-ciphers", CIPHERS]
-    if contract.quantization:
-        found += ["--quantization", contract.quantization]
+    if method := quantization(contract.quantization, model_dir):
+        found += ["--quantization", method]
     if contract.memory_utilization is not None:
         found += ["--gpu-memory-utilization", str(contract.memory_utilization)]
     found += ["--enforce-eager"] if contract.engine == "cpu" else NOTHING_BUILT_FLAGS

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from mistral_contract import quantization as schemes
 
 from vllm_mistral.contract import Code, LaunchError
 
@@ -43,6 +46,25 @@ def model_dir(folder: Path) -> Path:
             why = (done.stdout.strip().splitlines() or [f"the conversion ended with code {done.returncode}"])[-1]
             raise LaunchError(Code.WEIGHTS, why)
     return target
+
+
+def quantization(wanted: str | None, folder: Path) -> str | None:
+    """What vLLM's --quantization is told; LaunchError if these weights are quantized in another way, or in one that is not served."""
+
+    def content(name: str) -> dict[str, Any]:
+        try:
+            data = json.loads((folder / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    try:
+        config = content("params.json" if is_consolidated(folder) else "config.json")
+        scheme = schemes.read(config, {name: content(name) for name in schemes.BESIDE})
+        schemes.check(wanted, scheme)
+    except ValueError as error:
+        raise LaunchError(Code.WEIGHTS, f"{folder}: {error}") from None
+    return schemes.vllm_name(wanted, scheme)
 
 
 # Names of GGUF, as those of Hugging Face.
