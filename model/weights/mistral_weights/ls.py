@@ -55,7 +55,7 @@ def ls(request: Ls, report: Report = silent) -> Listed:
     address = parse(request.uri, request.revision)
     with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
         store = open_store(address, Opening(request.secrets, Path(scratch), request.patience))
-        source = look(store, str(address), request.form, request.patience, report)
+        source = look(store, address, request.form, request.patience, report)
         first = min((one.file for one in source.wanted if one.file.size), key=lambda file: file.size, default=None)
         if first:
             tried(first.name, request.patience, report, lambda: b"".join(store.read(first, 0, 1)))

@@ -59,6 +59,8 @@ def mirror(request: Mirror, report: Report = silent) -> Mirrored:
     source, target = parse(request.source, request.revision), parse(request.target)
     if target.scheme in ("hf", "pypi"):
         raise WeightsError(Kind.USAGE, f"weights cannot be written to {target.scheme}://; name a bucket or a folder")
+    if target.file:
+        raise WeightsError(Kind.USAGE, f"{target} is a file; name the bucket's folder that it goes to")
     if str(source) == str(target):
         raise WeightsError(Kind.USAGE, f"{source} is both source and target; name another target")
     to_folder = target.scheme == "file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
@@ -26,6 +27,8 @@ _BESIDE = (  # what a server reads beside the weights
     "NOTICE*",
 )
 _NOT = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "optimizer*", "trainer_state.json")
+MOST_LISTED = 20
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
@@ -80,10 +83,28 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
             )
         wanted = form or "safetensors or GGUF"
         raise WeightsError(Kind.NOT_FOUND, f"the source holds no {wanted} weights; look with `ls` at what it has")
+    files = [name for name in every if kinds[name] == "gguf"]
+    if form == "gguf" and (split := next((name for name in files if _SPLIT.search(name)), "")):
+        raise WeightsError(
+            Kind.REFUSED, f"{split} is one part of a GGUF that was split; join the parts (llama-gguf-split --merge)"
+        )
+    if form == "gguf" and len(files) > 1:
+        raise WeightsError(
+            Kind.REFUSED,
+            f"the source holds {len(files)} GGUF files ({listed(files)}), and one is served; add its name to the URI: .../{files[0]}",
+        )
     unwanted = set() if form == "consolidated" else {"params.json", "consolidated.safetensors.index.json"}
     if form != "safetensors":
         unwanted.add("model.safetensors.index.json")
     return tuple(name for name in every if kinds[name] in (form, "beside") and name not in unwanted)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, of many the first."""
+    found = sorted(names)
+    return (
+        ", ".join(found[:MOST_LISTED]) + (f" and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else "") or "none"
+    )
 
 
 def missing_shards(index: bytes, names: Iterable[str]) -> tuple[str, ...]:

@@ -182,7 +182,7 @@ def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tu
 
     patience = request.patience
     store = open_store(address, Opening(request.secrets, partial / ".scratch", patience))
-    source = look(store, str(address), request.form, patience, report)
+    source = look(store, address, request.form, patience, report)
     range_bytes = source.manifest.range_bytes if source.manifest else request.range_bytes
     journal = Journal(partial, range_bytes)
     try:

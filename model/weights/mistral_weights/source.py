@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from . import manifest as manifests
 from . import names
+from .address import Address
 from .arrival import Wanted
 from .errors import Kind, WeightsError
 from .events import Report
@@ -15,6 +16,7 @@ from .retrying import tried
 from .stores import Contents, Store, StoredFile
 
 LARGEST_INDEX = 64 * 2**20
+POINTER, LARGEST_POINTER = b"version https://git-lfs", 1024  # what git keeps of a file that git-lfs has
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,22 @@ class Source:
         return sum(one.file.size for one in self.wanted)
 
 
-def look(store: Store, where: str, form: str, patience: Patience, report: Report) -> Source:
-    """What serving needs of the set at `where`, and what every file is to be held against."""
+def look(store: Store, address: Address, form: str, patience: Patience, report: Report) -> Source:
+    """What serving needs of the set at `address`, and what every file is to be held against."""
+    where = str(address)
     contents = tried(where, patience, report, store.list)
+    if address.file:
+        contents = _only(contents, address.file)
     files = {file.name: file for file in contents.files}
     for name in files:
         names.check(name)
     if names.MANIFEST in files:
         data = _whole(store, files[names.MANIFEST], patience, report)
-        return _with_manifest(contents, files, manifests.read(data, where), where, form)
+        return _with_manifest(contents, files, manifests.read(data, where), address, form)
     if names.UNFINISHED in files:
         raise WeightsError(Kind.DAMAGED, f"the mirror at {where} was never finished; run `mirror` to it again")
     chosen = names.select(files, form)
+    _no_pointers(store, where, [files[name] for name in chosen], patience, report)
     wanted = []
     for name in chosen:
         file = files[name]
@@ -68,10 +74,10 @@ def renew(store: Store, wanted: Wanted, patience: Patience, report: Report) -> W
 
 
 def _with_manifest(
-    contents: Contents, files: dict[str, StoredFile], manifest: manifests.Manifest, where: str, form: str
+    contents: Contents, files: dict[str, StoredFile], manifest: manifests.Manifest, address: Address, form: str
 ) -> Source:
-    wanted = []
-    chosen = set(names.select((file.name for file in manifest.files), form))
+    where, wanted = str(address), []
+    chosen = set(names.select((file.name for file in manifest.files if address.file in ("", file.name)), form))
     kept = tuple(facts for facts in manifest.files if facts.name in chosen)
     for facts in kept:
         file = files.get(facts.name)
@@ -87,16 +93,43 @@ def _not_as_promised(name: str, where: str) -> WeightsError:
     return WeightsError(Kind.DAMAGED, f"{name} at {where} has not the size that its manifest promises; mirror it again")
 
 
+def beginning(store: Store, file: StoredFile, size: int, patience: Patience, report: Report) -> bytes:
+    """The first `size` bytes of a file, or all of it."""
+
+    def read() -> bytes:
+        buffer = bytearray(min(size, file.size))
+        if buffer:
+            PlainReader(store).read_into(file, 0, memoryview(buffer))
+        return bytes(buffer)
+
+    return tried(file.name, patience, report, read)
+
+
+def _only(contents: Contents, name: str) -> Contents:
+    """One file of what lies there, as if nothing lay beside it."""
+    files = tuple(file for file in contents.files if file.name == name or file.name in names.OWN)
+    folder = contents.source.removesuffix(f"/{name}")
+    if not any(file.name == name for file in files):
+        there = names.listed(file.name for file in contents.files if file.name.endswith(".gguf"))
+        raise WeightsError(Kind.NOT_FOUND, f"{folder} has no {name}; its GGUF files are {there}")
+    return replace(contents, files=files, source=f"{folder}/{name}")
+
+
+def _no_pointers(store: Store, where: str, files: list[StoredFile], patience: Patience, report: Report) -> None:
+    for file in files:
+        small = names.kind_of(file.name) in names.FORMATS and len(POINTER) <= file.size < LARGEST_POINTER
+        if small and beginning(store, file, len(POINTER), patience, report) == POINTER:
+            raise WeightsError(
+                Kind.REFUSED,
+                f"{file.name} at {where} is a pointer of git-lfs, not the weights; run git lfs pull where it was cloned",
+            )
+
+
 def _whole(store: Store, file: StoredFile, patience: Patience, report: Report) -> bytes:
     if file.size > LARGEST_INDEX:
         raise WeightsError(Kind.REFUSED, f"{file.name} has {file.size} bytes, far too many; do not use this source")
 
-    def read() -> bytes:
-        buffer = bytearray(file.size)
-        PlainReader(store).read_into(file, 0, memoryview(buffer))
-        return bytes(buffer)
-
-    return tried(file.name, patience, report, read)
+    return beginning(store, file, file.size, patience, report)
 
 
 def _complete(where: str, index: bytes, chosen: tuple[str, ...]) -> None:

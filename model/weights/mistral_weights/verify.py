@@ -55,7 +55,7 @@ def verify(request: Verify, report: Report = silent) -> Verified:
     patience = request.patience
     with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
         store = open_store(address, Opening(request.secrets, Path(scratch), patience))
-        source = look(store, str(address), request.form, patience, report)
+        source = look(store, address, request.form, patience, report)
         report(Begun("verify", len(source.wanted), source.size))
         conditions = Conditions(
             range_bytes=source.manifest.range_bytes if source.manifest else RANGE_BYTES,

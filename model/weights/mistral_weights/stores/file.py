@@ -17,7 +17,7 @@ PIECE = 2**20
 
 
 class FileStore:
-    """A folder; links that lead out of it are refused."""
+    """A folder; links that lead out of it are refused, but for a snapshot in the hub's cache, whose files lie beside it in `blobs`."""
 
     right = "change the permissions of the folder"
 
@@ -27,7 +27,7 @@ class FileStore:
     def list(self) -> Contents:
         if not self.root.is_dir():
             raise WeightsError(Kind.NOT_FOUND, f"there is no folder {self.root}; check the path")
-        inside = self.root.resolve()
+        inside = home_of(self.root)
         files: list[StoredFile] = []
         for folder, _, names in os.walk(self.root):
             for name in names:
@@ -90,6 +90,13 @@ class FileStore:
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
+
+
+def home_of(folder: Path) -> Path:
+    """Where the files of a folder may lie: in it, or in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) in its models--... folder."""
+    inside = folder.resolve()
+    cached = inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--")
+    return inside.parent.parent if cached else inside
 
 
 def open_store(address: Address, opening: Opening) -> FileStore:
