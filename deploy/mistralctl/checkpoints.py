@@ -1,4 +1,4 @@
-"""A model that is not a row of the table: a folder with config.json or params.json, or a URI."""
+"""A model that is not a row of the table: weights in a folder or at a URI, by their config.json or params.json and their files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mistral_contract import architecture, quantization
 
@@ -16,26 +16,47 @@ from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS, Model, Shape, Stored
 
+if TYPE_CHECKING:
+    from mistralctl.weights import Described
 
-def _shape(file: Path, place: str) -> tuple[Shape, Stored]:
-    """The shape in config.json or params.json, and how the weights are quantized; UserError if such a model is not served."""
+
+def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
+    """The shape by config.json or params.json, and how the weights are stored; UserError if such a model is not served."""
+    name = "params.json" if found.form == "consolidated" else "config.json"
+    file = f"{found.uri.removeprefix('file://')}/{name}"
+    if name not in found.files:
+        if "adapter_config.json" in found.files:
+            raise UserError(
+                f"{place}: {found.uri} is an adapter, not a model; name its base model, and this with --lora NAME=URI",
+                Exit.WEIGHTS,
+            )
+        raise UserError(
+            f"{place}: {file} is missing; name a folder in Hugging Face format, or one with consolidated.safetensors and params.json",
+            Exit.NOT_FOUND,
+        )
+    stray = next((each for each in found.files if each.startswith("adapter_model")), "")
+    if stray:
+        raise UserError(
+            f"{place}: {found.uri} holds {stray} beside {name}, and vLLM would load it into the model; take it out, and serve it with --lora",
+            Exit.WEIGHTS,
+        )
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(found.documents[name])
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: {file} cannot be read ({error}); correct it") from None
     try:
-        found = architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
-        scheme = quantization.read(config, {name: _json(file.parent / name) for name in quantization.BESIDE})
-        size = quantization.weight_bytes(scheme, found) if scheme else 0
+        model = architecture.read_params(config) if name == "params.json" else architecture.read(config)
+        scheme = quantization.read(config, {each: _json(found, each) for each in quantization.BESIDE})
+        size = quantization.weight_bytes(scheme, model) if scheme else 0
     except architecture.Refused as refused:
         raise UserError(f"{place}: {file}: {refused}") from None
     except quantization.NotServed as refused:
         raise UserError(f"{place}: {file}: {refused}", Exit.WEIGHTS) from None
-    tables = (1 if found.tied else 2) * found.vocabulary * found.hidden
-    shape = Shape(found.parameters, tables, found.layers, found.kv_heads, found.head_dim, found.window, found.context)
-    return shape, Stored(scheme, bytes=size)
+    tables = (1 if model.tied else 2) * model.vocabulary * model.hidden
+    shape = Shape(model.parameters, tables, model.layers, model.kv_heads, model.head_dim, model.window, model.context)
+    return shape, Stored(scheme, bytes=size, floats=found.floats, fixed=found.fixed, size=found.bytes)
 
 
 class Tokenizer(NamedTuple):
@@ -46,23 +67,21 @@ class Tokenizer(NamedTuple):
     tool_parser: str | None
 
 
-def _tokenizer(path: Path, consolidated: bool) -> Tokenizer:
+def _tokenizer(found: Described) -> Tokenizer:
     """Hugging Face's tokenizer where it is there, else Mistral's: that one knows the chat, and from v3 on the calls of tools.
 
     The versions are in the names of the files (tokenizer.model.v3) or, for tekken.json, inside; vLLM takes tekken.json first.
     """
-    tekken = path / "tekken.json"
-    models = sorted(file.name for file in path.glob("*.model*"))
+    names = found.files
+    models = sorted(name for name in names if ".model" in name)
     versions = [int(match[1]) for name in models if (match := re.search(r"\.model\.v(\d+)(m\d+)?$", name))]
-    if not (path / "tokenizer.json").exists() and (tekken.exists() or versions or (consolidated and models)):
+    if "tokenizer.json" not in names and ("tekken.json" in names or versions or (found.form == "consolidated" and models)):
         version = max(versions, default=1)
-        if tekken.exists():
-            said = _json(tekken).get("config")
-            match = re.fullmatch(r"v(\d+)", str(said.get("version"))) if isinstance(said, dict) else None
-            version = int(match[1]) if match else 3  # the first that Tekken had
+        if "tekken.json" in names:  # of a large file only the beginning is there, which is where the version stands
+            said = re.search(rb'"version"\s*:\s*"v(\d+)"', found.documents["tekken.json"])
+            version = int(said[1]) if said else 3  # the first that Tekken had
         return Tokenizer("mistral", True, "mistral" if version >= 3 else None)
-    template = (path / "chat_template.jinja").exists() or "chat_template" in _json(path / "tokenizer_config.json")
-    return Tokenizer("hf", template, None)
+    return Tokenizer("hf", "chat_template.jinja" in names or "chat_template" in _json(found, "tokenizer_config.json"), None)
 
 
 def _name(source: str) -> str:
@@ -76,48 +95,92 @@ def _name(source: str) -> str:
     return slug if text.isascii() and slug else f"m-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
-def _folder(path: Path, place: str) -> Model:
-    if not path.is_dir():
-        raise UserError(f"{place}: {path} is not a folder; name a folder with config.json and *.safetensors", Exit.NOT_FOUND)
-    names = [file.name for file in path.iterdir()]
-    file = path / architecture.config_file(names)
-    if not file.exists():
-        raise UserError(
-            f"{place}: {file} is missing; name a folder in Hugging Face format, or one with consolidated.safetensors and params.json",
-            Exit.NOT_FOUND,
-        )
-    shape, stored = _shape(file, place)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{place}: {path} has no *.safetensors file; pickled weights are never loaded", Exit.NOT_FOUND)
-    if any(character.isspace() or "\ud800" <= character <= "\udfff" for character in str(path)):
-        raise UserError(f"{place}: {str(path)!r} contains a space or bytes that are no text; rename the folder")
-    tokenizer = _tokenizer(path, file.name == "params.json")
-    return Model(
-        name=_name(path.name), weights=f"file://{path}", revision="", shape=shape, licence="unknown", chat=tokenizer.chat,
-        tokenizer_mode=tokenizer.mode, tool_parser=tokenizer.tool_parser, runs_on_cpu=shape.parameters < 1_000_000_000,
-        note="a folder of this machine", stored=stored,
-    )  # fmt: skip
+def _named(uri: str) -> str:
+    """The name of the weights at a URI: of their folder or file; in the hub's cache that of the repository."""
+    path = uri.split("#")[0].rstrip("/").removesuffix(".gguf")
+    if cached := re.search(r"/models--[^/]+--([^/]+)/snapshots/[^/]+$", path):
+        return _name(cached[1])
+    return _name(path.rpartition("/")[2].partition("@")[0] if path.startswith("hf://") else path.rpartition("/")[2])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _links(found: Described) -> tuple[tuple[str, str], ...]:
+    """Where the files of a folder really lie, if one of them is a link."""
+    folder = Path(found.uri.removeprefix("file://"))
+    folder = folder.parent if folder.suffix == ".gguf" else folder
+    paths = {name: folder / name for name in found.files}
+    return (
+        tuple((name, str(path.resolve())) for name, path in paths.items()) if any(p.is_symlink() for p in paths.values()) else ()
+    )
+
+
+def _json(found: Described, name: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(found.documents.get(name, b""))
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 
 
-def resolve(sourced: Sourced) -> Model:
-    """The model that the spec means. A URI's shape is not known here (None); a folder's is read from its own files."""
-    value = sourced.spec.model
-    if value in MODELS:
-        row, weights = MODELS[value], sourced.spec.weights
-        return row if weights in (None, row.weights) else replace(row, stored=Stored(known=False))
-    place = sourced.place("model")
-    if value.startswith("file://"):
-        return _folder(Path(value.removeprefix("file://")), place)
-    if "://" in value:
-        name = _name(value.split("#")[0].rstrip("/").rsplit("/", 1)[-1])
+def _model(uri: str, found: Described | None, place: str) -> Model:
+    """The model at a URI; without a look at it (None) its shape is not known."""
+    name = _named(uri)
+    if found is None:
         unread = Stored(known=False)
-        return Model(name, value, "", None, "unknown", True, "hf", runs_on_cpu=True, note="read on the node", stored=unread)
-    return _folder(Path(value).expanduser().resolve(), place)
+        return Model(name, uri, "", None, "unknown", True, "hf", runs_on_cpu=True, note="read on the node", stored=unread)
+    here = uri.startswith("file://")
+    note = "a folder of this machine" if here else "read where it lies"
+    links = _links(found) if here else ()
+    if found.form == "gguf":
+        stored = Stored(size=found.bytes, links=links)
+        return Model(name, uri, "", None, "unknown", True, "hf", runs_on_cpu=True, note=note, stored=stored)
+    shape, stored = _shape(found, place)
+    tokenizer = _tokenizer(found)
+    return Model(
+        name=name, weights=uri, revision="", shape=shape, licence=found.license or "unknown", chat=tokenizer.chat,
+        tokenizer_mode=tokenizer.mode, tool_parser=tokenizer.tool_parser, runs_on_cpu=shape.parameters < 1_000_000_000,
+        note=note, stored=replace(stored, links=links),
+    )  # fmt: skip
+
+
+def _of_row(row: Model, uri: str, found: Described | None, place: str) -> Model:
+    """A row of the table whose weights come from another place, by a look at that."""
+    if found is None:
+        return replace(row, stored=Stored(known=False))
+    there = _model(uri, found, place)
+    if there.shape is not None and row.shape is not None and replace(there.shape, context=row.shape.context) != row.shape:
+        differs = [
+            f"{name} {theirs} instead of {ours}"
+            for name, ours in vars(row.shape).items() if name != "context" and (theirs := getattr(there.shape, name)) != ours
+        ]  # fmt: skip
+        raise UserError(f"{place}: {uri} is not {row.name}: {', '.join(differs)}; give it as MODEL instead")
+    return replace(row, stored=there.stored)
+
+
+def _look(uri: str, place: str, ask: bool) -> Described | None:
+    """What weights are; a folder is always looked at, other places when somebody may be asked."""
+    here = uri.startswith("file://")
+    if not here and not ask:
+        return None
+    from mistralctl import weights
+
+    if here and any(character.isspace() or "\ud800" <= character <= "\udfff" for character in uri):
+        raise UserError(f"{place}: {uri.removeprefix('file://')!r} contains a space or bytes that are no text; rename the folder")
+    return weights.described(uri, place=place)
+
+
+def resolve(sourced: Sourced, *, ask: bool = False) -> Model:
+    """The model that the spec means. A folder is read here; what lies at another URI is read if `ask`, else it is not known here."""
+    value, place = sourced.spec.model, sourced.place("model")
+    if value in MODELS:
+        row, uri = MODELS[value], sourced.spec.weights
+        if uri in (None, row.weights):
+            return row
+        place = sourced.place("weights")
+        return _of_row(row, uri, _look(uri, place, ask), place)
+    if "://" in value:
+        return _model(value, _look(value, place, ask), place)
+    path = Path(value).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"{place}: {path} is not there; name a folder with config.json and *.safetensors", Exit.NOT_FOUND)
+    uri = f"file://{path}"
+    return _model(uri, _look(uri, place, ask), place)

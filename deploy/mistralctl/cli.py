@@ -194,7 +194,7 @@ def up(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing")] = False,
     offline: Annotated[
-        bool, typer.Option("--offline", help="do not ask first: the hub for the model, the clouds for quotas")
+        bool, typer.Option("--offline", help="do not ask first: the weights' place, the hub, the clouds for quotas")
     ] = False,
     output: Output = Form.text,
 ) -> None:
@@ -226,14 +226,14 @@ def plan(
     sourced: Sourced,
     quota: Annotated[bool, typer.Option("--quota", help="ask the clouds whether their quotas allow it")] = False,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="ask cloud and server whether what is up is still as it was")
+        bool, typer.Option("--refresh", help="ask where the weights lie, and cloud and server whether what is up is as it was")
     ] = False,
     output: Output = Form.text,
 ) -> None:
     """Say what would run where: what fits, what it costs, why others were refused."""
     from mistralctl.commands import plan as plan_command
 
-    planned = plan_command.run(sourced)
+    planned = plan_command.run(sourced, ask=refresh)
     if quota:
         from dataclasses import replace
 

@@ -66,9 +66,19 @@ def weight_bytes(shape: Shape, dtype: str, quantization: str | None, stored: Sto
     return max(plain, in_files)
 
 
+def origin(shape: Shape, dtype: str, stored: Stored) -> str:
+    """Where the size of weights comes from: their files, their config.json, or nothing but the row of the table; empty for a row's own."""
+    if not stored.known:
+        return "nobody has read them"
+    in_files = stored.floats * DTYPE_BYTES[dtype] + stored.fixed
+    if in_files and in_files >= (stored.bytes or shape.parameters * DTYPE_BYTES[dtype]):
+        return "by their files"
+    return "by config.json" if stored.size else ""
+
+
 def disk_bytes(shape: Shape, stored: Stored) -> int:
-    """Bytes of the weights on a disk: of their files where those were read, else by config.json, else in 16 bits."""
-    return stored.size or stored.bytes or 2 * shape.parameters
+    """Bytes of the weights on a disk: of their files, and no fewer than in 16 bits, so that a look at them changes no machine."""
+    return max(stored.size, 2 * shape.parameters)
 
 
 def kv_bytes_per_token(shape: Shape, dtype: str) -> int:

@@ -31,6 +31,7 @@ class Stored:
 
     `bytes` is what they take in memory by config.json where they are quantized. `floats` counts the numbers of tensors of 16 and 32 bits,
     which are loaded in the type that is asked for; `fixed` the bytes of all others; `size` the bytes on a disk: 0 where no file was read.
+    `links`: (name, path) of each file of a folder that is made of links, and cannot travel as it is.
     """
 
     scheme: Scheme | None = None
@@ -39,6 +40,7 @@ class Stored:
     floats: int = 0
     fixed: int = 0
     size: int = 0
+    links: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

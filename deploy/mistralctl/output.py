@@ -21,6 +21,7 @@ from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
 from mistralctl.commands.weights import Mirrored
+from mistralctl.fit import origin
 from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
@@ -90,11 +91,13 @@ def plan_text(plan: Plan) -> str:
              + (f", {scheme.label if scheme else plan.spec.quantization}" if scheme or plan.spec.quantization else "")]  # fmt: skip
     fit = plan.chosen.fit
     window = f"window {plan.sliding_window}" if plan.sliding_window else "no window"
-    if fit is not None:
+    if fit is not None and plan.model.shape is not None:
+        found = origin(plan.model.shape, plan.dtype, plan.model.stored)
+        by = f" ({found})" if found else ""
         lines += [
-            f"weights {fit.weight_bytes / GIB:.2f} GiB and {fit.kv_bytes_per_token:,} B of cache a token on each GPU"
+            f"weights {fit.weight_bytes / GIB:.2f} GiB{by} and {fit.kv_bytes_per_token:,} B of cache a token on each GPU"
             if plan.engine == "cuda"
-            else f"weights {fit.weight_bytes / GIB:.2f} GiB, {fit.kv_bytes_per_token:,} B of cache a token",
+            else f"weights {fit.weight_bytes / GIB:.2f} GiB{by}, {fit.kv_bytes_per_token:,} B of cache a token",
             f"one request holds at most {fit.request_tokens:,} tokens of cache ({window}); "
             f"with full attention {fit.request_tokens_without_window:,}",
         ]

@@ -30,6 +30,7 @@ SERVE_USER = "mistralctl-serve"
 AUTOSTOP_MINUTES = 5
 # The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
 DISK_BASE_GIB = 64
+UNKNOWN_GIB = 16
 
 
 class _Dumper(yaml.SafeDumper):
@@ -112,7 +113,9 @@ def node_port(plan: Plan) -> int:
 
 def _resources(plan: Plan) -> dict[str, Any]:
     spec = plan.spec
-    weights_gib = disk_bytes(plan.model.shape, plan.model.stored) / GIB if plan.model.shape else 16
+    weights_gib = disk_bytes(plan.model.shape, plan.model.stored) / GIB if plan.model.shape else UNKNOWN_GIB
+    if plan.model.shape and "://" in spec.model:  # known only by a look
+        weights_gib = max(weights_gib, UNKNOWN_GIB)
     found: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for option in plan.options:
@@ -219,8 +222,10 @@ def render(
     run_dir = f"{node_dir}/run/{plan.name}"
     weights, mounts = plan.weights, {f"{run_dir}/model": str(package_dir("model"))}
     if weights.startswith("file://") and not local:  # a folder of this machine travels with the task
-        mounts[f"{run_dir}/upload"] = weights.removeprefix("file://")
-        weights = f"file://{run_dir}/upload"
+        folder, one = weights.removeprefix("file://"), weights.rpartition("/")[2] if weights.endswith(".gguf") else ""
+        files = dict(plan.model.stored.links) or ({one: folder} if one else {})
+        mounts |= {f"{run_dir}/upload/{name}": path for name, path in files.items()} or {f"{run_dir}/upload": folder}
+        weights = f"file://{run_dir}/upload" + (f"/{one}" if one else "")
     wanted = {} if local else _resources(plan)
     task["name"] = plan.name
     task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mistralctl import package_dir
@@ -18,6 +19,7 @@ from mistralctl.errors import Exit, UserError
 sys.path.insert(0, str(package_dir("model") / "weights"))
 
 from mistral_weights.cli import text
+from mistral_weights.describe import Describe, Described, describe
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.events import Report
 from mistral_weights.ls import Listed, Ls, ls
@@ -28,8 +30,8 @@ from mistral_weights.pull import Pull, Pulled, pull
 from mistral_weights.verify import Verified, Verify, verify
 
 __all__ = [
-    "Kind", "Listed", "Ls", "Mirror", "Mirrored", "Pull", "Pulled", "Report", "Verified", "Verify",
-    "explained", "hub_token", "ls", "may_pull", "mirror", "progress", "pull", "text", "verify",
+    "Described", "Kind", "Listed", "Ls", "Mirror", "Mirrored", "Pull", "Pulled", "Report", "Verified", "Verify",
+    "described", "explained", "hub_token", "ls", "may_pull", "mirror", "progress", "pull", "text", "verify",
 ]  # fmt: skip
 
 CODES = {
@@ -50,6 +52,7 @@ EXTRAS = {"s3": "aws", "gs": "gcp", "az": "azure"}
 HUB = "hf://"
 # Long enough for a slow hub, short enough to wait for before a machine is rented.
 BRIEFLY = Patience(connect=5.0, stall=15.0, tries=3, tries_refused=1, longest_wait=2.0)
+LOOK_SECONDS = 30.0
 
 
 @contextmanager
@@ -66,6 +69,29 @@ def explained() -> Iterator[None]:
         raise UserError("interrupted; run the same command again: it continues where it was", Exit.INTERRUPTED) from None
 
 
+def _hub_is_off() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def described(uri: str, revision: str = "", place: str = "") -> Described | None:
+    """What weights are, by a look at them; UserError, beginning with `place`, if they are damaged or nothing can serve them.
+
+    None where this machine cannot look, and that says nothing of the node, which has a role of its own: no SDK here, no right to the bucket, no
+    way to it, HF_HUB_OFFLINE. A wheel is not looked into.
+    """
+    scheme = uri.partition("://")[0]
+    if scheme == "pypi" or (scheme == "hf" and _hub_is_off()):
+        return None
+    patience = BRIEFLY if scheme == "hf" else replace(BRIEFLY, tries=1)
+    try:
+        return describe(Describe(uri, revision, patience=patience, seconds=LOOK_SECONDS))
+    except WeightsError as error:
+        if scheme in EXTRAS and error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
+            return None
+        theirs = error.kind in (Kind.DENIED, Kind.UNREACHABLE)  # not a fault of what was written there
+        raise UserError(str(error) if theirs or not place else f"{place}: {error}", CODES[error.kind]) from error
+
+
 def hub_token() -> str | None:
     """This user's token for the hub: HF_TOKEN, or what `hf auth login` left."""
     from huggingface_hub import get_token
@@ -80,7 +106,7 @@ def may_pull(sources: Iterable[tuple[str, str]]) -> None:
     Only the hub is asked: a bucket is read by a node's role, of which this machine knows nothing. HF_ENDPOINT names
     another hub; with HF_HUB_OFFLINE nobody is asked.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if _hub_is_off():
         return
     with explained():
         for uri, revision in sources:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan
+from mistralctl import checkpoints, plan, task
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.machine import Machine
 from mistralctl.models import Model
+from weights_folders import SMOLLM2, tensors
 
 GIB = 1 << 30
 CONFIG: dict[str, Any] = {
@@ -28,7 +29,8 @@ PARAMS = {
 def folder(path: Path, files: dict[str, Any]) -> Path:
     path.mkdir(parents=True)
     for name, content in files.items():
-        (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        text = content if isinstance(content, str) else json.dumps(content)
+        (path / name).write_bytes(tensors() if name.endswith(".safetensors") else text.encode())
     return path
 
 
@@ -146,3 +148,94 @@ def test_two_spellings_of_a_letter_are_one_name(tmp_path: Path) -> None:
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bytes that are no text; rename the folder"):
         resolved(folder(tmp_path / "x\udcff", {"config.json": CONFIG, "model.safetensors": ""}))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 14483498224\n"
+INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "says"),
+    [
+        ({"config.json": CONFIG, "model.bin": ""}, 10, "only as pickles, which can run code"),
+        ({"config.json": CONFIG}, 4, "holds no safetensors or GGUF weights"),
+        (
+            {"config.json": CONFIG, "model-1.safetensors": "", "model.safetensors.index.json": INDEX}, 10,
+            "lacks model-2.safetensors, which its index names",
+        ),
+        ({"adapter_config.json": {"r": 8}, "adapter_model.safetensors": ""}, 10, "is an adapter, not a model; name its base model, and"),
+        (
+            {"config.json": CONFIG, "model.safetensors": "", "adapter_model.safetensors": "", "adapter_config.json": {}}, 10,
+            "holds adapter_model.safetensors beside config.json",
+        ),
+        ({"config.json": CONFIG, "adapter_model.safetensors": ""}, 10, "holds adapter_model.safetensors beside config.json"),
+        ({"a.Q2_K.gguf": "x", "b.Q8_0.gguf": "x"}, 10, "2 GGUF files (a.Q2_K.gguf, b.Q8_0.gguf), and one is served; add its name"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_whole_is_refused(files: dict[str, Any], code: int, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        resolved(folder(tmp_path / "x", files))
+    assert error.value.code == code
+    assert says in str(error.value)
+    assert str(error.value).startswith("MODEL: ")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (POINTER.encode(), "is a pointer of git-lfs, not the weights; run git lfs pull"),
+        (tensors(a=("BF16", [1000]))[:-100], r"has \d+ bytes, and by its header \d+; take a whole copy"),
+        (b"", "is cut short, or no safetensors file: it has 0 bytes"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_whole_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"config.json": CONFIG})
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=says) as error:
+        resolved(path)
+    assert error.value.code is Exit.WEIGHTS
+
+
+def test_the_size_is_that_of_the_tensors_where_they_are_more_than_config_json_says(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"config.json": CONFIG})
+    (path / "model.safetensors").write_bytes(tensors(a=("F32", [1_000_000]), b=("I32", [250_000])))
+    sourced = load({"model": str(path), "cloud": ["local"], "dtype": "bfloat16"}, {}, None)
+    got = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 * GIB, 2))
+    assert got.chosen.fit is not None
+    assert got.chosen.fit.weight_bytes == 2 * 1_000_000 + 4 * 250_000
+
+
+def mounts(path: Path, **more: Any) -> tuple[dict[str, str], str]:
+    """What travels to a node in a cloud, by its place below `upload`, and where the node finds it."""
+    sourced = load({"model": str(path), "cloud": ["aws"], "accelerators": "L4", **more}, {}, None)
+    rendered = task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
+    below = f"~/.mistralctl/run/{rendered['name']}/upload"
+    found = {to.removeprefix(below): path for to, path in rendered["file_mounts"].items() if to.startswith(below)}
+    return found, rendered["envs"]["MISTRALCTL_WEIGHTS"].removeprefix(f"file://{below}")
+
+
+def test_a_snapshot_of_the_hubs_cache_travels_file_by_file(tmp_path: Path) -> None:
+    home = tmp_path / "models--ORG--My-Model"
+    blobs = folder(home / "blobs", {"one": CONFIG, "two.safetensors": ""})
+    snapshot = folder(home / "snapshots" / "0123abcd", {})
+    (snapshot / "config.json").symlink_to("../../blobs/one")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/two.safetensors")
+    assert planned(snapshot).model.name == "my-model"
+    assert mounts(snapshot) == ({"/config.json": f"{blobs}/one", "/model.safetensors": f"{blobs}/two.safetensors"}, "")
+
+
+def test_one_file_of_a_folder_travels_alone(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"a.Q2_K.gguf": "x", "b.Q8_0.gguf": "x"})
+    assert mounts(path / "b.Q8_0.gguf") == ({"/b.Q8_0.gguf": f"{path}/b.Q8_0.gguf"}, "/b.Q8_0.gguf")
+    assert mounts(path / "b.Q8_0.gguf", quantization="fp8")  # it is loaded in 16 bits
+    with pytest.raises(UserError, match="awq needs weights that are so quantized"):
+        mounts(path / "b.Q8_0.gguf", quantization="awq")
+
+
+def test_a_row_with_weights_in_a_folder(tmp_path: Path) -> None:
+    other = folder(tmp_path / "x", {"config.json": CONFIG, "model.safetensors": ""})
+    with pytest.raises(UserError, match=r"is not mistral-7b-instruct-v0\.1: parameters .*; give it as MODEL instead"):
+        checkpoints.resolve(load({"weights": f"file://{other}"}, {}, None))
+    same = folder(tmp_path / "y", {"config.json": SMOLLM2, "model.safetensors": ""})
+    found = checkpoints.resolve(load({"model": "smollm2-135m-instruct", "weights": f"file://{same}"}, {}, None))
+    assert (found.name, found.stored.known) == ("smollm2-135m-instruct", True)

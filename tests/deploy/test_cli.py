@@ -112,7 +112,7 @@ def test_the_json_of_results_is_a_contract(mistralctl: Run, home: Path) -> None:
     models = json.loads(mistralctl("models", "-o", "json").stdout)
     assert models[0]["name"] == "mistral-7b-instruct-v0.1"
     assert models[0]["shape"] == {
-        "parameters": 7241732096, "layers": 32, "kv_heads": 8, "head_dim": 128, "sliding_window": 4096, "context": 32768,
+        "parameters": 7241732096, "tables": 262144000, "layers": 32, "kv_heads": 8, "head_dim": 128, "sliding_window": 4096, "context": 32768,
     }  # fmt: skip
     assert mistralctl("status", "-o", "json").stdout == "[]\n"
 

@@ -13,7 +13,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
 from mistralctl.plan import Plan
-from weights_folders import AWQ, FP8, GPTQ, W4A16, folder
+from weights_folders import AWQ, FP8, GPTQ, W4A16, folder, tensors
 
 SMALL = Machine(24 * GIB, 2)
 
@@ -168,7 +168,7 @@ def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
         '{"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,'
         ' "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 512, "sliding_window": 32}'
     )
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(tensors())
     got = make(model=str(tmp_path), cloud=["local"])
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     assert got.model.shape is not None

@@ -12,12 +12,15 @@ import pytest
 import tomllib
 from mistralctl import package_dir, weights
 from mistralctl.errors import Exit
+from weights_folders import AWQ, MISTRAL_7B, SMOLLM2, tensors
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 import hub as hubs
 
 Run = Callable[..., CompletedProcess[str]]
-SMALL = {"model.safetensors": b"x" * 50_000, "config.json": b"{}", "tokenizer.json": b"{}"}
+SMALL = {
+    "model.safetensors": tensors(a=("BF16", [25_000])), "config.json": json.dumps(SMOLLM2).encode(), "tokenizer.json": b"{}",
+}  # fmt: skip
 SIZE = sum(map(len, SMALL.values()))
 
 # Where nobody listens: what comes behind the question to the hub ends there, and no machine is asked for.
@@ -58,6 +61,64 @@ def test_a_token_that_may_opens_the_way(hub: hubs.Hub, mistralctl: Run, home: Pa
     token.write_text(hubs.TOKEN)
     assert mistralctl(*command, HF_ENDPOINT=hub.url, **NO_SKYPILOT).stderr == variable.stderr
     assert hubs.TOKEN not in variable.stderr
+
+
+def quantized(**more: object) -> dict[str, bytes]:
+    return {"model.safetensors": tensors(a=("BF16", [4])), "config.json": json.dumps(MISTRAL_7B | more).encode()}
+
+
+def test_plan_refresh_and_up_look_at_the_weights_where_they_lie(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
+    hub.add("test/Mistral-AWQ", quantized(quantization_config=AWQ))
+    known = mistralctl("plan", "hf://test/Mistral-AWQ", "--refresh", "--cloud", "aws", HF_ENDPOINT=hub.url)
+    assert known.returncode == 0
+    assert "mistral-awq, 32768 tokens, bfloat16, awq, 4 bits\nweights 3.87 GiB (by config.json)" in known.stdout
+    asked = len(hub.requests)
+    unknown = mistralctl("plan", "hf://test/Mistral-AWQ", "--cloud", "aws", HF_ENDPOINT=hub.url)
+    assert (unknown.returncode, len(hub.requests)) == (2, asked)
+    assert "the size of mistral-awq is only known on the node" in unknown.stderr
+    up = mistralctl("up", "hf://test/Mistral-AWQ", "--cloud", "aws", "--quantization", "gptq", HF_ENDPOINT=hub.url, **NO_SKYPILOT)
+    assert up.returncode == 2
+    assert "--quantization: gptq does not go with these weights, which are quantized with awq" in up.stderr
+    assert not list(home.glob(".mistralctl/deployments/*/up.log"))
+
+
+def test_what_cannot_be_served_is_refused_before_anything_is_rented(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "model-2.safetensors"}}).encode()
+    hub.add("test/GGUF", {"m.Q2_K.gguf": b"x" * 10, "m.Q8_0.gguf": b"x" * 10})
+    hub.add("test/part", quantized() | {"model.safetensors.index.json": index})
+    hub.add("test/bnb", quantized(quantization_config={"quant_method": "bitsandbytes"}))
+    hub.add("test/qwen", quantized(model_type="qwen2"))
+    hub.add("test/base", quantized())
+    for name, code, says in (
+        ("GGUF", 10, "the source holds 2 GGUF files (m.Q2_K.gguf, m.Q8_0.gguf), and one is served; add its name to the URI"),
+        ("part", 10, "lacks model-2.safetensors, which its index names"),
+        ("bnb", 10, "quantization_config: bitsandbytes is not served"),
+        ("qwen", 2, "model type 'qwen2'"),
+        ("base --quantization awq", 2, "awq needs weights that are so quantized, and these are not"),
+        ("nothing", 8, "test/nothing is not there"),
+    ):
+        done = mistralctl(
+            "up", *f"hf://test/{name}".split(), "--cloud", "aws", "--accelerators", "L4", HF_ENDPOINT=hub.url, **NO_SKYPILOT
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert says in done.stderr
+    one = mistralctl(
+        "up", "hf://test/GGUF/m.Q8_0.gguf", "--cloud", "aws", "--accelerators", "L4", HF_ENDPOINT=hub.url, **NO_SKYPILOT
+    )
+    assert BEYOND in one.stderr
+
+
+def test_weights_of_another_model_than_the_row_are_refused(hub: hubs.Hub, mistralctl: Run) -> None:
+    done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/open", HF_ENDPOINT=hub.url, **NO_SKYPILOT)
+    assert done.returncode == 2
+    assert "--weights: hf://test/open is not mistral-7b-instruct-v0.1: parameters 134515008 instead of 7241732096" in done.stderr
+
+
+def test_a_bucket_that_this_machine_may_not_read_is_left_to_the_node(mistralctl: Run) -> None:
+    nowhere = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    for variables in (nowhere, {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}):
+        done = mistralctl("up", "--cloud", "aws", "--weights", "s3://bucket/x", **variables, **NO_SKYPILOT)
+        assert BEYOND in done.stderr
 
 
 def test_an_adapter_is_asked_for_as_well(hub: hubs.Hub, gated_line: str, mistralctl: Run) -> None:

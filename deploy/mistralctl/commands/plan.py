@@ -14,14 +14,14 @@ from mistralctl.plan import Plan
 from mistralctl.state import Record
 
 
-def run(sourced: Sourced) -> Plan:
-    """The plan of a spec; reads this machine's memory and GPUs only when it is to serve."""
+def run(sourced: Sourced, *, ask: bool = False) -> Plan:
+    """The plan of a spec; reads this machine's memory and GPUs only when it is to serve, and weights elsewhere only if `ask`."""
     machine = None
     if sourced.spec.cloud == (LOCAL,):
         from mistralctl.machine import this_machine
 
         machine = this_machine()
-    model, spec = checkpoints.resolve(sourced), sourced.spec
+    model, spec = checkpoints.resolve(sourced, ask=ask), sourced.spec
     endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values()), os.environ)
     return planning.make(sourced, model, machine, endpoints)
 

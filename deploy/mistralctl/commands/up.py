@@ -183,7 +183,7 @@ def run(
     """
     from filelock import FileLock, Timeout
 
-    plan = plan_command.run(sourced)
+    plan = plan_command.run(sourced, ask=not offline)
     if plan.chosen.cloud != LOCAL and not offline:
         _check_hub(plan)
     folder = state.folder(plan.name)
