@@ -77,9 +77,9 @@ def test_json_events_end_in_one_result(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(out) == {
         "event": "error",
         "kind": "usage",
-        "message": "'s3://' cannot be read; write it as s3://BUCKET[/PREFIX]",
+        "message": "'s3://' cannot be read; write it as s3://BUCKET[/PREFIX][/FILE.gguf]",
     }
-    assert err == "mistral_weights: 's3://' cannot be read; write it as s3://BUCKET[/PREFIX]\n"
+    assert err == "mistral_weights: 's3://' cannot be read; write it as s3://BUCKET[/PREFIX][/FILE.gguf]\n"
 
 
 def test_the_result_of_a_pull_is_kept_and_not_that_of_one_which_brought_nothing(tmp_path: Path) -> None:
