@@ -78,10 +78,12 @@ def _gcp() -> str:
 
 def _azure() -> str:
     """https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service"""
-    found = json.loads(_metadata("/metadata/instance/compute/storageProfile?api-version=2021-02-01", {"Metadata": "true"}))
+    found = json.loads(_metadata("/metadata/instance/compute/storageProfile?api-version=2023-07-01", {"Metadata": "true"}))
     image = found["imageReference"]
     marketplace = [image.get(key) or "" for key in ("publisher", "offer", "sku", "version")]
-    return str(image.get("id") or (":".join(marketplace) if all(marketplace) else ""))
+    if all(marketplace):
+        return ":".join(marketplace)
+    return str(next(filter(None, (image.get(key) for key in ("communityGalleryImageId", "sharedGalleryImageId", "id"))), ""))
 
 
 IMAGES: dict[str, Callable[[], str]] = {"aws": _aws, "gcp": _gcp, "azure": _azure}

@@ -77,6 +77,13 @@ def test_the_image_is_what_the_metadata_service_says(machine: ModuleType, cloud:
     assert machine.image(cloud) == image
 
 
+def test_the_image_of_azures_community_gallery(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, gallery = "/metadata/instance/compute/storageProfile", "/CommunityGalleries/skypilot/Images/gpu/Versions/latest"
+    reference = {"id": "", "publisher": "", "offer": "", "sku": "", "version": "", "communityGalleryImageId": gallery}
+    monkeypatch.setitem(SERVICES, path, ("Metadata", "true", json.dumps({"imageReference": reference})))
+    assert machine.image("azure") == gallery
+
+
 def test_a_metadata_service_that_does_not_answer_is_no_error(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "METADATA", "http://127.0.0.1:9")
     assert [machine.image(cloud) for cloud in ("aws", "gcp", "azure")] == [None, None, None]
