@@ -14,6 +14,7 @@ PROGRAM = package_dir("model").parent / "benchmarks" / "real_run.py"
 STEPS = ("up", "machine", "routes", "ports", "chat", "long prompt", "eight at once", "idle", "down")
 
 
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("cloud", PLACES)
 def test_the_first_run_on_a_real_account(cloud: str, tmp_path: Path) -> None:
     place, report = PLACES[cloud], tmp_path / "report.md"
