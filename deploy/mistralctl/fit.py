@@ -67,13 +67,13 @@ def weight_bytes(shape: Shape, dtype: str, quantization: str | None, stored: Sto
 
 
 def origin(shape: Shape, dtype: str, stored: Stored) -> str:
-    """Where the size of weights comes from: their files, their config.json, or nothing but the row of the table; empty for a row's own."""
+    """Where the size of weights comes from: their files, their configuration, or nothing but the row of the table; empty for a row's own."""
     if not stored.known:
         return "nobody has read them"
     in_files = stored.floats * DTYPE_BYTES[dtype] + stored.fixed
     if in_files and in_files >= (stored.bytes or shape.parameters * DTYPE_BYTES[dtype]):
         return "by their files"
-    return "by config.json" if stored.size else ""
+    return "by their configuration" if stored.size else ""
 
 
 def disk_bytes(shape: Shape, stored: Stored) -> int:

@@ -71,7 +71,7 @@ def test_plan_refresh_and_up_look_at_the_weights_where_they_lie(hub: hubs.Hub, m
     hub.add("test/Mistral-AWQ", quantized(quantization_config=AWQ))
     known = mistralctl("plan", "hf://test/Mistral-AWQ", "--refresh", "--cloud", "aws", HF_ENDPOINT=hub.url)
     assert known.returncode == 0
-    assert "mistral-awq, 32768 tokens, bfloat16, awq, 4 bits\nweights 3.87 GiB (by config.json)" in known.stdout
+    assert "mistral-awq, 32768 tokens, bfloat16, awq, 4 bits\nweights 3.87 GiB (by their configuration)" in known.stdout
     asked = len(hub.requests)
     unknown = mistralctl("plan", "hf://test/Mistral-AWQ", "--cloud", "aws", HF_ENDPOINT=hub.url)
     assert (unknown.returncode, len(hub.requests)) == (2, asked)
