@@ -131,7 +131,7 @@ def model_config(sizes: Sizes, **changed: Any) -> Any:
 def equality(device: str, sizes: Sizes) -> list[dict[str, Any]]:
     """The device in chunks and blocks beside the CPU in one piece; and the canary's figures."""
     import torch
-    from vllm_mistral.canary import TOLERANCE
+    from mistral_contract.figures import TOLERANCE
     from vllm_mistral.reference import Engine, Mistral, Sampling, make_canary
 
     checks: list[dict[str, Any]] = []

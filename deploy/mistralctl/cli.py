@@ -473,13 +473,16 @@ def weights_mirror(
     here: Annotated[bool, typer.Option("--here", help="on this machine, by way of its disk")] = False,
     stage: Annotated[Path | None, typer.Option(metavar="DIR", help="with --here: a folder with room for the set, kept")] = None,
     region: Annotated[str | None, typer.Option(help="region of the target's bucket, for the machine near it")] = None,
+    canary: Annotated[
+        bool, typer.Option("--canary", help="compute the figures that a start is checked by: an hour for 7B")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
     output: Output = Form.text,
 ) -> None:
     """Bring weights from one place to another: on a cheap machine near the bucket, or --here."""
     from mistralctl import mirror, stores
 
-    spec = mirror.make(source, target, revision, region, endpoints=stores.endpoints((source, target), os.environ))
+    spec = mirror.make(source, target, revision, region, endpoints=stores.endpoints((source, target), os.environ), canary=canary)
     if here and (dry_run or region):
         raise UserError(f"--here: means nothing with {'--dry-run' if dry_run else '--region'}; leave one of the two out")
     if stage and not here:

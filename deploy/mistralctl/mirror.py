@@ -15,17 +15,20 @@ from mistralctl.models import MODELS
 from mistralctl.plan import SMALLEST_CPU_NODE
 from mistralctl.rights import BUCKETS, Right, right
 from mistralctl.spec import check_uri
-from mistralctl.task import NODE_DIR, NODE_PYTHON, Task, digest
+from mistralctl.task import NODE_DIR, NODE_PYTHON, Task, digest, environment_id
 
 LIFETIME_MINUTES = 240
 DISK_GIB = 128  # the system, and one set of weights on its way; 7B in bf16 is 14.5 GB
+# CPUs and GiB for the canary's figures: of 7B they take 4 GiB (benchmarks/streamed_canary.py), and the weights lie in the page cache.
+CANARY_NODE = (8, 16)
 
 
 @dataclass(frozen=True)
 class MirrorSpec:
     """What is brought from where to where. `revision` pins a source that knows commits; `region` is the target's.
 
-    `endpoints` are the clouds' own variables for those buckets that another server than the cloud's answers for.
+    `endpoints` are the clouds' own variables for those buckets that another server than the cloud's answers for. With `canary` the
+    figures that a start is checked by are computed for the set and stored with it.
     """
 
     source: str
@@ -33,11 +36,13 @@ class MirrorSpec:
     revision: str = ""
     region: str | None = None
     endpoints: Mapping[str, str] = field(default_factory=dict)
+    canary: bool = False
 
     @property
     def name(self) -> str:
         """`mirror-` and a hash of what it does, so that the same mirror is the same machine."""
-        return f"mirror-{digest([self.source, self.revision, self.target, *self.endpoints.values()], 8)}"
+        extra = ["canary"] if self.canary else []
+        return f"mirror-{digest([self.source, self.revision, self.target, *self.endpoints.values(), *extra], 8)}"
 
     @property
     def cloud(self) -> str | None:
@@ -54,13 +59,14 @@ def _checked(uri: str, place: str) -> str:
 
 
 def make(
-    source: str, target: str, revision: str = "", region: str | None = None, *, endpoints: Mapping[str, str] | None = None
-) -> MirrorSpec:
+    source: str, target: str, revision: str = "", region: str | None = None, *, endpoints: Mapping[str, str] | None = None,
+    canary: bool = False,
+) -> MirrorSpec:  # fmt: skip
     """The checked mirror. A row of the table of models stands for its weights, at the commit that the table pins."""
     row = MODELS.get(source)
     if row is not None:
         source, revision = row.weights, revision or row.revision
-    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region, endpoints or {})
+    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region, endpoints or {}, canary)
     scheme = target.partition("://")[0]
     if scheme not in BUCKETS and scheme != "file":
         raise UserError(f"TARGET: weights cannot be written to {scheme}://; name a bucket or a folder")
@@ -92,10 +98,11 @@ def render(spec: MirrorSpec, *, owner: str) -> Task:
         if uri.startswith("file://"):
             raise UserError(f"{place}: {uri} is a folder of this machine; add --here to mirror on this machine")
     task: Task = yaml.safe_load((package_dir("task_templates") / "mirror.yaml").read_text("utf-8"))
+    cpus, memory = CANARY_NODE if spec.canary else SMALLEST_CPU_NODE
     wanted: dict[str, Any] = {
         "infra": "/".join(part for part in (spec.cloud, spec.region) if part),
-        "cpus": f"{SMALLEST_CPU_NODE[0]}+",
-        "memory": f"{SMALLEST_CPU_NODE[1]}+",
+        "cpus": f"{cpus}+",
+        "memory": f"{memory}+",
         "disk_size": DISK_GIB,
         "autostop": task["resources"]["autostop"],
     }
@@ -111,6 +118,7 @@ def render(spec: MirrorSpec, *, owner: str) -> Task:
         "MISTRALCTL_NAME": spec.name,
         "MISTRALCTL_NODE_DIR": NODE_DIR,
         "MISTRALCTL_PYTHON": NODE_PYTHON,
+        "MISTRALCTL_ENV_ID": environment_id("cpu", NODE_PYTHON) if spec.canary else "",
         "MISTRALCTL_MIRROR_SOURCE": spec.source,
         "MISTRALCTL_MIRROR_TARGET": spec.target,
         "MISTRALCTL_REVISION": spec.revision,

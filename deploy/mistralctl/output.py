@@ -124,6 +124,17 @@ def _gate(gate: dict[str, Any]) -> str:
     return f"{gate['routes']} routes asked in {gate['requests']} ways, open is only {', '.join(sorted(gate['let_in']))}"
 
 
+def check_words(canary: dict[str, Any] | None) -> str:
+    """What the canary found, in one line."""
+    found = canary or {}
+    against = f", {found['against']}" if found.get("against") else ""
+    if found.get("state") == "verified":
+        return f"verified, largest difference {found.get('max_difference')}, {found.get('tolerance')} is allowed{against}"
+    if found.get("state") == "made here":
+        return f"made here: the first start of these weights, later ones are compared with it{against}"
+    return str(found.get("state") or "not known")
+
+
 def ends(result: UpResult) -> str:
     """When a deployment ends by itself."""
     when = [f"{text} (--{option})" for value, text, option in (
@@ -151,6 +162,7 @@ def up_text(result: UpResult) -> str:
         *([f"let that name point to {result.address}"] if named else []),
         *([f"phases: {seconds}"] if seconds and result.action != "unchanged" else []),
         *([f"gate: {_gate(result.gate)}"] if result.gate else []),
+        *([f"check: {check_words(result.canary)}"] if result.canary else []),
         ends(result),
         "",
         "three ways to use it:",
@@ -191,10 +203,12 @@ def status_text(results: list[Status]) -> str:
     for r in results:
         if why := ((r.launcher or {}).get("isolation") or {}).get("why"):
             lines.append(f"{r.name}: vLLM is less apart from the rest of its machine than it should be: {why}")
-    for engine in ((r.launcher or {}).get("engine") for r in results if len(results) == 1):
-        if engine:
+    for launcher in (r.launcher or {} for r in results if len(results) == 1):
+        if engine := launcher.get("engine"):
             window = engine.get("sliding_window") or "none"
             lines.append(f"serves with {engine.get('class')}, window {window}, cache {engine.get('kv_cache_spec')}")
+        if canary := launcher.get("canary"):
+            lines.append(f"check: {check_words(canary)}")
     return "\n".join(lines)
 
 
@@ -248,7 +262,6 @@ def _rows(rows: Sequence[Sequence[str]]) -> str:
 def receipt_text(result: Receipt) -> str:
     """What matters most; `-o json` has it all."""
     where = " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part)
-    canary = result.canary or {}
     rows = [
         ["deployment", f"{result.name} ({result.model}, served as {result.served_model_name})"],
         ["where", where + (f", {result.price:.2f} USD an hour" if result.price is not None else "")],
@@ -258,7 +271,7 @@ def receipt_text(result: Receipt) -> str:
         ["weights", " ".join(part for part in (result.weights, result.revision) if part)],
         *(["", f"{file.name}: {file.size:,} bytes, sha256 {file.sha256}"] for file in result.files),
         ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
-        ["check", f"{canary.get('state', 'not known')}"],
+        ["check", check_words(result.canary)],
         ["gate", _gate(result.gate) if result.gate else "none"],
         ["flags", shlex.join(result.flags)],
         *(_node_rows(result.node) if result.node else []),

@@ -6,6 +6,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 model_dir=$(dirname "$here")
 node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
 run_dir=$node_dir/run/$MISTRALCTL_NAME
+env_dir=$node_dir/envs/${MISTRALCTL_ENV_ID:-} # with torch, for the canary's figures; empty: none are wanted
 umask 022
 # shellcheck source=model/node/once.sh
 . "$here/once.sh"
@@ -18,8 +19,13 @@ uv=$(find_uv) || { phase weights fail "uv cannot be installed; install it from P
 mirror() { # VERB
   local wanted=("$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" --stage "$node_dir/weights/$MISTRALCTL_NAME") limit=()
   weights_tool "$MISTRALCTL_MIRROR_SOURCE" "$MISTRALCTL_MIRROR_TARGET" || return
-  [ "$1" = run ] || { ready_for_cloud; return; }
+  [ "$1" = run ] || {
+    ready_for_cloud || return
+    [ -z "${MISTRALCTL_ENV_ID:-}" ] || bash "$here/environment.sh" cpu "$MISTRALCTL_PYTHON" "$env_dir" "$uv" 1>&2
+    return
+  }
   [ -z "${MISTRALCTL_REVISION:-}" ] || wanted+=(--revision "$MISTRALCTL_REVISION")
+  [ -z "${MISTRALCTL_ENV_ID:-}" ] || wanted+=(--canary "$env_dir/bin/python")
   if [ -n "${MISTRALCTL_TTL_MINUTES:-}" ] && command -v timeout > /dev/null; then
     limit=(timeout --kill-after=60s "$((MISTRALCTL_TTL_MINUTES * 60))s") # even a mirror that hangs ends, and the machine with it
   fi

@@ -19,16 +19,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "mirror-aws": ("mistral-7b-instruct-v0.1", "s3://bucket/v01", "", "us-east-1"),
     "mirror-gcp": (HUB, "gs://bucket/v01", "main"),
     "mirror-azure": ("s3://bucket/v01", "az://account/container/v01"),
+    "mirror-canary": ("mistral-7b-instruct-v0.1", "s3://bucket/v01"),
 }
 
 
 def rendered(name: str) -> task.Task:
-    return mirror.render(mirror.make(*CASES[name]), owner="0123456789ab")
+    return mirror.render(mirror.make(*CASES[name], canary=name == "mirror-canary"), owner="0123456789ab")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_mirror(name: str, request: pytest.FixtureRequest) -> None:
     text = task.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
+    text = text.replace(task.environment_id("cpu", task.NODE_PYTHON), "cpu-HASH-OF-REQUIREMENTS")
     file = GOLDEN / f"{name}.yaml"
     if request.config.getoption("--golden"):
         file.write_text(text, "utf-8")
@@ -42,6 +44,21 @@ def test_only_data_is_set_on_the_template() -> None:
     assert got.keys() == template.keys()
     assert (got["setup"], got["run"]) == (template["setup"], template["run"])
     assert got["envs"].keys() == template["envs"].keys()
+
+
+def test_the_canarys_figures_take_a_larger_machine_with_torch() -> None:
+    plain, canary = rendered("mirror-aws"), rendered("mirror-canary")
+    assert (plain["resources"]["cpus"], plain["resources"]["memory"], plain["envs"]["MISTRALCTL_ENV_ID"]) == ("2+", "8+", "")
+    assert (canary["resources"]["cpus"], canary["resources"]["memory"]) == ("8+", "16+")
+    assert canary["envs"]["MISTRALCTL_ENV_ID"] == task.environment_id("cpu", task.NODE_PYTHON)
+    assert canary["name"] != plain["name"]
+
+
+def test_the_canary_here_wants_torch_before_anything_is_pulled(mistralctl: Run, home: Path) -> None:
+    done = mistralctl("weights", "mirror", f"file://{home}/nowhere", f"file://{home}/target", "--here", "--canary")
+    assert done.returncode == Exit.MACHINE
+    assert done.stderr.startswith("mistralctl: --canary: torch is not here yet (")
+    assert done.stderr.endswith(" is missing); make node, or any mistralctl up --cloud local, installs it\n")
 
 
 def test_a_row_of_the_table_is_pinned_and_another_revision_wins() -> None:

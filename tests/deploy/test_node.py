@@ -208,7 +208,7 @@ exit $code
 
 def run_with_fakes(tmp_path: Path, script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A real script of the node and the real weights tool, with environments that need no download."""
-    (tmp_path / "bin").mkdir(parents=True)
+    (tmp_path / "bin").mkdir(parents=True, exist_ok=True)
     tool = tmp_path / "bin" / "python"
     tool.write_text(FAKE_TOOL.format(python=sys.executable))
     uv = tmp_path / "bin" / "uv"
@@ -240,6 +240,25 @@ def test_a_mirror_that_fails_says_why_in_its_phase(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].endswith(
         f'"message": "mistral_weights: there is no folder {tmp_path}/nowhere; check the path"}}'
     )
+
+
+def test_a_mirror_with_figures_makes_the_environment_with_torch_and_uses_it(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    envs = {
+        "MISTRALCTL_MIRROR_SOURCE": f"file://{tmp_path}/weights", "MISTRALCTL_MIRROR_TARGET": f"file://{tmp_path}/target",
+        "MISTRALCTL_ENV_ID": "cpu-figures",
+    }  # fmt: skip
+    python = tmp_path / "node" / "envs" / "cpu-figures" / "bin" / "python"
+    done = run_with_fakes(tmp_path, "mirror.sh", "run", **envs)
+    assert done.stdout.splitlines()[-1].endswith(
+        f'"message": "mistral_weights: {python} cannot be run (No such file or directory); it should be a Python with torch"}}'
+    )
+    done = run_with_fakes(tmp_path, "mirror.sh", "setup", **envs)
+    assert (done.returncode, python.exists()) == (0, True), done.stderr
+    plain = run_with_fakes(tmp_path, "mirror.sh", "run", **envs | {"MISTRALCTL_ENV_ID": ""})
+    assert plain.returncode == 0, plain.stderr
+    assert sorted(path.name for path in (tmp_path / "target").glob("[!.]*")) == ["mistral-weights.json", "model.safetensors"]
 
 
 def test_adapters_are_read_as_json(tmp_path: Path) -> None:

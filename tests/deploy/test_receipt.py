@@ -19,7 +19,7 @@ KEYS = ["schema", "name", "cloud", "region", "machine", "spot", "price", "model"
         "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node"]  # fmt: skip
 STATUS = {
     "flags": ["/weights", "--port", "8000"], "engine": {"class": "Ours", "vllm": "0.32.0", "torch": "2.13.0+cpu"},
-    "canary": {"state": "verified", "max_difference": 0.001, "tolerance": 0.05},
+    "canary": {"state": "verified", "max_difference": 0.001, "tolerance": 0.05, "against": "made on a CPU", "weights": "c" * 64},
 }  # fmt: skip
 FILE = {"name": "model.safetensors", "size": 7, "sha256": "a" * 64, "blake3": "b" * 64}
 
@@ -60,7 +60,7 @@ def test_the_json_of_a_receipt_is_a_contract(record: Record, mistralctl: Run, ho
     assert lines[6] == f"            model.safetensors: 7 bytes, sha256 {'a' * 64}"
     assert lines[7:] == [
         "phases      engine 42 s",
-        "check       verified",
+        "check       verified, largest difference 0.001, 0.05 is allowed, made on a CPU",
         "gate        none",
         "flags       /weights --port 8000",
     ]

@@ -248,10 +248,21 @@ def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_no
     assert (engine["class"], engine["sliding_window"], engine["kv_cache_spec"]) == (CLASS, 1000, "SlidingWindowSpec")
     fit = assert_fit(cli, str(folder), "--dtype", "float32", engine=engine)
     assert fit["concurrency"] > 2 * fit["concurrency_without_window"]
+    made = first["canary"]
+    assert (made["state"], made["max_difference"]) == ("made here", None)
+    assert made == status["launcher"]["canary"] == cli.json("receipt", "life")["canary"]
+    assert "check: made here: the first start of these weights, later ones are compared with it, made on a CPU by vLLM" in (
+        cli("status", "life").stdout
+    )
+    (
+        cli.home / "node" / "canaries" / f"{made['weights']}.json"
+    ).unlink()  # as on another machine: only the laptop knows the figures
 
     second = cli.json("up", str(folder), "--cloud", "local", "--name", "life", "--max-model-len", "4096", "--dtype", "float32")
     assert second["action"] == "replaced"
     assert second["base_url"] == first["base_url"]
+    assert (second["canary"]["state"], second["canary"]["against"]) == ("verified", made["against"])
+    assert second["canary"]["max_difference"] < 0.01
     assert cli.json("status", "life")[0]["launcher"]["engine"]["max_model_len"] == 4096
 
     port = int(second["base_url"].rsplit(":", 1)[1].split("/")[0])

@@ -21,8 +21,9 @@ import psutil
 import pytest
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
+from mistral_contract.figures import FILE
 from nodes import KEY, Launcher, launched, variables, write_secrets
-from vllm_mistral import canary, contract, engine, inspection, lifetime, serve
+from vllm_mistral import contract, engine, inspection, lifetime, serve
 from vllm_mistral.contract import Code, LaunchError
 from vllm_mistral.phases import Status
 from vllm_mistral.traffic import Traffic
@@ -207,7 +208,7 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
 
 def test_an_engine_that_computes_something_else_is_named_before_it_is_ended(node_dir: Path) -> None:
     figures = {"prompt_token_ids": [1, 2, 3], "forced_token_ids": [4, 5], "logprobs": [-100.0, -100.0]}
-    (node_dir / "weights" / "tiny" / canary.FILE).write_text(json.dumps(figures))
+    (node_dir / "weights" / "tiny" / FILE).write_text(json.dumps(figures))
     with launched(node_dir) as launcher:
         failed(launcher, Code.CANARY, "the engine does not compute what the weights say: a log-probability differs by")
         log = launcher.log.read_text()

@@ -17,7 +17,7 @@ import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
 from nodes import KEY, Launcher, launched, write_secrets
 from test_model import adapter_of
-from vllm_mistral import reference
+from vllm_mistral import canary, reference
 
 TINY = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
 
@@ -147,6 +147,8 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     (node_dir / "weights").mkdir()
     mistral_tokenizer(consolidated(source, node_dir / "weights" / "tiny"), "mistral_instruct_tokenizer_240323.model.v3")
     adapter_of(source, node_dir / "run" / "test" / "lora" / "sql", ["q_proj", "v_proj"])
+    files = [{"name": "consolidated.safetensors", "sha256": "a" * 64}, {"name": "params.json", "sha256": "b" * 64}]
+    (node_dir / "weights" / "tiny" / canary.MANIFEST).write_text(json.dumps({"files": files}))
     write_secrets(node_dir)
     changed = {"SLIDING_WINDOW": "", "DTYPE": "bfloat16", "LORA": '{"sql": "file:///sql"}', "TOOL_PARSER": "mistral"}
     with launched(node_dir, **changed) as launcher:
@@ -158,7 +160,12 @@ def test_consolidated_weights_with_an_adapter(second: Launcher) -> None:
     status = second.status()
     assert (status["engine"]["sliding_window"], status["engine"]["kv_cache_spec"]) == (None, "FullAttentionSpec")
     assert status["engine"]["dtype"] == "bfloat16"
-    assert status["canary"] == {"state": "not verified", "max_difference": None, "tolerance": None}
+    made = json.loads((second.run_dir.parents[1] / "canaries" / f"{status['canary']['weights']}.json").read_text())
+    assert status["canary"] == {
+        "state": "made here", "max_difference": None, "tolerance": None, "against": made["source"], "weights": made["weights"],
+    }  # fmt: skip
+    assert (len(made["prompt_token_ids"]), made["dtype"], made["model"]) == (320, "bfloat16", "tiny")
+    assert (status["engine"]["device"], status["engine"]["vocabulary"]) == ("a CPU", 32768)
     assert [model["id"] for model in second.json("/v1/models")["data"]] == ["tiny", "sql"]
     body = {"prompt": [1, 5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     texts = [second.json("/v1/completions", body | {"model": name})["choices"][0] for name in ("tiny", "sql")]

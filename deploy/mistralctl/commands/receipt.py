@@ -86,8 +86,8 @@ def _read_json(record: Record, file: str) -> dict[str, Any]:
     return {}
 
 
-def write(record: Record) -> None:
-    """Writes the receipt of a deployment that is up, with what its node says of itself now."""
+def write(record: Record) -> Receipt:
+    """The receipt of a deployment that is up, with what its node says of itself now; it is written."""
     envs = record.task["envs"]
     launcher = _read_json(record, f"run/{record.name}/status.json")
     manifest = _read_json(record, f"weights/{envs['MISTRALCTL_WEIGHTS_ID']}/{MANIFEST}")
@@ -100,12 +100,14 @@ def write(record: Record) -> None:
     node = None
     with suppress(UserError):  # a receipt without it is better than none
         node = facts.read(record)
-    _save(Receipt(
+    receipt = Receipt(
         SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
         record.served_model_name, round(time.time(), 1), None, versions, envs["MISTRALCTL_WEIGHTS"], envs["MISTRALCTL_REVISION"],
         tuple(files), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
         record.gate or None, record.task, node,
-    ))  # fmt: skip
+    )  # fmt: skip
+    _save(receipt)
+    return receipt
 
 
 def _read(name: str) -> Receipt | None:
@@ -118,6 +120,14 @@ def _read(name: str) -> Receipt | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path(name)} is damaged ({error}); delete it", Exit.CONFLICT) from error
+
+
+def canary(name: str) -> dict[str, Any]:
+    """What the canary found when a deployment was brought up; empty if no receipt says so."""
+    with suppress(UserError):
+        found = _read(name)
+        return (found.canary if found else None) or {}
+    return {}
 
 
 def close(name: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mistralctl import certificates, endpoint, gate, phases, readiness, refusals, state
+from mistralctl import certificates, endpoint, figures, gate, phases, readiness, refusals, state
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
@@ -40,6 +41,7 @@ class UpResult:
     gate: dict[str, Any]
     ssl_cert_file: str
     address: str
+    canary: dict[str, Any]
 
 
 def _from_hub(plan: Plan) -> bool:
@@ -47,8 +49,11 @@ def _from_hub(plan: Plan) -> bool:
 
 
 def _secrets(plan: Plan) -> dict[str, str]:
-    """What goes to the node beside the task: the key, and the hub's token where the hub is asked."""
+    """What goes to the node beside the task: the key, the hub's token where the hub is asked, and what is no secret, but came from a
+    node: figures for the canary."""
     found = {"api_key": state.api_key(plan.name)}
+    if known := figures.known(plan.model.name if plan.model.shape else "custom"):
+        found["figures"] = json.dumps(known)
     if plan.spec.cert:
         certificate = certificates.own(plan.spec)
         found |= {"tls_certificate": certificate.chain, "tls_key": certificate.key}
@@ -77,7 +82,7 @@ def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
         record.name, action, record.cloud, record.model, record.served_model_name, record.base_url,
         str(folder / "api_key"), answer, record.chat, plan.spec.idle, plan.spec.ttl,
         tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"), record.gate,
-        str(certificates.bundle_file(record.name)) if record.public else "", record.address,
+        str(certificates.bundle_file(record.name)) if record.public else "", record.address, receipt.canary(record.name),
     )  # fmt: skip
 
 
@@ -144,7 +149,7 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
         raise
     record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(events)))
     state.save(record)
-    receipt.write(record)
+    figures.keep(record, receipt.write(record).canary)
     return _result(record, plan, action, answer)
 
 
@@ -165,7 +170,7 @@ def _cloud(
     done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm, check)
     record, action, answer = done
     if action != "unchanged":
-        receipt.write(record)
+        figures.keep(record, receipt.write(record).canary)
     launched = action == "started" and any(phase["phase"] == "provision" for phase in record.phases)
     if launched and (told := refusals.on_the_way(state.folder(record.name) / "up.log")):
         note(told)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mistralctl import mirror as mirrors
-from mistralctl import phases, state, weights
+from mistralctl import node, phases, state, weights
 from mistralctl import task as tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.mirror import LIFETIME_MINUTES, MirrorSpec
@@ -63,8 +63,14 @@ def render(spec: MirrorSpec) -> tasks.Task:
 
 def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) -> weights.Mirrored:
     """Mirrors on this machine, by way of a folder (`stage`; without one it is in the user's cache)."""
+    python = node.local_python("cpu") if spec.canary else None
+    if python is not None and not python.exists():
+        message = (
+            f"--canary: torch is not here yet ({python} is missing); make node, or any mistralctl up --cloud local, installs it"
+        )
+        raise UserError(message, Exit.MACHINE)
     with weights.explained():
-        return weights.mirror(weights.Mirror(spec.source, spec.target, spec.revision, stage=stage), report)
+        return weights.mirror(weights.Mirror(spec.source, spec.target, spec.revision, stage=stage, canary=python), report)
 
 
 def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mirrored:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, LaunchError
+from mistral_contract import figures
 
-FILE = "mistralctl-canary.json"
+from vllm_mistral.canary_prompt import CANARY_TOKENS, canary_prompt
+from vllm_mistral.client import Client
+from vllm_mistral.contract import Code, Contract, LaunchError
+
 MANIFEST = "mistral-weights.json"
 SHIPPED = Path(__file__).parent / "canaries"  # the same figures and `weights_sha256`, the hash of the model's file
-# Largest difference of a log-probability that rounding explains, by the engine's dtype, against figures in float32.
-TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
 PROMPT = "The capital of France is"
+# Prompts that a first engine is asked, and their length (None: longer than the window). A CPU takes a second for 320 tokens of a small model.
+MADE_BY = {"cuda": (4, None), "cpu": (1, 320)}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`max_difference` is the largest of the forced tokens' log-probabilities (natural logarithm); None if not verified."""
+    """What the canary found. `against` says where the figures come from, `weights` is the key of those that an engine made.
 
-    state: Literal["verified", "not verified"]
+    `max_difference` is the largest of the forced tokens' log-probabilities (natural logarithm); None where nothing was compared.
+    """
+
+    state: Literal["verified", "made here", "not verified"]
     max_difference: float | None = None
     tolerance: float | None = None
+    against: str = ""
+    weights: str | None = None
 
 
 def _complete(client: Client, body: dict[str, Any]) -> dict[str, Any]:
@@ -46,63 +55,136 @@ def forced_logprobs(client: Client, model: str, prompt: list[int], forced: list[
     return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
 
 
-def _shipped_figures(folder: Path) -> str | None:
-    """The figures that this package has of these very weights, by the hashes in their manifest."""
+def _manifest(folder: Path) -> list[tuple[str, str]]:
+    """Name and sha256 of each file of a set of weights, by its manifest; empty without one."""
     try:
         manifest = json.loads((folder.with_name(folder.name.removesuffix(".hf")) / MANIFEST).read_text("utf-8"))
-        hashes = {str(file["sha256"]) for file in manifest["files"]}
+        return [(str(file["name"]), str(file["sha256"])) for file in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    for path in sorted(SHIPPED.glob("*.json")):
-        text = path.read_text("utf-8")
-        if json.loads(text)["weights_sha256"] in hashes:
-            return text
-    return None
+        return []
 
 
 def stored_figures(folder: Path) -> dict[str, Any] | None:
-    """What is stored with the weights, or else here for them; None if nothing is.
+    """What the reference computed of these weights: stored with them, or else in this package; None if nothing is.
 
     LaunchError if it is not what `reference --canary` writes.
     """
+    path = folder / figures.FILE
     try:
-        path = folder / FILE
-        text = path.read_text("utf-8") if path.exists() else _shipped_figures(folder)
-        if text is None:
-            return None
-        found: dict[str, Any] = json.loads(text)
-        prompt, forced, logprobs = found["prompt_token_ids"], found["forced_token_ids"], found["logprobs"]
-        if not all(type(token) is int and token >= 0 for token in prompt + forced) or not prompt or not forced:
-            raise ValueError("its token ids are none")
-        if not all(type(value) in (int, float) and math.isfinite(value) and value <= 0 for value in logprobs):
-            raise ValueError("its log-probabilities are none")
-        if len(forced) != len(logprobs):
-            raise ValueError("its lists do not fit")
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LaunchError(Code.CANARY, f"{folder / FILE} is damaged ({error}); pull the weights again") from error
+        if path.exists():
+            return figures.read(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(Code.CANARY, f"{path} is damaged ({error}); pull the weights again") from error
+    hashes = {sha256 for _, sha256 in _manifest(folder)}
+    shipped = (figures.read(path.read_text("utf-8")) for path in sorted(SHIPPED.glob("*.json")))
+    return next((one for one in shipped if one["weights_sha256"] in hashes), None)
 
 
-def compare(client: Client, model: str, folder: Path, dtype: str, max_model_len: int) -> Verdict:
-    """The verdict on the running engine; LaunchError if it computes something else than the weights' own figures.
+def known_figures(node_dir: Path, key: str, sent: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the first engine with these weights computed: as the laptop sent it, or else as this node kept it."""
+    path = node_dir / figures.FOLDER / f"{key}.json"
+    try:
+        for one in sent:
+            if one.get("weights") == key:
+                return figures.read(json.dumps(one), key)
+        return figures.read(path.read_text("utf-8"), key)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        message = f"the figures {path}, or the laptop's of that name, are damaged ({error}); delete them, and they are made again"
+        raise LaunchError(Code.CANARY, message) from error
 
-    Not verified where no figures are stored, or where their prompt is longer than what this deployment takes.
+
+def compare(client: Client, model: str, stored: dict[str, Any] | None, dtype: str, max_model_len: int) -> Verdict:
+    """The verdict on the running engine; LaunchError if it computes something else than the figures.
+
+    Not verified without figures, or where their prompt is longer than what this deployment takes.
     """
-    stored = stored_figures(folder)
     if stored is None or len(stored["prompt_token_ids"]) + len(stored["forced_token_ids"]) >= max_model_len:
         return Verdict("not verified")
     got = forced_logprobs(client, model, stored["prompt_token_ids"], stored["forced_token_ids"])
-    if not all(math.isfinite(value) for value in got):  # max() below would lose a nan that is not the first
-        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
-    difference = max(abs(a - b) for a, b in zip(got, stored["logprobs"], strict=True))
-    allowed = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+    against, allowed = str(stored.get("source", "")), figures.tolerance(stored, dtype)
+    difference = _difference(got, stored["logprobs"])
     if difference > allowed:
         raise LaunchError(
             Code.CANARY,
-            f"the engine does not compute what the weights say: a log-probability differs by {difference:.3f}, {allowed} is "
-            "allowed; the weights, the window or the rotary base are not those of the model",
+            f"the engine does not compute what the weights say: a log-probability differs by {difference:.3f}, {allowed:g} is "
+            f"allowed (figures: {against or 'without a source'}); the weights, the window or the rotary base are not those of the model",
         )
-    return Verdict("verified", round(difference, 6), allowed)
+    return Verdict("verified", round(difference, 6), allowed, against, stored.get("weights"))
+
+
+def _difference(got: list[float], expected: list[float]) -> float:
+    if not all(math.isfinite(value) for value in got):  # max() would lose a nan that is not the first
+        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
+    return max(abs(a - b) for a, b in zip(got, expected, strict=True))
+
+
+def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Figures by the running engine, the first with these weights; None where window, context or vocabulary are too small for them.
+
+    Of its prompts the one whose answer is the most certain is taken: rounding moves log p by (1 - p) of what it moves the logit. What the engine
+    said while it generated has to be what it says of the same tokens in a prompt; LaunchError if not.
+    """
+    count, length = MADE_BY[wanted.engine]
+    best: tuple[list[int], list[int], list[float]] | None = None
+    for seed in range(count):
+        try:
+            prompt = canary_prompt(facts["sliding_window"], wanted.max_model_len - 1, facts["vocabulary"], seed, length)
+        except ValueError:
+            return None
+        asked = {"max_tokens": CANARY_TOKENS, "temperature": 0, "logprobs": 0, "ignore_eos": True, "return_token_ids": True}
+        [choice] = _complete(client, {"model": wanted.served_name, "prompt": prompt, **asked})["choices"]
+        said = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+        if best is None or sum(said) > sum(best[2]):
+            best = prompt, choice["token_ids"], said
+    assert best is not None  # noqa: S101
+    prompt, forced, said = best
+    logprobs = forced_logprobs(client, wanted.served_name, prompt, forced)
+    dtype = facts["dtype"]
+    difference, allowed = _difference(logprobs, said), 2 * figures.TOLERANCE.get(dtype, figures.TOLERANCE["bfloat16"])
+    if difference > allowed:
+        raise LaunchError(
+            Code.CANARY,
+            f"the engine contradicts itself: what it generates behind its cache differs by {difference:.3f} from the same tokens in a "
+            f"prompt, {allowed:g} is allowed; the kernels of this machine compute something wrong",
+        )
+    at = time.strftime("%Y-%m-%d", time.gmtime())
+    how = ", ".join(part for part in (f"vLLM {facts['vllm']}", dtype, wanted.quantization) if part)
+    return {
+        "schema": 1, "prompt_token_ids": prompt, "forced_token_ids": forced, "logprobs": [min(0.0, value) for value in logprobs],
+        "dtype": dtype, "sliding_window": facts["sliding_window"], "source": f"made on {facts['device']} by {how}, {at}",
+        "weights": key, "model": wanted.model,
+    }  # fmt: skip
+
+
+def keep(node_dir: Path, made: dict[str, Any]) -> None:
+    """Keeps figures on this node for its later starts; the laptop takes a copy."""
+    path = node_dir / figures.FOLDER / f"{made['weights']}.json"
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        text = json.dumps(made) + "\n"
+        figures.read(text, made["weights"])
+        path.parent.mkdir(exist_ok=True)
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        raise LaunchError(Code.CANARY, f"the engine's figures cannot be kept in {path} ({error})") from error
+
+
+def check(client: Client, wanted: Contract, folder: Path, facts: dict[str, Any], sent: list[dict[str, Any]]) -> Verdict:
+    """The verdict on the running engine, against what is known of these weights; without anything known it is the first, and its own
+    figures are kept for the next. The reference's figures are not of weights that are quantized while they are loaded.
+    """
+    found = None if wanted.quantization else stored_figures(folder)
+    if found is None and (files := _manifest(folder)):
+        key = figures.key(files, wanted.quantization or "")
+        found = known_figures(wanted.node_dir, key, sent)
+        if found is None and (made := make(client, wanted, facts, key)) is not None:
+            keep(wanted.node_dir, made)
+            return Verdict("made here", against=made["source"], weights=key)
+    return compare(client, wanted.served_name, found, facts["dtype"], wanted.max_model_len)
 
 
 def answers(client: Client, model: str) -> None:

@@ -37,6 +37,8 @@ def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
         "max_model_len": vllm_config.model_config.max_model_len,
         "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "vocabulary": vllm_config.model_config.get_vocab_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         "vllm": vllm.__version__,
         "torch": torch.__version__,
     }

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
+from vllm_mistral.canary_prompt import CANARY_TOKENS, PREFILL_CHUNK, canary_prompt
+
 CANARY_FILE = "mistralctl-canary.json"
-CANARY_TOKENS = 8
 CANARY_SEEDS = 4
 CANARY_ROUNDING = 0.15  # a difference by bfloat16 that is small enough
-PREFILL_CHUNK = 2048  # tokens of one step, vLLM's max_num_batched_tokens
 STREAM_CHUNK = 8192  # of one step that reads all weights from the disk: a canary's prompt as a whole
 QUERY_TILE = 512  # queries whose scores are in memory at once,
 MAX_SCORES = 2**27  # and the most scores, 512 MiB in float32
@@ -687,32 +687,6 @@ class Engine:
 # --- the canary --------------------------------------------------------------------------------------------------------
 
 
-def canary_prompt(config: ModelConfig, seed: int = 0, length: int | None = None) -> list[int]:
-    """Token ids on which a wrong window, rotary embedding or weight shows; a quarter longer than the window and than a chunk, or `length`.
-
-    Words drawn by lot, and again and again among them a key of 8 tokens and what follows it: behind the window always one
-    answer, inside the window always another; and the prompt ends with the key. So a right model goes by the second. With the
-    window off, or wider, the first comes into sight; with a narrower one fewer of the second are left; and a wrong rotary
-    embedding or wrong weights find none of them. A model without a window gets the prompt for window 4096.
-    """
-    window = config.sliding_window or 4096
-    wanted = max(window, PREFILL_CHUNK) * 5 // 4 if length is None else length
-    length = min(wanted, config.max_position_embeddings - CANARY_TOKENS)
-    near = window if window < length else length * 4 // 5
-    if near < 64 or config.vocab_size < 64:
-        raise BadInput(f"a window or context of {near} tokens or a vocabulary of {config.vocab_size} is too small for a canary")
-    generator = torch.Generator().manual_seed(seed)
-    first = min(1000, config.vocab_size // 4)  # all of Mistral's vocabularies have their special tokens below
-
-    def words(count: int) -> list[int]:
-        return torch.randint(first, config.vocab_size // 2, (count,), generator=generator).tolist()
-
-    key, distant, answer = words(8), words(8), words(8)
-    behind = [token for _ in range(1 + length // 32) for token in (*key, *distant, *words(16))][: length - near]
-    inside = [token for _ in range((near - 28) // 32) for token in (*key, *answer, *words(16))]
-    return [*behind, *words(20), *inside, *words(near - 28 - len(inside)), *key]
-
-
 def make_canary(engine: Engine, length: int | None = None) -> dict[str, Any]:
     """What a right engine answers to `canary_prompt`: the eight greedy tokens, to be forced, and their log-probabilities.
 
@@ -720,10 +694,14 @@ def make_canary(engine: Engine, length: int | None = None) -> dict[str, Any]:
     also computed in bfloat16, and the first one that this moves by little, or else the one that it moves least, is taken.
     """
     model, candidates = engine.model, list[dict[str, Any]]()
-    rounded = Mistral(model.config, model.weights, torch.bfloat16)
+    config = model.config
+    rounded = Mistral(config, model.weights, torch.bfloat16)
     rounded.computed = model.computed
     for seed in range(CANARY_SEEDS):
-        prompt = canary_prompt(model.config, seed, length)
+        try:
+            prompt = canary_prompt(config.sliding_window, config.max_position_embeddings, config.vocab_size, seed, length)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
         [completion] = engine.generate([prompt], Sampling(max_tokens=CANARY_TOKENS))
         narrow = Engine(rounded, engine.block_size, engine.max_num_batched_tokens, engine.progress)
         [rows] = narrow.score([prompt + completion.token_ids], last=CANARY_TOKENS + 1)
@@ -736,7 +714,7 @@ def make_canary(engine: Engine, length: int | None = None) -> dict[str, Any]:
             "forced_token_ids": completion.token_ids,
             "logprobs": completion.logprobs,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "sliding_window": model.config.sliding_window,
+            "sliding_window": config.sliding_window,
             "source": f"vllm_mistral.reference, torch {torch.__version__} on {model.device.type}, seed {seed}",
             "bfloat16_difference": max(abs(a - b) for a, b in zip(moved, completion.logprobs, strict=True)),
         }

@@ -216,6 +216,15 @@ def _certificate(wanted: Contract) -> tuple[str, str]:
     return sent["tls_key"], sent["tls_certificate"]
 
 
+def _sent_figures(run_dir: Path) -> list[dict[str, Any]]:
+    """The figures that the laptop knows of this model's weights; LaunchError if they are none."""
+    try:
+        sent = json.loads(json.loads((run_dir / "secrets.json").read_text("utf-8")).get("figures", "[]"))
+    except (OSError, ValueError, TypeError) as error:
+        raise LaunchError(Code.SECRETS, f"{run_dir / 'secrets.json'} has figures that are no JSON ({error})") from error
+    return [one for one in sent if isinstance(one, dict)]
+
+
 def _failed(status: Status, error: LaunchError) -> None:
     """Says what was wrong, at once and once."""
     if status.fields["error"] is None:
@@ -260,7 +269,7 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
         with status.during("check"):
             canary.answers(client, wanted.served_name)
             facts = check_engine(wanted, shared)
-            verdict = canary.compare(client, wanted.served_name, model_dir, facts["dtype"], wanted.max_model_len)
+            verdict = canary.check(client, wanted, model_dir, facts, _sent_figures(run_dir))
             engine.raise_if_dead()
             status.set(canary=asdict(verdict), engine=facts)
         if not wanted.gated:

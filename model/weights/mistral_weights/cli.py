@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="SOURCE")
     verb.add_argument("target", metavar="TARGET")
     verb.add_argument("--stage", type=Path, metavar="DIR", help="a folder with room for the set")
+    verb.add_argument(
+        "--canary", type=Path, metavar="PYTHON", help="a Python with torch: compute the canary's figures for the set"
+    )
     verb = verbs.add_parser("verify", parents=[common], help="read and check every byte of a set")
     verb.add_argument("where", metavar="URI|DIR")
     verb = verbs.add_parser("ls", parents=[common], help="what lies at an address, and whether we may read it")
@@ -70,7 +73,9 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
             )
             return pull(wanted_set, report)
         case "mirror":
-            wanted = Mirror(options.source, options.target, options.revision, secrets, options.form, options.stage)
+            wanted = Mirror(
+                options.source, options.target, options.revision, secrets, options.form, options.stage, canary=options.canary
+            )  # fmt: skip
             return mirror(wanted, report)
         case "verify":
             return verify(Verify(options.where, options.revision, secrets, options.form), report)

@@ -7,9 +7,10 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from . import canary
 from .address import Address, parse
 from .errors import Kind, WeightsError
 from .events import Report, silent
@@ -26,7 +27,7 @@ class Mirror:
     """What to bring from where to where. `stage` is a folder with room for the set, which stays there.
 
     Without one it is a folder of the user's cache, the same for the same source, so that a later run continues; it is
-    removed once the target is complete.
+    removed once the target is complete. `canary` is a Python with torch that computes the canary's figures for the set.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Mirror:
     form: str = "auto"
     stage: Path | None = None
     patience: Patience = field(default_factory=Patience)
+    canary: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ def mirror(request: Mirror, report: Report = silent) -> Mirrored:
         patience=request.patience,
     )
     pulled = pull(wanted, report)
+    if request.canary is not None:
+        added = canary.add(stage, request.canary)
+        if added:
+            pulled = replace(pulled, files=tuple(sorted((*pulled.files, canary.FILE))), bytes=pulled.bytes + added)
     sent = pulled.fetched
     if not to_folder:
         sent = push(Push(stage, request.target, request.secrets, patience=request.patience), report).sent

@@ -1,0 +1,42 @@
+"""The canary's figures that a first engine made: a copy on this machine, which goes to every later node that serves the same model."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mistral_contract import figures
+
+from mistralctl import state
+from mistralctl.errors import Exit, UserError
+from mistralctl.runtime import rundir
+from mistralctl.state import Record
+
+
+def _folder() -> Path:
+    return state.home() / figures.FOLDER
+
+
+def known(model: str) -> list[dict[str, Any]]:
+    """The figures of all weights of a model that were ever served from here; UserError if a file is damaged."""
+    found = []
+    for path in sorted(_folder().glob("*.json")):
+        try:
+            one = figures.read(path.read_text("utf-8"), path.stem)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it", Exit.CONFLICT) from error
+        if one.get("model") == model:
+            found.append(one)
+    return found
+
+
+def keep(record: Record, canary: dict[str, Any] | None) -> None:
+    """Copies what a node's engine was compared with, or made, if it is not here yet: the first figures of some weights stay the first."""
+    key = (canary or {}).get("weights")
+    if not figures.is_key(key) or (path := _folder() / f"{key}.json").exists():
+        return
+    with suppress(UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
+        text = rundir.read(record, f"{figures.FOLDER}/{key}.json")
+        state.write_private(path, json.dumps(figures.read(text, str(key))) + "\n")

@@ -1,0 +1,64 @@
+"""The canary's figures: log-probabilities of forced tokens that an engine with one set of weights has to compute.
+
+They are made by the reference, or by the first engine that served these weights ("made here"), and kept as JSON: with the weights, on the
+node, on the laptop. Whoever reads them checks them here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+FILE = "mistralctl-canary.json"
+FOLDER = "canaries"  # of those made here, on the node and on the laptop: KEY.json
+# Largest difference of a log-probability that rounding explains, by the engine's dtype, against exact figures.
+TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
+_WEIGHTS = (".safetensors", ".gguf")
+_CONFIGURATION = ("config.json", "params.json")
+
+
+def key(files: Iterable[tuple[str, str]], quantization: str = "") -> str:
+    """The hash under which figures are kept: of the (name, sha256) of all files with weights or configuration, and of what they are
+    quantized to while they are loaded.
+
+    >>> key([("model.safetensors", "ab"), ("config.json", "cd")]) == key([("config.json", "cd"), ("README", "0"), ("model.safetensors", "ab")])
+    True
+    """
+    lines = sorted(f"{sha256} {name}\n" for name, sha256 in files if name.endswith(_WEIGHTS) or name in _CONFIGURATION)
+    return hashlib.sha256("".join([*lines, quantization]).encode()).hexdigest()
+
+
+def is_key(text: object) -> bool:
+    """Whether this is what `key` gives, so that it may name a file."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def read(text: str, weights: str = "") -> dict[str, Any]:
+    """The figures in a file; ValueError if it holds anything else. `weights` is the key that figures made here have to bear."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    prompt, forced, logprobs = (found.get(name) for name in ("prompt_token_ids", "forced_token_ids", "logprobs"))
+    for tokens in (prompt, forced):
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+            raise ValueError("token ids are missing or wrong")
+    if not isinstance(logprobs, list) or not isinstance(forced, list) or len(logprobs) != len(forced):
+        raise ValueError("not one log-probability for each forced token")
+    if not all(type(value) in (int, float) and math.isfinite(value) and value <= 0 for value in logprobs):
+        raise ValueError("a log-probability is not a finite number of at most 0")
+    source = found.get("source", "")
+    if not isinstance(source, str) or not source.isprintable() or len(source) > 200:
+        raise ValueError("source is no line of text")
+    if weights and found.get("weights") != weights:
+        raise ValueError("they are of other weights")
+    return found
+
+
+def tolerance(figures: dict[str, Any], dtype: str) -> float:
+    """What an engine of this dtype may differ by. Figures made by an engine are rounded, too: both roundings add."""
+    own = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+    return own + TOLERANCE.get(str(figures.get("dtype")), TOLERANCE["bfloat16"]) if "weights" in figures else own
