@@ -22,6 +22,7 @@ from engines import BLOCK, engine, generated, prompt_logprobs, run, runner, sche
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm_mistral import inspection
 from vllm_mistral.model import window_of
 
 LIMIT = 5e-5
@@ -150,6 +151,22 @@ def test_compiled_equals_eager(tmp_path: Path, measured: Measured, monkeypatch: 
         assert list((tmp_path / "cache" / "torch_compile_cache").rglob("*.py")), "nothing was compiled"
         found = prompt_logprobs(llm, batch)
     measured("torch.compile", largest_difference(found, reference, batch), LIMIT)
+
+
+def test_an_engine_that_samples_in_parts_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_RUN_DIR", str(tmp_path))
+    write(tmp_path / "model")
+    with engine(tmp_path / "model") as llm:
+        run(llm, prompts([8]))
+        model = runner(llm).model
+        (tmp_path / inspection.FILE).unlink()
+        model.report = inspection.EngineReport(model, runner(llm).vllm_config)
+        hidden = torch.ones(2, model.config.hidden_size)
+        parts = model.compute_logits_local(hidden)
+        facts = inspection.read(tmp_path)
+        assert facts is not None
+        assert facts["architecture"] == "MistralSWAForCausalLM"
+        assert torch.equal(parts, model.compute_logits(hidden))  # one process has the whole vocabulary
 
 
 def quantize(folder: Path) -> None:

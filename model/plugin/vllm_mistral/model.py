@@ -265,6 +265,7 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
 
     def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The logits over this GPU's part of the vocabulary, not gathered; vLLM can then sample in parts."""
+        self.report.once()
         return self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
