@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,9 +25,12 @@ from checkpoints import mistral_tokenizer, write
 from mistral_contract.figures import FILE
 from nodes import KEY, Launcher, launched, variables, write_secrets
 from vllm_mistral import contract, engine, inspection, lifetime, serve
+from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
 from vllm_mistral.phases import Status
 from vllm_mistral.traffic import Traffic
+
+POPEN = subprocess.Popen
 
 
 @pytest.fixture
@@ -204,6 +208,45 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
             Code.ENGINE,
             "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full",
         )
+
+
+def test_a_process_of_the_engine_that_is_killed_is_named(node_dir: Path) -> None:
+    with launched(node_dir) as launcher:
+        launcher.until("ready")
+        [core] = [process for process in launcher.children if "EngineCore" in " ".join(process.cmdline())]
+        core.kill()
+        failed(launcher, Code.ENGINE, engine.WITHOUT_A_WORD)
+
+
+DEAD = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause."
+FAILED_CORE = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}"
+
+
+@pytest.mark.parametrize(
+    ("said", "kills", "why"),
+    [
+        ([DEAD], 7, f"{engine.WITHOUT_A_WORD}; see"),
+        ([DEAD], 8, f"{engine.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
+        ([FAILED_CORE], 8, f"{engine.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
+        (["(EngineCore pid=7) ValueError: too long", DEAD], 8, "vLLM ended with code 0: ValueError: too long; see"),
+        (["bye"], 8, "vLLM ended with code 0: bye; see"),
+    ],
+)
+def test_what_an_engine_died_of_that_said_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], kills: int, why: str
+) -> None:
+    monkeypatch.setattr(engine, "check_class", lambda: None)
+    monkeypatch.setattr(engine, "VMSTAT", tmp_path / "vmstat")
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 7\n")
+    quiet = [sys.executable, "-c", "\n".join(f"print({line!r})" for line in said)]
+    monkeypatch.setattr(engine.subprocess, "Popen", lambda command, **options: POPEN(quiet, **options))
+    found = engine.Engine([], {}, Client("http://127.0.0.1:9", KEY))
+    found.process.wait()
+    (tmp_path / "vmstat").write_text(f"nr_free_pages 5\noom_kill {kills}\n")
+    with pytest.raises(LaunchError, match=re.escape(why)):
+        found.raise_if_dead()
+    (tmp_path / "vmstat").unlink()
+    assert engine.out_of_memory_kills() == 0
 
 
 def test_an_engine_that_computes_something_else_is_named_before_it_is_ended(node_dir: Path) -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import IO
 
 from vllm_mistral import ARCHITECTURE, MODEL_CLASS, ward
@@ -23,7 +24,21 @@ from vllm_mistral.contract import Code, LaunchError
 
 KILL_SECONDS = 10.0
 KILLED = "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full"
+# What vLLM says when one of its own processes is gone and has said nothing: EngineCore, later and at its start, or a worker.
+GONE = re.compile(r"^(\w+\.)*EngineDeadError\b|Engine core initialization failed|died unexpectedly")
+WITHOUT_A_WORD = "a process of vLLM's engine was killed, or crashed without a word"
+MEMORY_FULL = "the kernel ended a process meanwhile, because the machine's memory was full"
+VMSTAT = Path("/proc/vmstat")
 NOISE = re.compile(r"^(\(\w+[^)]*\) )?(\w+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^]]*\] )?")
+
+
+def out_of_memory_kills() -> int:
+    """How many processes the kernel has ended for want of memory since the machine started; 0 where it does not say."""
+    with suppress(OSError):
+        for line in VMSTAT.read_text("ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def check_installed() -> None:
@@ -66,6 +81,7 @@ class Engine:
         prefix: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.client = client
+        self._kills = out_of_memory_kills()
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-I", ward.__file__],
             stdin=subprocess.PIPE,
@@ -110,7 +126,11 @@ class Engine:
             self._reader.join(timeout=5)
             check_class()
             code = self.process.returncode
-            why = KILLED if code in (-9, 128 + 9) else f"vLLM ended with code {code}: {cause(self.lines)}"
+            why = f"vLLM ended with code {code}: {cause(self.lines)}"
+            if code in (-9, 128 + 9):
+                why = KILLED
+            elif GONE.search(cause(self.lines)):
+                why = f"{WITHOUT_A_WORD}: {MEMORY_FULL}" if out_of_memory_kills() > self._kills else WITHOUT_A_WORD
             raise LaunchError(Code.ENGINE, f"{why}; see mistralctl logs")
 
     def end(self, seconds: float) -> None:
