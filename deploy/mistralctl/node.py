@@ -10,7 +10,7 @@ from pathlib import Path
 from mistralctl import state
 from mistralctl.task import environment_id
 
-OLDEST, NEWEST = (3, 10), (3, 13)  # the Pythons that vLLM 0.32 supports
+OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that vLLM 0.32 (3.11 to 3.14) and SkyPilot 0.14 (to 3.13) both name
 
 
 def local_python_version() -> str:

@@ -15,7 +15,7 @@ from mistralctl import package_dir
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 # Top to bottom; a module imports its own tier and the tiers above.
 TIERS: dict[str, tuple[str, ...]] = {
-    "facts": ("errors", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas"),
+    "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas"),
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights", "figures",
                 "clouds.aws", "clouds.gcp", "clouds.azure", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh",

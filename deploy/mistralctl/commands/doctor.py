@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistralctl import node, state
+from mistralctl import node, state, system
 from mistralctl.clouds import CLOUDS, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
@@ -67,6 +67,15 @@ def _credentials(cloud: str) -> str | None:
     return next(iter(found + [str(path) for path in places[cloud] if path.exists()]), None)
 
 
+def _system() -> list[Check]:
+    """Whether this operating system can do it at all."""
+    local = Check("system for local", system.serves(), system.name(), "--cloud local", f"{system.LINUX}, or name a cloud")
+    clouds = Check(
+        "system for clouds", system.rents(), system.name(), "--cloud aws, gcp, azure", "wsl --install, then run mistralctl there"
+    )
+    return [local, clouds]
+
+
 def _local_checks() -> list[Check]:
     machine = this_machine()
     local = "--cloud local"
@@ -76,7 +85,7 @@ def _local_checks() -> list[Check]:
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     return [
-        Check("python", sys.version_info[:2] <= node.NEWEST, python, local, "install Python 3.11, 3.12 or 3.13"),
+        Check("python", node.OLDEST <= sys.version_info[:2] <= node.NEWEST, python, "everything", "install Python 3.11, 3.12 or 3.13"),
         Check("bash", shutil.which("bash") is not None, shutil.which("bash") or "none", local, "apt-get install bash"),
         Check("uv", uv is not None, uv or "none", local, "pip install uv"),
         Check("memory", machine.memory_bytes >= 7.5 * GIB, f"{machine.memory_bytes / GIB:.1f} GiB", local,
@@ -123,7 +132,7 @@ def run(clouds: Sequence[str] = ()) -> Doctor:
         if named not in CLOUDS:
             raise UserError(f"--cloud: {named!r} is not one of {', '.join(CLOUDS)}")
     sky = _skypilot()
-    checks = _local_checks()
+    checks = [*_system(), *_local_checks()]
     for cloud in CLOUDS.values():
         use = f"--cloud {cloud.name}"
         checks.append(

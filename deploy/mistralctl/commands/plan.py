@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mistralctl import certificates, checkpoints, node, state, stores
+from mistralctl import certificates, checkpoints, node, state, stores, system
 from mistralctl import plan as planning
 from mistralctl import task as tasks
 from mistralctl.clouds import LOCAL
@@ -18,6 +18,7 @@ def run(sourced: Sourced, *, ask: bool = False) -> Plan:
     """The plan of a spec; reads this machine's memory and GPUs only when it is to serve, and weights elsewhere only if `ask`."""
     machine = None
     if sourced.spec.cloud == (LOCAL,):
+        system.require_serving(sourced.place("cloud"))
         from mistralctl.machine import this_machine
 
         machine = this_machine()

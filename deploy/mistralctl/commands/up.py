@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mistralctl import certificates, endpoint, figures, gate, phases, readiness, refusals, state
+from mistralctl import certificates, endpoint, figures, gate, phases, readiness, refusals, state, system
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
@@ -188,6 +188,7 @@ def run(
     """
     from filelock import FileLock, Timeout
 
+    system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
     if plan.chosen.cloud != LOCAL and not offline:
         _check_hub(plan)
