@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def test_a_real_configuration_is_served(config: dict[str, Any], window: int | No
     [
         (BASE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "model type 'qwen2' (Qwen2ForCausalLM) is not served"),
         (BASE | {"model_type": "ministral3"}, "model type 'ministral3'"),
+        (BASE | {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"]}, "MiniCPMForCausalLM"),
         ({"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": BASE}, "Mistral3ForConditional"),
         (without(BASE, "model_type"), "model type None (MistralForCausalLM)"),
         (BASE | {"architectures": ["MistralModel"]}, "(MistralModel)"),
@@ -215,6 +217,52 @@ def test_which_file_describes_the_weights() -> None:
     assert config_file(["config.json", "params.json", "consolidated.00.safetensors"]) == "params.json"
     assert config_file(["config.json", "params.json", "consolidated.safetensors", "model.safetensors"]) == "config.json"
     assert config_file([]) == "config.json"
+
+
+ODD: list[Any] = [
+    None,
+    "",
+    "x",
+    0,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    True,
+    [],
+    [1],
+    [None],
+    [[1]],
+    {},
+    {"a": 1},
+    {"rope_type": ["x"]},
+    1 << 80,
+]
+
+
+@pytest.mark.parametrize(
+    "field", sorted({*BASE, *architecture.READ, *architecture.NEUTRAL, *PARAMS, "quantization_config", "no_rope_layers"})
+)
+def test_any_value_is_read_or_refused(field: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    configs = [
+        (read, BASE),
+        (read, BASE | {"rope_scaling": yarn}),
+        (read_params, PARAMS),
+        (read_params, PARAMS | {"sliding_window": 64}),
+    ]
+    for value in ODD:
+        for how, config in configs:
+            with suppress(Refused):
+                how(config | {field: value})
+
+
+@pytest.mark.parametrize("kind", architecture.ROPES)
+def test_any_value_of_a_rotary_embedding_is_read_or_refused(kind: str) -> None:
+    for name in {*architecture.COMMON_ROPE, *architecture.ROPES["yarn"], *architecture.ROPES["llama3"]}:
+        for value in ODD:
+            with suppress(Refused):
+                read(BASE | {"rope_scaling": LLAMA3_ROPE | {"rope_type": kind, name: value}})
 
 
 def test_every_type_that_is_served_is_in_the_message() -> None:

@@ -20,10 +20,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from mistral_contract.figures import FILE
 from nodes import KEY, Launcher, launched, variables, write_secrets
+from safetensors.torch import load_file, save_file
 from vllm_mistral import contract, engine, inspection, lifetime, serve
 from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, LaunchError
@@ -186,11 +188,19 @@ def test_a_context_longer_than_the_models_is_named(node_dir: Path) -> None:
         failed(launcher, Code.ENGINE, "max_model_len (5000) is greater than the derived max_model_len")
 
 
-def test_another_model_is_named_from_inside_the_engine(node_dir: Path) -> None:
+def test_another_model_is_named_before_vllm_starts(node_dir: Path) -> None:
     config = node_dir / "weights" / "tiny" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
     with launched(node_dir) as launcher:
-        failed(launcher, Code.ENGINE, "hidden_act in the configuration is not Mistral 7B's")
+        failed(launcher, Code.WEIGHTS, "config.json: hidden_act = 'gelu' asks for a computation that the class does not have")
+        assert "starts " not in launcher.log.read_text()
+
+
+def test_a_tensor_without_a_place_is_named_from_inside_the_engine(node_dir: Path) -> None:
+    file, name = node_dir / "weights" / "tiny" / "model.safetensors", "model.layers.0.self_attn.q_proj.bias"
+    save_file(load_file(file) | {name: torch.ones(128)}, file, metadata={"format": "pt"})
+    with launched(node_dir) as launcher:
+        failed(launcher, Code.ENGINE, f"ValueError: {name} is a bias, and the class has none; this is not the model that its")
 
 
 def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: Path) -> None:

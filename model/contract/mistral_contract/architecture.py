@@ -132,9 +132,10 @@ def config_file(names: Iterable[str]) -> str:
 
 def read(config: Mapping[str, Any]) -> Architecture:
     """The model of a config.json (or of a Hugging Face configuration's `to_dict`); Refused if it is not served."""
-    kind, names = config.get("model_type"), config.get("architectures") or ()
-    named = f"model type {kind!r}" + (f" ({', '.join(map(str, names))})" if names else "")
-    if kind not in TYPES or not ARCHITECTURES.issuperset(names):
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+    named = f"model type {kind!r}" + (f" ({', '.join(names)})" if names else "")
+    if not isinstance(kind, str) or kind not in TYPES or not ARCHITECTURES.issuperset(names):
         raise Refused(f"{named} is not served; {SERVED}, choose one of these or serve it with vLLM's own class")
     if isinstance(config.get("auto_map"), Mapping) and "AutoModelForCausalLM" in config["auto_map"]:
         raise Refused("auto_map: the model is computed by code of its own, which is never run; choose one without")
@@ -154,7 +155,7 @@ def read(config: Mapping[str, Any]) -> Architecture:
         )
     rope_type, context = _rope_and_context(config)
     return Architecture(
-        str(kind), _size(config, "vocab_size"), hidden, _size(config, "intermediate_size"), layers, heads, kv_heads, head_dim,
+        kind, _size(config, "vocab_size"), hidden, _size(config, "intermediate_size"), layers, heads, kv_heads, head_dim,
         _windows(config, layers), rope_type, context, bool(config.get("tie_word_embeddings")),
     )  # fmt: skip
 
@@ -168,7 +169,7 @@ PARAMS = {
 
 def read_params(params: Mapping[str, Any]) -> Architecture:
     """The model of a params.json; Refused if it is not served."""
-    if params.get("model_type", CONSOLIDATED) not in ("mistral", CONSOLIDATED):
+    if str(params.get("model_type", CONSOLIDATED)) not in ("mistral", CONSOLIDATED):
         raise Refused(f"model type {params['model_type']!r} is not served; {SERVED}")
     for name in ("rope_theta", "norm_eps"):
         if not params.get(name):
@@ -177,7 +178,7 @@ def read_params(params: Mapping[str, Any]) -> Architecture:
     window = config.get("sliding_window")
     if isinstance(window, list):  # one entry a layer, repeated
         layers = _size(config, "num_hidden_layers")
-        if not window or layers % len(window) or len(set(window) - {None}) != 1:
+        if not window or layers % len(window) or len({str(entry) for entry in window if entry is not None}) != 1:
             raise Refused(
                 f"sliding_window = {_short(window)} is no pattern of one window over {layers} layers; take another model"
             )
@@ -209,8 +210,9 @@ def _size(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
     if value is None:
         raise Refused(f"{field} is missing; take the file that belongs to the weights")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Refused(f"{field} = {_short(value)} should be a whole number above 0; correct the file")
+    most = 1 << (12 if field == "num_hidden_layers" else 31)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise Refused(f"{field} = {_short(value)} should be a whole number from 1 to {most}; correct the file")
     return value
 
 
@@ -253,7 +255,7 @@ def _rope_and_context(config: Mapping[str, Any]) -> tuple[str, int]:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise Refused(f"rope_parameters = {_short(rope)} should be one rotary embedding for all layers; take another model")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in ROPES or rope.get("type", kind) != kind or (config["model_type"] == CONSOLIDATED and kind != "default"):
         raise Refused(
             f"rope type {kind!r} is not computed as Hugging Face does; served are {', '.join(ROPES)}, choose another model"
@@ -277,7 +279,8 @@ def _rope_and_context(config: Mapping[str, Any]) -> tuple[str, int]:
         context, positions = context * factor, trained * factor
     elif kind in ("yarn", "llama3"):
         original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or trained
-        positions = _number("original_max_position_embeddings", original, 1) * factor if kind == "yarn" else trained
+        original = _number("original_max_position_embeddings", original, 1)
+        positions = original * factor if kind == "yarn" else trained
     if context > positions:
         raise Refused(
             f"a context of {int(context)} tokens is beyond the {int(positions)} positions of its rotary embedding; correct the file"

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
+from mistral_contract import architecture
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
@@ -54,6 +55,14 @@ CONSOLIDATED = {
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
+# The modules of a layer, as Hugging Face's checkpoints have them.
+PARTS = [name for name in CONSOLIDATED.values() if not name.startswith(("model.", "lm_head"))]
+# Tables of angles, which some checkpoints carry and which are computed anew.
+ANGLES = re.compile(r"\.rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def window_of(config: Any, layer: int) -> int | None:
@@ -70,12 +79,10 @@ def window_of(config: Any, layer: int) -> int | None:
 
 def refuse_other_models(config: Any) -> None:
     """ValueError for a configuration that asks for a computation which is not in this file."""
-    extras = ("attention_bias", "mlp_bias", "llama_4_scaling", "moe", "ada_rms_norm_t_cond")
-    other = [name for name in extras if getattr(config, name, None)]
-    if getattr(config, "hidden_act", "silu") != "silu":
-        other.append("hidden_act")
-    if other:
-        raise ValueError(f"{', '.join(other)} in the configuration is not Mistral 7B's; serve this model with vLLM's own class")
+    try:
+        architecture.read(config.to_dict() | {"model_type": config.model_type})  # to_dict has the type of the class alone
+    except architecture.Refused as refused:
+        raise ValueError(str(refused)) from None
 
 
 class MistralMLP(nn.Module):
@@ -232,7 +239,7 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = vllm_config.model_config.hf_text_config
-        refuse_other_models(config)
+        refuse_other_models(vllm_config.model_config.hf_config)
         self.model = MistralDecoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -245,6 +252,19 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
         else:
             self.lm_head = PPMissingLayer()
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        layers = [[f"model.layers.{i}.{part}" for part in PARTS] for i in range(config.num_hidden_layers)]
+        ends = {"model.embed_tokens": self.model.embed_tokens, "model.norm": self.model.norm, "lm_head": self.lm_head}
+        # The modules of the checkpoint, of the whole model and of this pipeline stage.
+        self.everything = {*ends, *chain.from_iterable(layers)}
+        self.places = [
+            *(
+                name
+                for name, part in ends.items()
+                if hasattr(part, "weight") and not (name == "lm_head" and config.tie_word_embeddings)
+            ),
+            *chain.from_iterable(layers[self.model.start_layer : self.model.end_layer]),
+        ]
+        self.loaded = False
         self.report = EngineReport(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -269,27 +289,71 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
         return self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        tied = self.config.tie_word_embeddings
-        named = ((name, tensor) for name, tensor in self.renamed(weights) if not (tied and name.startswith("lm_head.")))
-        return AutoWeightsLoader(self).load_weights(named, mapper=self.hf_to_vllm_mapper)
+        """Fills every parameter; ValueError for one that no tensor fills, and for a tensor that has no place.
 
-    def renamed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights under Hugging Face's names, also those of a consolidated checkpoint.
+        vLLM drops biases without a parameter, and does not see that a part of a merged matrix is missing.
+        """
+        filled: set[str] = set()
+        loaded = AutoWeightsLoader(self).load_weights(self.placed(weights, filled), mapper=self.hf_to_vllm_mapper)
+        missing = [name for name in self.places if name not in filled]
+        if missing and not self.loaded:  # later, parts of the weights may be replaced
+            raise ValueError(f"the weights have no {missing[0]}{_others(missing)}; take the whole model, with all its files")
+        self.loaded = True
+        return loaded
+
+    def placed(self, weights: Iterable[tuple[str, torch.Tensor]], filled: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that have a place, under Hugging Face's names; notes in `filled` the modules that they fill.
+
+        Where a folder has the weights in both formats, those of Hugging Face count, whichever come first.
+        """
+        own, seen = set[str](), set[str]()
+        unfit = "; this is not the model that its configuration says: serve it with vLLM's own class"
+        tables: dict[str, torch.Tensor] = {}
+        for stored, given in weights:
+            if ANGLES.search(stored):
+                continue
+            name, tensor = self.renamed(stored, given)
+            module, _, kind = name.rpartition(".")
+            if kind == "bias":  # GPTQ stores biases of models that have none, all zero
+                if tensor.count_nonzero():
+                    raise ValueError(f"{stored} is a bias, and the class has none{unfit}")
+                continue
+            if self.quant_config is None and (
+                kind != "weight" or module not in self.everything or not tensor.is_floating_point()
+            ):
+                raise ValueError(f"{stored} ({str(tensor.dtype).removeprefix('torch.')}) has no place in the class{unfit}")
+            if name != stored and module in filled:
+                continue
+            if name == stored and name in seen:
+                raise ValueError(f"two files have {stored}; keep the files of one set of weights")
+            seen |= {name} if name == stored else set()
+            (filled if name == stored else own).add(module)
+            if self.config.tie_word_embeddings and module in ("lm_head", "model.embed_tokens"):
+                tables[name] = tensor
+                if module == "lm_head":
+                    continue
+            yield name, tensor
+        if not filled:
+            filled |= own
+        if len(tables) == 2 and not torch.equal(*tables.values()):
+            raise ValueError(
+                "lm_head is not model.embed_tokens, and tie_word_embeddings is true; set it to false in the configuration"
+            )
+
+    def renamed(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A tensor under Hugging Face's name, also one of a consolidated checkpoint.
 
         Mistral's own checkpoints keep the two numbers that one angle rotates beside each other, Hugging Face keeps them
         half a head apart: rows 0 1 2 3 of a head with head_dim 4 become 0 2 1 3.
         """
-        config = self.config
-        heads = {"wq": config.num_attention_heads, "wk": config.num_key_value_heads}
-        for name, tensor in weights:
-            match = re.fullmatch(r"(layers\.\d+\.)?(.+?)\.(weight|qscale_weight|qscale_act|bias)", name)
-            if name.startswith("model.") or match is None or match[2] not in CONSOLIDATED:
-                yield name, tensor
-                continue
-            part = match[2].removeprefix("attention.")
-            if part in heads and match[3] == "weight":
-                rows, columns = tensor.shape
-                n = heads[part]
-                tensor = tensor.view(n, rows // n // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-            layer = f"model.{match[1]}" if match[1] else ""
-            yield f"{layer}{CONSOLIDATED[match[2]]}.{match[3]}", tensor
+        heads = {"wq": self.config.num_attention_heads, "wk": self.config.num_key_value_heads}
+        match = re.fullmatch(r"(layers\.\d+\.)?(.+?)\.(weight|qscale_weight|qscale_act|bias)", name)
+        if name.startswith("model.") or match is None or match[2] not in CONSOLIDATED:
+            return name, tensor
+        part = match[2].removeprefix("attention.")
+        if part in heads and match[3] == "weight":
+            rows, columns = tensor.shape
+            n = heads[part]
+            tensor = tensor.view(n, rows // n // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        layer = f"model.{match[1]}" if match[1] else ""
+        return f"{layer}{CONSOLIDATED[match[2]]}.{match[3]}", tensor

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import architecture
 from mistral_contract import quantization as schemes
 
 from vllm_mistral.contract import Code, LaunchError
@@ -20,9 +21,21 @@ CONVERTED = ".hf"
 
 def is_consolidated(folder: Path) -> bool:
     """Whether the folder has weights in Mistral's own format only: consolidated*.safetensors with params.json."""
-    others = [file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")]
-    found = (folder / "params.json").is_file() and any(folder.glob("consolidated*.safetensors"))
-    return found and not (others and (folder / "config.json").is_file())
+    return architecture.config_file(file.name for file in folder.glob("*")) == "params.json"
+
+
+def check_architecture(folder: Path) -> None:
+    """LaunchError if the class does not serve the model that the folder's configuration describes."""
+    file = folder / ("params.json" if is_consolidated(folder) else "config.json")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
+    except FileNotFoundError:
+        raise LaunchError(Code.WEIGHTS, f"{file} is missing; mirror the whole model, not only its tensors") from None
+    except architecture.Refused as refused:
+        raise LaunchError(Code.WEIGHTS, f"{file}: {refused}") from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise LaunchError(Code.WEIGHTS, f"{file} cannot be read ({error}); mirror the model again") from error
 
 
 def model_dir(folder: Path) -> Path:
@@ -30,8 +43,7 @@ def model_dir(folder: Path) -> Path:
     if not folder.is_dir():
         raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
     if any(folder.glob("*.safetensors")):
-        if not (folder / "config.json").is_file() and not is_consolidated(folder):
-            raise LaunchError(Code.WEIGHTS, f"{folder}/config.json is missing; mirror the whole model, not only its tensors")
+        check_architecture(folder)
         return folder
     found = sorted(folder.rglob("*.gguf"))
     if len(found) != 1:
