@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +91,100 @@ TENSORS = {
 }  # fmt: skip
 
 
+# Tables of angles that old converters wrote, and that are computed anew.
+ANGLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+# What a GGUF file says of the model (llama.*), and is read here.
+SAID = {
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length",
+}  # fmt: skip
+# Keys that change nothing with these values; any other key must be off.
+SAID_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,), "tensor_data_layout": ("Meta AI original pth",), "rope.scaling.finetuned": (True, False),
+    "rope.scaling.attn_factor": (1,), "logit_scale": (1,), "embedding_scale": (1,), "residual_scale": (1,),
+}  # fmt: skip
+
+
 def hugging_face_name(name: str) -> str:
-    """The name of a GGUF tensor in a Hugging Face checkpoint; KeyError for one that no such model has.
+    """The name of a GGUF tensor in a Hugging Face checkpoint; ValueError for one that no such model has.
 
     >>> hugging_face_name("blk.3.attn_q.weight")
     'model.layers.3.self_attn.q_proj.weight'
     """
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{TENSORS[parts[2]]}.{parts[3]}"
-    return f"{TENSORS[parts[0]]}.{parts[1]}"
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    part = TENSORS.get(match[2], "") if match else ""
+    if not match or not part or (match[1] is None) != part.startswith(("model.", "lm_head")):
+        raise ValueError(f"it has the tensor {name}, for which the class has no place")
+    return f"{part}.weight" if match[1] is None else f"model.layers.{match[1]}.{part}.weight"
+
+
+def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any] | None:
+    """The scaling of which `rope_freqs.weight` is made, one factor for each frequency; ValueError if it is not Llama 3's.
+
+    Converters write only the factors. Llama 3.1 and 3.2 have the same two thresholds, so that the largest factor says the rest.
+    """
+    factor, low, high, original = max(factors), 1.0, 4.0, 8192
+    for index, found in enumerate(factors):
+        turns = original * theta ** (-index / len(factors)) / (2 * math.pi)  # over the original context
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))
+        if abs(found - 1 / ((1 - share) / factor + share)) > 1e-4 * found:
+            raise ValueError("the factors of its rope_freqs.weight are not those of Llama 3")
+    scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return None if factor == 1 else {"rope_type": "llama3", **scaling}
+
+
+def hugging_face_config(said: Mapping[str, Any], freqs: Sequence[float] | None) -> dict[str, Any]:
+    """The configuration of a llama-shaped GGUF model in the words of MistralConfig; ValueError if it computes something else.
+
+    `said` are the values of its keys, without `llama.`; `freqs` its rope_freqs.weight.
+    """
+
+    def value(key: str) -> Any:
+        if said.get(key) is None:
+            raise ValueError(f"it has no llama.{key}")
+        return said[key]
+
+    for key, found in said.items():
+        if key not in SAID and found and found not in SAID_NEUTRAL.get(key, ()):
+            raise ValueError(f"its llama.{key} = {str(found)[:60]} asks for a computation that the class does not have")
+    if said.get("attention.causal") is False:
+        raise ValueError("its attention is not causal")
+    hidden, heads, context = value("embedding_length"), value("attention.head_count"), value("context_length")
+    if (
+        isinstance(heads, list)
+        or isinstance(said.get("attention.head_count_kv"), list)
+        or isinstance(said.get("feed_forward_length"), list)
+    ):
+        raise ValueError("its layers differ in their sizes")
+    head_dim = said.get("attention.key_length") or hidden // heads
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if said.get(key) not in (None, 0, head_dim):
+            raise ValueError(f"its llama.{key} is {said[key]}, and its heads have {head_dim}")
+    theta = said.get("rope.freq_base") or 10000.0
+    factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1
+    kind = said.get("rope.scaling.type") or "linear"  # llama.cpp's default
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"its llama.rope.scaling.type is {kind}")
+    if kind != "none" and factor != 1:
+        original = said.get("rope.scaling.original_context_length") or context
+        # Of linear scaling, max_position_embeddings is the length that was trained, which vLLM multiplies by the factor; of YaRN the whole.
+        if kind == "linear":
+            rope, context = {"rope_type": "linear", "factor": factor}, min(context, original)
+        else:
+            rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if freqs is not None and (scaling := llama3_scaling(freqs, theta)):
+        if rope["rope_type"] != "default":
+            raise ValueError(f"it has both rope_freqs.weight and llama.rope.scaling.type {kind}")
+        rope = scaling
+    return {
+        "hidden_size": hidden, "intermediate_size": value("feed_forward_length"), "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": said.get("attention.head_count_kv") or heads, "head_dim": head_dim,
+        "max_position_embeddings": context, "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope | {"rope_theta": theta}, "sliding_window": said.get("attention.sliding_window") or None,
+    }  # fmt: skip
 
 
 def convert(gguf_file: Path, target: Path) -> None:
@@ -125,26 +212,35 @@ def convert(gguf_file: Path, target: Path) -> None:
         kind = value("general.architecture")
         if kind != "llama":
             raise ValueError(f"its architecture is {kind}, not llama")
-        heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+        if (purpose := reader.get_field("general.type")) is not None and purpose.contents() != "model":
+            raise ValueError(f"it is of the type {purpose.contents()}, not model")
         ids = {word: int(value(f"tokenizer.ggml.{word}_token_id")) for word in ("bos", "eos")}
+        words = len(field.data) if (field := reader.get_field("tokenizer.ggml.tokens")) else 0
+        said = {name.removeprefix("llama."): value(name) for name in reader.fields if name.startswith("llama.")}
+        freqs = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+        shape = hugging_face_config(said, freqs)
         tensors = {}
         for tensor in reader.tensors:
+            if tensor.name == "rope_freqs.weight" or ANGLES.fullmatch(tensor.name):
+                continue
             data = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            for part, count in (("attn_q.", heads), ("attn_k.", kv_heads)):
-                if part in tensor.name:
+            if tensor.name.endswith(".bias") and not data.count_nonzero():
+                continue
+            name = hugging_face_name(tensor.name)
+            for part, count in (("q_proj", shape["num_attention_heads"]), ("k_proj", shape["num_key_value_heads"])):
+                if part in name:
                     rows, columns = data.shape
+                    if rows != count * shape["head_dim"]:
+                        raise ValueError(f"its {tensor.name} has {rows} rows, and {count} heads of {shape['head_dim']}")
                     data = data.view(count, rows // count // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-            tensors[hugging_face_name(tensor.name)] = data.to(torch.bfloat16).contiguous()
+            tensors[name] = data.to(torch.bfloat16).contiguous()
         config = MistralConfig(
-            vocab_size=tensors["model.embed_tokens.weight"].shape[0], hidden_size=value("llama.embedding_length"),
-            intermediate_size=value("llama.feed_forward_length"), num_hidden_layers=value("llama.block_count"),
-            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=value("llama.embedding_length") // heads,
-            max_position_embeddings=value("llama.context_length"),
-            rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-            rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
-            tie_word_embeddings="lm_head.weight" not in tensors, sliding_window=None,
+            **shape, vocab_size=tensors["model.embed_tokens.weight"].shape[0], tie_word_embeddings="lm_head.weight" not in tensors,
             bos_token_id=ids["bos"], eos_token_id=ids["eos"], architectures=["MistralForCausalLM"], dtype="bfloat16",
         )  # fmt: skip
+        architecture.read(config.to_dict())
+        if config.vocab_size < words:
+            raise ValueError(f"it has {words} tokens and embeddings for {config.vocab_size}")
         size, free = sum(2 * tensor.numel() for tensor in tensors.values()), shutil.disk_usage(temporary).free
         if size >= free:
             raise LaunchError(
@@ -161,7 +257,9 @@ def convert(gguf_file: Path, target: Path) -> None:
         except OSError:
             if not target.exists():  # somebody else was faster
                 raise
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except LaunchError:
+        raise
+    except Exception as error:  # of any library that reads the file
         raise LaunchError(Code.WEIGHTS, f"{gguf_file} cannot be converted ({error}); check where it came from") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
