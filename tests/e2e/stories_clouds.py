@@ -25,6 +25,7 @@ from deployments import (
     up,
     when,
 )
+from mistralctl import images
 from planted import are_where_they_belong, plant, went_with_the_node
 from roles import exceeded
 from secrets_search import Processes
@@ -48,6 +49,12 @@ def sim(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimC
 def no_faults(sim: SimCloud) -> Iterator[None]:
     yield
     sim.clear_faults()
+
+
+def launches(sim: SimCloud, place: Place, since: int) -> list[str]:
+    """The calls for a machine in the journal from a line on."""
+    actions = [str(event.get("action")) for event in sim.journal(place.cloud)[since:]]
+    return [action for action in actions if action.endswith(("RunInstances", "nsert", "virtualMachines/write"))]
 
 
 def test_zone_after_zone_refuses_and_the_next_region_gives(sim: SimCloud, place: Place) -> None:
@@ -174,9 +181,8 @@ def test_a_gpu_quota_of_zero_costs_no_attempt(sim: SimCloud, place: Place) -> No
         assert refused.returncode == 8
         assert place.gpu_quota in refused.stderr
         assert "Traceback" not in refused.stderr
-        asked = {str(event.get("action")) for event in sim.journal(place.cloud)[before:]}
-        assert asked  # for the quotas
-        assert not [action for action in asked if action.endswith(("RunInstances", "nsert", "virtualMachines/write"))]
+        assert sim.journal(place.cloud)[before:]  # asked for the quotas
+        assert launches(sim, place, before) == []
         assert sim.instances(place.cloud) == []
 
 
@@ -189,6 +195,32 @@ def test_a_gpu_machine_whose_image_has_no_driver_is_named(sim: SimCloud, place: 
         [instance] = sim.instances(place.cloud)
         assert instance.type.startswith(place.gpu_types)
         gone(sim, place, "gpu")
+
+
+def test_a_driver_that_is_too_old_is_named_with_its_version(sim: SimCloud, place: Place) -> None:
+    with story("--image of an old image of which the table knows nothing: its driver is named, and the option", place.cloud):
+        refused = sim.run([*gpu(place), "--weights", place.weights, *place.old, "--offline"], check=False, timeout=600)
+        print(refused.stderr)
+        assert refused.returncode == 9
+        assert f"the NVIDIA driver of this image is {place.old_driver} and vLLM's CUDA 13 needs 580 or newer" in refused.stderr
+        assert "--image" in refused.stderr
+        gone(sim, place, "gpu")
+
+
+def test_what_the_table_says_cannot_serve_is_never_rented(sim: SimCloud, place: Place) -> None:
+    with story("an old image that the table knows, and Azure's A10: refused, nothing rented", place.cloud):
+        before = len(sim.journal(place.cloud))
+        old = next(one for one in images.IMAGES if one.cloud == place.cloud and one.driver.startswith("535") and not one.grid)
+        refused = sim.run(
+            [*gpu(place), "--weights", place.weights, "--image", f"{place.cloud}={old.id}"], check=False, timeout=120
+        )
+        print(refused.stderr)
+        assert (refused.returncode, old.driver in refused.stderr) == (3, True)
+        if place.cloud == "azure":
+            refused = sim.run([*gpu(place), "--weights", place.weights, "--accelerators", "A10"], check=False, timeout=120)
+            print(refused.stderr)
+            assert (refused.returncode, "GRID" in refused.stderr) == (3, True)
+        assert launches(sim, place, before) == []
 
 
 def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, place: Place, tmp_path: Path) -> None:

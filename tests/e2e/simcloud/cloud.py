@@ -63,7 +63,7 @@ class Cloud(ABC):
         if slow:
             machine = replace(machine, boot_seconds=slow.seconds or SLOW_SECONDS)
         if faults["no_driver"]:
-            machine = replace(machine, driver=False)
+            machine = replace(machine, asked="")
         if small:
             machine = replace(machine, disk_mib=small.mib or SMALL_MIB)
         self.nodes.boot(machine, lambda: ports() - ({22} if machine.id in self.no_ssh else set()))

@@ -32,6 +32,14 @@ KEPT = 4  # images; the one that was used least recently goes first
 SYSTEM = {"bin", "boot", "etc", "lib", "lib32", "lib64", "libx32", "sbin", "usr", "var", "dev", "proc", "sys"}
 MISTRALCTL_ENVS = ".mistralctl/envs"
 
+# CUDA's compilers, ninja, a driver's programs: of this machine's own a node sees none, wherever below /usr they lie. gpus.py gives a machine
+# those that the image it was asked for has.
+ABSENT = (
+    "ninja", "ninja-build", "nvcc", "nvcc.profile", "__nvcc_device_query", "ptxas", "cicc", "cudafe++", "cuobjdump", "nvdisasm", "nvlink",
+    "nvprune", "fatbinary", "bin2c", "nvidia-smi", "nvidia-modprobe",
+)  # fmt: skip
+ABSENT_FOLDERS = ("usr/local/cuda*", "usr/lib/cuda*", "usr/lib/nvidia-cuda-toolkit", "usr/share/cuda*")
+
 # `shutdown` and its like; a node has no systemd. The first process ends when it hears the signal.
 SHUTDOWN = """#!/bin/sh
 # shutdown [-h|-P|-H] [now|+MINUTES], poweroff, halt
@@ -209,6 +217,11 @@ def _inside(folder: Path, wheel: str) -> None:
     as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
     script = ["bash", "-ex", "/tmp/setup.sh", environment_id("cpu", NODE_PYTHON), NODE_PYTHON]
     subprocess.run([*inside, *as_user, *script], env=environ, check=True)
+
+    for folder in (found for pattern in ABSENT_FOLDERS for found in root.glob(pattern)):
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    names = " -o ".join(f"-name {name}" for name in ABSENT).split()
+    subprocess.run(["find", str(root / "usr"), "-xdev", "!", "-type", "d", "(", *names, ")", "-delete"], check=True)
 
     # From here on the node knows that it has no network.
     (etc / "uv").mkdir(exist_ok=True)

@@ -15,20 +15,23 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from simcloud import gpus, linux, tls
+from simcloud import gpus, images, linux, tls
 
 IMAGE_USER = "ubuntu"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 METADATA_ADDRESS = "169.254.169.254"
+# A real node has memory of its own. Ray on a simulated one sees the whole machine's and would end jobs for what others use.
+VARIABLES = {"RAY_memory_monitor_refresh_ms": "0"}
 
 
 @dataclass(frozen=True)
 class Machine:
     """What a cloud tells a machine when it boots. `keys`: user name to the public keys that may sign in; `hosts`: names of hosts to
-    their addresses; `authority`: the file with the certificate that the machine trusts; `gpus`: their names, with `driver` if its image has one;
-    `disk_mib`: how much may be written on its disk, which is then forgotten over a stop."""
+    their addresses; `authority`: the file with the certificate that the machine trusts; `gpus`: their names; `asked`: the cloud's reference of the
+    image that was asked for (images.py); `disk_mib`: how much may be written on its disk, which is then forgotten over a stop."""
 
     id: str
     address: str
@@ -41,7 +44,8 @@ class Machine:
     authority: str = ""
     boot_seconds: float = 0
     gpus: tuple[str, ...] = ()
-    driver: bool = True
+    cloud: str = ""
+    asked: str | dict[str, Any] = ""
     disk_mib: int = 0
 
     def dump(self) -> str:
@@ -74,7 +78,9 @@ def lay_out(machine: Machine) -> Path:
     if machine.authority:
         shutil.copy(machine.authority, etc / "ssl" / tls.AUTHORITY)
         trusted = dict.fromkeys(tls.VARIABLES, f"/etc/ssl/{tls.AUTHORITY}")
-    (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in (machine.environment | trusted).items()))
+    (etc / "environment").write_text(
+        "".join(f"{name}={value}\n" for name, value in (VARIABLES | machine.environment | trusted).items())
+    )
     (etc / "hostname").write_text(f"{machine.hostname}\n")
     names = {"localhost": "127.0.0.1", machine.hostname: machine.address} | machine.hosts
     (etc / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
@@ -115,8 +121,8 @@ def main() -> None:
     root = lay_out(machine)
     for user, keys in machine.keys.items():
         let_in(root, user, keys)
-    if machine.gpus and machine.driver:
-        gpus.show(root, tuple(machine.gpus))
+    if machine.gpus:
+        gpus.show(root, machine.cloud, tuple(machine.gpus), images.of(machine.cloud, machine.asked))
     time.sleep(machine.boot_seconds)
     key = root / "etc/ssh/ssh_host_ed25519_key"
     if not key.exists():

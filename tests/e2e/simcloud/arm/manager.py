@@ -25,7 +25,10 @@ MACHINES = "microsoft.compute/virtualmachines"
 GROUP_DELETION_SECONDS = 3.0
 OURS = {"id": ROOT, "subscriptionId": SUBSCRIPTION, "displayName": "simulated", "state": "Enabled", "tenantId": TENANT}
 # The marketplace: images to versions to the GB that a disk needs.
-MARKETPLACE = {"microsoft-dsvm:ubuntu-hpc:2204": {"22.04.2023080201": 30, "22.04.2025102701": 64, "22.04.2026082801": 64}}
+MARKETPLACE = {
+    "microsoft-dsvm:ubuntu-hpc:2204": {"22.04.2023080201": 30, "22.04.2025102701": 64, "22.04.2026082801": 64},
+    "microsoft-dsvm:ubuntu-hpc:2004": {"20.04.2024102301": 30},
+}
 _TAG = re.compile(r"tagName eq '([^']*)'(?: and tagValue eq '([^']*)')?")
 
 

@@ -99,12 +99,7 @@ def prepare(folder: Path, home: Path) -> dict[str, str]:
         rows = csv.writer(file)
         rows.writerow(["InstanceType", "OnDemandInstanceCode", "SpotInstanceCode"])
         rows.writerows([name, ON_DEMAND_QUOTA, SPOT_QUOTA] for name in types)
-    with (tables / "images.csv").open("r+", newline="") as file:
-        # The snapshot is older than SkyPilot's image with CUDA 13, which is the default of GPU machines by now.
-        lines = [line for line in file if line.startswith("skypilot:custom-gpu-ubuntu,")]
-        file.writelines(line.replace("ubuntu,", "ubuntu-cuda13,", 1) for line in lines)
-    with (tables / "images.csv").open() as file:
-        images = sorted({row["ImageId"] for row in csv.DictReader(file) if row["ImageId"]})
+    images = sorted({row["ImageId"] for row in catalog.images("aws") if row["ImageId"]})
     fixed = {
         "owner_id": "137112412989", "public": True, "virtualization_type": "hvm", "architecture": "x86_64", "state": "available",
         "platform": None, "image_type": "machine", "image_location": "amazon/simulated", "hypervisor": "xen",
@@ -194,7 +189,7 @@ class Amazon(Cloud):
         machine = Machine(
             instance.id, instance.private_ip, f"ip-{instance.private_ip.replace('.', '-')}", str(self.nodes.image),
             str(self.nodes.path(instance.id)), keys, NODE_VARIABLES | {"AWS_DEFAULT_REGION": instance.region_name},
-            gpus=gpus.of_type("aws", instance.instance_type),
+            gpus=gpus.of_type("aws", instance.instance_type), cloud="aws", asked=instance.image_id,
         )  # fmt: skip
         self.power_on(machine, lambda: self.ports(instance), where)
 

@@ -226,7 +226,8 @@ class Azure(Cloud):
             machine["name"], address, machine["name"], str(self.nodes.image), str(self.nodes.path(machine["name"])),
             {profile["adminUsername"]: keys}, hosts=dict.fromkeys(NAMES, ADDRESS),
             authority=str(self.folder.parent / "tls" / tls.AUTHORITY),
-            gpus=gpus.of_type("azure", machine["properties"]["hardwareProfile"]["vmSize"]),
+            gpus=gpus.of_type("azure", machine["properties"]["hardwareProfile"]["vmSize"]), cloud="azure",
+            asked=machine["properties"]["storageProfile"].get("imageReference") or {},
         )  # fmt: skip
         if not self.nodes.is_up(machine["name"]):
             self.power_on(node, lambda: self.ports(machine), self.where(machine))

@@ -397,7 +397,8 @@ class Google(Cloud):
         hosts = dict.fromkeys((*NAMES, "metadata.google.internal", "metadata"), METADATA_ADDRESS)
         machine = Machine(
             instance["name"], str(address(instance)), instance["name"], str(self.nodes.image), str(self.nodes.path(instance["name"])),
-            users, hosts=hosts, gpus=tuple(gpus), authority=str(self.folder.parent / "tls" / tls.AUTHORITY),
+            users, hosts=hosts, authority=str(self.folder.parent / "tls" / tls.AUTHORITY),
+            gpus=tuple(gpus), cloud="gcp", asked=self.image(instance) or "",
         )  # fmt: skip
         self.power_on(machine, lambda: self.ports(instance), where)
         instance.update(status="RUNNING", lastStartTimestamp=now())
