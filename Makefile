@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema bench real gpu-check clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema vllm-options bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -131,6 +131,10 @@ schema: .venv/.made
 # For a machine with an NVIDIA GPU and a Python that has torch (PYTHON=...): installs nothing, asks no network.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
+
+# What vLLM's own parser says of the options of `vllm serve`, after a change of vLLM.
+vllm-options: .venv-node/.made
+	cd tests/plugin && ../../.venv-node/bin/python vllm_options.py ../../model/contract/mistral_contract/vllm_options.json
 
 check: lint test
 

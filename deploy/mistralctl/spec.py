@@ -22,48 +22,6 @@ NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/prefix", "az": "account/container/prefix",
           "file": "/folder", "pypi": "package@version/file"}  # fmt: skip
 
-# What `--vllm-arg` may not set, because mistralctl sets it itself, and the option to use instead.
-OWN_VLLM_ARGS = {
-    "--host": "mistralctl listens on 127.0.0.1 only",
-    "--port": "use --port",
-    "--uds": "mistralctl serves on a port",
-    "--api-key": "mistralctl makes a key itself",
-    "--middleware": "the guard is mistralctl's own",
-    "--root-path": "the guard's routes would not match",
-    "--model": "use MODEL",
-    "--hf-token": "a token in an argument is read by everybody; set HF_TOKEN or log in with hf auth login",
-    "--hf-overrides": "the architecture is mistralctl's own",
-    "--tokenizer": "the tokenizer comes with the model",
-    "--tokenizer-mode": "the tokenizer comes with the model",
-    "--trust-remote-code": "mistralctl never runs code that comes with weights",
-    "--load-format": "only safetensors are served",
-    "--served-model-name": "use --served-model-name",
-    "--max-model-len": "use --max-model-len",
-    "--max-num-seqs": "use --max-concurrency",
-    "--max-num-batched-tokens": "it follows from the window",
-    "--tensor-parallel-size": "use --tensor-parallel",
-    "--dtype": "use --dtype",
-    "--quantization": "use --quantization",
-    "--lora-modules": "use --lora",
-    "--enable-lora": "use --lora",
-    "--revision": "the table of models pins it",
-    "--config": "use -f mistralctl.yaml",
-    "--ssl-keyfile": "mistralctl makes certificates itself",
-    "--ssl-certfile": "mistralctl makes certificates itself",
-    "--ssl-ca-certs": "mistralctl makes certificates itself",
-    "--ssl-cert-reqs": "clients show a key, not a certificate",
-    "--ssl-ciphers": "mistralctl chooses them",
-    "--enable-ssl-refresh": "a new certificate is a new up",
-    "--allowed-origins": "the guard refuses other origins",
-    "--disable-frontend-multiprocessing": "the launcher needs it as it is",
-    "--worker-extension-cls": "the launcher reads the engine through it",
-    "--shutdown-timeout": "the launcher drains requests itself",
-    "--gpu-memory-utilization": "plan computes with it",
-    "--tool-call-parser": "it follows from the model",
-    "--enable-auto-tool-choice": "it follows from the model",
-    "--chat-template": "it comes with the model",
-}
-
 
 def _name(value: str) -> str:
     if not re.fullmatch(NAME_PATTERN, value) or "--" in value:
@@ -163,20 +121,10 @@ def _duration(value: str) -> str:
 
 
 def _vllm_args(values: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        flag = value.split("=", 1)[0]
-        if not re.fullmatch(r"--?[A-Za-z0-9][A-Za-z0-9._-]*(=.*)?", value, re.DOTALL):
-            raise ValueError(f"{value!r} is not an argument; write it in one piece, for example --seed=7")
-        if any(ord(c) < 32 for c in value) or len(value) > 4096:
-            raise ValueError(f"{flag!r} has a control character or is longer than 4096 characters")
-        if not flag.startswith("--"):
-            raise ValueError(f"{value!r} is a short argument; write the long one, for example --seed=7")
-        spelt = "--" + flag[2:].replace("_", "-").lower()
-        bare = "--" + spelt.removeprefix("--no-").removeprefix("--")
-        for own, instead in OWN_VLLM_ARGS.items():
-            # vLLM's parser takes dotted forms (--hf-overrides.x) and any unambiguous beginning of a name (--middle).
-            if bare == own or bare.startswith(own + ".") or own.startswith(bare):
-                raise ValueError(f"{flag} would set {own}, which mistralctl sets itself: {instead}")
+    if values:
+        from mistral_contract import vllm_options
+
+        vllm_options.check(values)
     return values
 
 

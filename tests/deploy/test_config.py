@@ -12,10 +12,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_contract import vllm_options
 from mistralctl import checkpoints, plan, task
 from mistralctl.config import load, parse_yaml
 from mistralctl.errors import UserError
-from mistralctl.spec import OWN_VLLM_ARGS, DeploymentSpec, json_schema
+from mistralctl.spec import DeploymentSpec, json_schema
 
 # Text of mistralctl.yaml, and how the error begins (after the file's path) and what it says to do.
 BAD_FILES = [
@@ -134,7 +135,10 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("cloud: aws", {"cloud": ("aws",)}),
     ("cloud: aws, gcp", {"cloud": ("aws", "gcp")}),
     ("vllm_args: --seed=7", {"vllm_args": ("--seed=7",)}),
-    ("vllm_args: '--seed=7  --x={\"a\": 1} --y'", {"vllm_args": ("--seed=7", '--x={"a": 1}', "--y")}),
+    (
+        "vllm_args: '--seed=7  --override-generation-config={\"a\": 1} --enforce-eager'",
+        {"vllm_args": ("--seed=7", '--override-generation-config={"a": 1}', "--enforce-eager")},
+    ),
     ("allow: 203.0.113.0/24", {"allow": ("203.0.113.0/24",)}),
     ("max_price: '2'", {"max_price": 2.0}),
     ("max_price: '2.5'", {"max_price": 2.5}),
@@ -236,14 +240,83 @@ def test_bad_variables(environ: dict[str, str], says: str, tmp_path: Path) -> No
     one_line(error.value, says)
 
 
-@pytest.mark.parametrize("own", OWN_VLLM_ARGS)
+@pytest.mark.parametrize("own", vllm_options.SET)
 def test_what_mistralctl_sets_itself_is_refused_however_it_is_spelt(own: str, tmp_path: Path) -> None:
-    spellings = {own, own + "=x", own.replace("-", "_").replace("__", "--", 1), own[:-1], own.upper().lower(), own + ".x=1",
-                 "--no-" + own[2:]}  # fmt: skip
+    spellings = {own, own + "=x", own.replace("-", "_").replace("__", "--", 1), own + ".x=1"}
+    option = next(option for option in vllm_options._data()["options"] if own in option["names"])
+    spellings |= {name for name in option["names"] if name.startswith("--")}
     for spelling in spellings:
         with pytest.raises(UserError) as error:
             whole({"vllm_args": [spelling]}, {}, None, tmp_path)
-        one_line(error.value, "--vllm-arg", "mistralctl sets itself")
+        one_line(error.value, "--vllm-arg", f"would set {own}, which mistralctl sets itself: {vllm_options.SET[own]}")
+    with pytest.raises(UserError) as error:  # vLLM's parser takes any beginning that one option has alone
+        whole({"vllm_args": [own[:-1]]}, {}, None, tmp_path)
+    one_line(error.value, "--vllm-arg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--no-such-flag=16"], "--no-such-flag is no option of vLLM 0.32.0"),
+        (["--enable-log-request"], None),  # the beginning of one option alone
+        (["--enable-logs-requests"], "is no option of vLLM 0.32.0; did you mean --enable-log-requests?"),
+        (["--guided-decoding-backend=outlines"], "is no option of vLLM 0.32.0: write --structured-outputs-config.backend=NAME"),
+        (["--disable-log-requests", "--enforce-eager", "--max-logprobs=20"], "--enable-log-requests only"),
+        (["--enforce-eager", "--max-logprobs=20", "--enable-log-requests"], None),
+        (["--max-lora-rank=64"], "--max-lora-rank would set --max-lora-rank, which mistralctl sets itself: it follows from the adapters"),
+        (['--rope-scaling={"rope_type":"dynamic","factor":2.0}'], "the positions are the model's (config.json)"),
+        (["--swap-space=16"], "nothing is swapped"),
+        (["--kv-cache-dtype=fp8"], "--kv-cache-dtype is closed in a deployment: plan computes the memory with vLLM's default"),
+        (["--disable-sliding-window"], "--disable-sliding-window is closed in a deployment: the window is the model's"),
+        (["--no-disable-sliding-window"], "the window is the model's"),
+        (["--gpu-memory-utilization=0.95"], "plan computes with it"),
+        (["--device-memory-utilization=0.95"], "would set --gpu-memory-utilization"),
+        (["--chat-template=x.jinja"], "it comes with the model"),
+        (["--enable-auto-tool-choice", "--tool-call-parser=hermes"], "it follows from the model"),
+        (["--seed", "7"], "--seed needs a value; write it in one piece, for example --seed=VALUE"),
+        (["--seed=x"], "--seed should be a whole number, not 'x'"),
+        (["--seed=1.5"], "--seed should be a whole number, not '1.5'"),
+        (["--seed="], "--seed should be a whole number, not ''"),
+        (["--seed.x=1"], "should be a whole number"),
+        (["--enforce-eager=true"], "--enforce-eager takes no value; write --enforce-eager"),
+        (["--no-enforce-eager"], None),
+        (["--no-seed"], "--no-seed is no option of vLLM"),
+        (["--scheduling-policy=lifo"], "--scheduling-policy should be one of fcfs, priority, not 'lifo'"),
+        (["--scheduling_policy=priority"], None),
+        (["--max-log"], "--max-log could be any of --max-log-len, --max-logprobs"),
+        (["--max-num-queued-tokens=64k"], None),
+        (["--max-num-queued-tokens=1.5K"], "should be a size like 64k, not '1.5K'"),
+        (["--default-chat-template-kwargs={"], "--default-chat-template-kwargs should be JSON, not '{'"),
+        (["--compilation-config.mode=3", "--compilation-config.cudagraph_mode=NONE"], None),
+        (["--compilation_config.mode=3"], None),
+        (["--compilation-config.mode=9"], "should have one of NONE, STOCK_TORCH_COMPILE"),
+        (["--compilation-config.mode=vllm_compile"], None),
+        (["--compilation-config.cudagraph_num_of_warmups=x"], "should have a whole number as cudagraph_num_of_warmups, not 'x'"),
+        (["--compilation-config.modes=3"], "--compilation-config.modes has no key 'modes'; did you mean mode?"),
+        (["--compilation-config=[]"], "should be a JSON object"),
+        (["--compilation-config.backend=x.y"], "may not set backend in a deployment"),
+        (["--structured-outputs-config.backend=outlines"], None),
+        (["--structured-outputs-config.backend=lm-format"], "should have one of auto"),
+        (['--structured-outputs-config={"reasoning_parser_plugin":"/x.py"}'], "may not set reasoning_parser_plugin"),
+        (["--structured-outputs-config.disable_any_whitespace=true"], "needs the backend xgrammar or guidance beside disable_any_whitespace"),
+        (['--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}'], None),
+        (["--speculative-config.model=x"], "speculative decoding is not planned with"),
+        (["--logits-processors=x.Y"], "it loads other code"),
+        (["--grpc-port=50051"], "it opens a port or a route"),
+        (["--help"], "--help is no option of a server"),
+        (["--help=Frontend"], "--help is no option of a server"),
+        (["-tp=2"], "is a short argument"),
+        (["--"], "is not an argument"),
+        (["--seed=" + "7" * 5000], "longer than 4096"),
+    ],
+)  # fmt: skip
+def test_options_of_vllm_are_judged_as_its_parser_does(arguments: list[str], says: str | None, tmp_path: Path) -> None:
+    if says is None:
+        assert json.loads(whole({"vllm_args": arguments}, {}, None, tmp_path)["envs"]["MISTRALCTL_VLLM_ARGS"]) == arguments
+        return
+    with pytest.raises(UserError) as error:
+        whole({"vllm_args": arguments}, {}, None, tmp_path)
+    one_line(error.value, "--vllm-arg", says)
 
 
 def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:

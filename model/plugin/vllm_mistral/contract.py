@@ -11,6 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mistral_contract import vllm_options
+
 T = TypeVar("T")
 
 
@@ -123,30 +125,10 @@ def _strings(text: str) -> tuple[str, ...]:
     return tuple(data)
 
 
-# What decides who gets in, what code runs, or what the contract says already.
-OURS = (
-    "api-key api-server-count allowed-origins config config-format data-parallel-size dtype enable-lora grpc headless "
-    "hf-config-path hf-overrides hf-token host load-format logits-processors lora-modules max-lora-rank max-model-len "
-    "max-num-batched-tokens max-num-seqs middleware model model-impl model-tag port quantization root-path served-model-name shutdown-timeout "
-    "speculative-config ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile enable-ssl-refresh tensor-parallel-size tokenizer "
-    "tokenizer-mode tool-parser-plugin reasoning-parser-plugin trust-remote-code uds worker-cls worker-extension-cls"
-).split()
-SHORT = {"-tp", "-dp", "-q", "-O", "-cc"}
-
-
 def _arguments(text: str) -> tuple[str, ...]:
     """Further arguments of `vllm serve`, without those that would undo the contract or the guard."""
     found = _strings(text)
-    if found and not found[0].startswith("-"):
-        raise ValueError(f"should begin with an option, not with {found[0]!r}")
-    for item in found:
-        if not item.startswith("-"):
-            continue
-        option = re.split(r"[=.+]", item, maxsplit=1)[0]
-        name = option.lstrip("-").replace("_", "-")
-        # argparse takes any unambiguous beginning of an option for the option
-        if option in SHORT or (item.startswith("--") and any(ours == name or (name and ours.startswith(name)) for ours in OURS)):
-            raise ValueError(f"may not have {option}, which the deployment sets itself")
+    vllm_options.check(found)
     return found
 
 

@@ -38,11 +38,10 @@ def runs_in_the_engine(contract: Contract) -> bool:
     vLLM gives a CPU's model a process of its own, so that its threads can be bound to the cores of one memory node, and both processes spin
     for a second after each message. On 2 cores a start takes 1.3 times as long that way, a token 1.1 times, and a short request 9 times the
     processor time (benchmarks/one_process.py). Where there is one memory node there is nothing to bind. A binding that was
-    asked for, and pipeline stages, need vLLM's way.
+    asked for needs vLLM's way.
     """
-    stages = any(item.startswith(("-pp", "--pi")) for item in contract.vllm_args)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind"
-    return contract.engine == "cpu" and not stages and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
+    return contract.engine == "cpu" and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
 
 
 def arguments(contract: Contract, model_dir: Path) -> list[str]:
