@@ -55,7 +55,10 @@ def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
     except quantization.NotServed as refused:
         raise UserError(f"{place}: {file}: {refused}", Exit.WEIGHTS) from None
     tables = (1 if model.tied else 2) * model.vocabulary * model.hidden
-    shape = Shape(model.parameters, tables, model.layers, model.kv_heads, model.head_dim, model.window, model.context)
+    shape = Shape(
+        model.parameters, tables, model.layers, model.kv_heads, model.head_dim, model.window, model.context, model.hidden,
+        model.intermediate, model.heads,
+    )  # fmt: skip
     return shape, Stored(scheme, bytes=size, floats=found.floats, fixed=found.fixed, size=found.bytes)
 
 

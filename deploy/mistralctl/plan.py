@@ -62,7 +62,7 @@ class Plan:
 
     `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options;
     `quotas` are there only when the clouds were asked for them; `endpoints` are the clouds' own variables for those buckets that
-    another server than the cloud's answers for.
+    another server than the cloud's answers for. `lora_versions` say what each adapter holds, as far as this machine knows.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Plan:
     rights: tuple[Right, ...] = ()
     quotas: tuple[Quota, ...] = ()
     endpoints: Mapping[str, str] = field(default_factory=dict)
+    lora_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:

@@ -63,7 +63,7 @@ def _lora(value: dict[str, str]) -> dict[str, str]:
     for adapter, uri in value.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", adapter) or ".." in adapter:
             raise ValueError(f"{adapter!r} is not an adapter's name; use letters, digits, dots, hyphens, underscores")
-        check_uri(uri)
+        check_uri(uri, folders=True)
     return value
 
 
@@ -248,7 +248,7 @@ class DeploymentSpec(BaseModel):
     quantization: Quantization | None = Field(
         None, description="how the weights are quantized; fp8 also quantizes others while it loads them"
     )
-    lora: Annotated[dict[str, str], AfterValidator(_lora)] = Field({}, description="LoRA adapters: name to URI")
+    lora: Annotated[dict[str, str], AfterValidator(_lora)] = Field({}, description="LoRA adapters: name to URI or folder")
     served_model_name: Annotated[str, AfterValidator(_served_model_name)] | None = Field(
         None, description="`model` in the API; the model's name if left out"
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -87,7 +88,7 @@ def environment_id(engine: str, python: str) -> str:
 # What a node's set-up is made from; everything else is the server's alone.
 _SETUP = (
     "MISTRALCTL_NODE_DIR", "MISTRALCTL_ENV_ID", "MISTRALCTL_WEIGHTS", "MISTRALCTL_REVISION", "MISTRALCTL_WEIGHTS_ID",
-    "MISTRALCTL_LORA",
+    "MISTRALCTL_LORA", "MISTRALCTL_LORA_VERSIONS",
 )  # fmt: skip
 
 
@@ -163,7 +164,9 @@ def _tls(plan: Plan, certificate_id: str) -> str:
     return f"own-{certificate_id}" if plan.spec.cert else "self-signed"
 
 
-def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str, certificate_id: str) -> dict[str, str]:
+def _envs(
+    plan: Plan, node_dir: str, port: int, python: str, weights: str, lora: Mapping[str, str], certificate_id: str
+) -> dict[str, str]:
     spec, model = plan.spec, plan.model
     envs = {
         "MISTRALCTL_NAME": plan.name,
@@ -194,7 +197,8 @@ def _envs(plan: Plan, node_dir: str, port: int, python: str, weights: str, certi
         "MISTRALCTL_TOKENIZER_MODE": model.tokenizer_mode,
         "MISTRALCTL_TOOL_PARSER": _text_or_empty(model.tool_parser),
         "MISTRALCTL_CHAT_TEMPLATE": "own" if model.chat else "none",
-        "MISTRALCTL_LORA": json.dumps(spec.lora),
+        "MISTRALCTL_LORA": json.dumps(lora),
+        "MISTRALCTL_LORA_VERSIONS": json.dumps(dict(plan.lora_versions)),
         "MISTRALCTL_VLLM_ARGS": json.dumps(list(spec.vllm_args)),
         "MISTRALCTL_IDLE_MINUTES": _text_or_empty(plan.idle_minutes),
         "MISTRALCTL_TTL_MINUTES": _text_or_empty(plan.ttl_minutes),
@@ -226,9 +230,14 @@ def render(
         files = dict(plan.model.stored.links) or ({one: folder} if one else {})
         mounts |= {f"{run_dir}/upload/{name}": path for name, path in files.items()} or {f"{run_dir}/upload": folder}
         weights = f"file://{run_dir}/upload" + (f"/{one}" if one else "")
+    lora = dict(plan.spec.lora)
+    for adapter, uri in plan.spec.lora.items():
+        if uri.startswith("file://") and not local:
+            mounts[f"{run_dir}/adapters/{adapter}"] = unquote(uri.removeprefix("file://"))
+            lora[adapter] = f"file://{run_dir}/adapters/{adapter}"
     wanted = {} if local else _resources(plan)
     task["name"] = plan.name
     task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}
-    task["envs"] = _envs(plan, node_dir, port or node_port(plan), python, weights, certificate_id)
+    task["envs"] = _envs(plan, node_dir, port or node_port(plan), python, weights, lora, certificate_id)
     task["file_mounts"] = mounts
     return task

@@ -25,12 +25,13 @@ from mistral_weights.events import Report
 from mistral_weights.ls import Listed, Ls, ls
 from mistral_weights.mirror import Mirror, Mirrored, mirror
 from mistral_weights.patience import Patience
+from mistral_weights.peek import Peeked, peek
 from mistral_weights.progress import progress
 from mistral_weights.pull import Pull, Pulled, pull
 from mistral_weights.verify import Verified, Verify, verify
 
 __all__ = [
-    "Described", "Kind", "Listed", "Ls", "Mirror", "Mirrored", "Pull", "Pulled", "Report", "Verified", "Verify",
+    "Described", "Kind", "Listed", "Ls", "Mirror", "Mirrored", "Peeked", "Pull", "Pulled", "Report", "Verified", "Verify",
     "described", "explained", "hub_token", "ls", "may_pull", "mirror", "progress", "pull", "text", "verify",
 ]  # fmt: skip
 
@@ -112,6 +113,17 @@ def may_pull(sources: Iterable[tuple[str, str]]) -> None:
         for uri, revision in sources:
             if uri.startswith(HUB):
                 ls(Ls(uri, revision, patience=BRIEFLY))
+
+
+@contextmanager
+def briefly(uri: str) -> Iterator[Peeked | None]:
+    """What a store holds of a set; None if HF_HUB_OFFLINE keeps the hub from being asked."""
+    if uri.startswith(HUB) and _hub_is_off():
+        yield None
+        return
+    patience = BRIEFLY if uri.startswith(HUB) else replace(BRIEFLY, tries=1)
+    with explained(), peek(Ls(uri, patience=patience)) as found:
+        yield found
 
 
 def is_there(folder: Path) -> bool:

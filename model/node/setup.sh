@@ -18,7 +18,7 @@ umask 022
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
-  "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site" \
+  "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site.new" \
     "$model_dir/contract" "$model_dir/plugin" "$model_dir/weights"
 }
 
@@ -30,8 +30,11 @@ make_environment() {
     { check_driver && check_fabric && check_compiler; } || return "$NO_GPU"
   fi
   bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
-  rm -rf "$run_dir/site"
+  rm -rf "$run_dir/site.new"
+  mkdir "$run_dir/site.new"
   install_ours --offline 2> /dev/null || install_ours || return
+  rm -rf "$run_dir/site" # of a server that may still run: it has read what it needs
+  mv "$run_dir/site.new" "$run_dir/site" || return
   phase environment end
 }
 
@@ -44,7 +47,13 @@ pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in 
         sleep 0.25
       done ;;
   esac
-  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"}
+  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"} ${5+"$5"}
+}
+
+pull_adapter() { # NAME URI: as the store has it now, and judged. A server that runs keeps what it read of the one before
+  pull "$2" "$run_dir/lora/$1" "" "" --fresh || return
+  PYTHONPATH=$model_dir/contract "$weights_env/bin/python" -m mistral_contract.adapters \
+    "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "$1" "$run_dir/lora/$1"
 }
 
 list_adapters() { # a line for each: its name, a tab, its URI. Neither holds a control character
@@ -58,12 +67,12 @@ pull_weights() {
   phase weights start
   adapters=$(list_adapters) || return
   while IFS=$'\t' read -r adapter source; do
-    [ -z "$adapter" ] || sources+=("$source")
+    [ -z "$adapter" ] || sources+=("${source/#file:\/\/\~/file://$HOME}")
   done <<< "$adapters"
   weights_tool "$uri" ${sources[@]+"${sources[@]}"} || return
   pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" || return
   while IFS=$'\t' read -r adapter source; do
-    [ -z "$adapter" ] || pull "$source" "$run_dir/lora/$adapter" || return
+    [ -z "$adapter" ] || pull_adapter "$adapter" "${source/#file:\/\/\~/file://$HOME}" || return
   done <<< "$adapters"
   phase weights end
 }

@@ -17,8 +17,8 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas"),
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
-    "outside": ("state", "stores", "node", "checkpoints", "endpoint", "certificates", "connection", "readiness", "gate", "weights", "figures",
-                "clouds.aws", "clouds.gcp", "clouds.azure", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh",
+    "outside": ("state", "stores", "node", "checkpoints", "adapters", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
+                "figures", "clouds.aws", "clouds.gcp", "clouds.azure", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh",
                 "runtime.facts", "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),
     "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
                  "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",

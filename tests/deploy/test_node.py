@@ -15,6 +15,7 @@ import yaml
 from mistralctl import package_dir
 from mistralctl.task import _tree, environment_id
 from packaging.requirements import Requirement
+from test_adapters import adapter
 
 NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
@@ -261,11 +262,49 @@ def test_a_mirror_with_figures_makes_the_environment_with_torch_and_uses_it(tmp_
     assert sorted(path.name for path in (tmp_path / "target").glob("[!.]*")) == ["mistral-weights.json", "model.safetensors"]
 
 
+def some_weights(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    sizes = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    more = {"num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": 4096, **sizes, **more}))
+
+
+def test_a_retrained_adapter_is_brought_anew_and_judged_by_the_weights(tmp_path: Path) -> None:
+    def run(folder: Path, home: Path) -> tuple[int, list[str]]:
+        done = run_with_fakes(home, "setup.sh", MISTRALCTL_WEIGHTS=f"file://{tmp_path}/weights", MISTRALCTL_NODE_DIR=str(tmp_path / "node"),
+                              MISTRALCTL_LORA=json.dumps({"sql": f"file://{folder}"}))  # fmt: skip
+        return done.returncode, [
+            json.loads(line.split(" ", 1)[1])["message"] for line in done.stdout.splitlines() if '"fail"' in line
+        ]
+
+    some_weights(tmp_path / "weights")
+    first, other = adapter(tmp_path / "first"), adapter(tmp_path / "other", rank=16)
+    lies = tmp_path / "node" / "run" / "mistral" / "lora" / "sql" / "adapter_config.json"
+    assert run(first, tmp_path / "1") == (0, [])
+    assert lies.read_bytes() == (first / "adapter_config.json").read_bytes()
+    (first / "adapter_config.json").write_text(lies.read_text().replace("16", "32"))
+    assert run(first, tmp_path / "2") == (0, [])
+    assert json.loads(lies.read_text())["lora_alpha"] == 32
+    assert run(other, tmp_path / "3") == (0, [])
+    assert json.loads(lies.read_text())["r"] == 16
+    code, said = run(adapter(tmp_path / "wrong", hidden=576), tmp_path / "4")
+    assert code != 0
+    assert said == ["the adapter sql: model.layers.31.self_attn.q_proj takes 4096 and gives 4096 in this model, 576 and 576 in the adapter; "
+                    "it is another model's adapter"]  # fmt: skip
+
+
 def test_adapters_are_read_as_json(tmp_path: Path) -> None:
     sources = {"sql": "a,b", "Two.2": "c:d {e}", "three": 'it\'s "f"', "four": "ü=g"}
-    for folder in ("weights", *sources.values()):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    some_weights(tmp_path / "weights")
+    for folder in sources.values():
+        adapter(tmp_path / folder)
     adapters = {name: f"file://{tmp_path}/{folder}".replace(" ", "%20") for name, folder in sources.items()}
     done = run_with_fakes(
         tmp_path, "setup.sh", MISTRALCTL_WEIGHTS=f"file://{tmp_path}/weights", MISTRALCTL_LORA=json.dumps(adapters)

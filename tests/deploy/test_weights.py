@@ -10,8 +10,11 @@ from subprocess import CompletedProcess
 
 import pytest
 import tomllib
-from mistralctl import package_dir, weights
+from mistralctl import adapters, package_dir, weights
+from mistralctl.commands import plan as plan_command
+from mistralctl.config import load
 from mistralctl.errors import Exit
+from test_adapters import adapter
 from weights_folders import AWQ, MISTRAL_7B, SMOLLM2, tensors
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
@@ -121,9 +124,58 @@ def test_a_bucket_that_this_machine_may_not_read_is_left_to_the_node(mistralctl:
         assert BEYOND in done.stderr
 
 
-def test_an_adapter_is_asked_for_as_well(hub: hubs.Hub, gated_line: str, mistralctl: Run) -> None:
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_adapter_is_asked_for_as_well(hub: hubs.Hub, gated_line: str, mistralctl: Run, tmp_path: Path) -> None:
+    hub.add("test/gated", files_of(adapter(tmp_path / "a")), gated=True)
     command = ("up", "--cloud", "aws", "--weights", "s3://bucket/x", "--lora", "sql=hf://test/gated")
     assert mistralctl(*command, HF_ENDPOINT=hub.url).stderr == gated_line
+
+
+def test_an_adapter_of_the_hub_is_judged_before_anything_is_rented(hub: hubs.Hub, mistralctl: Run, tmp_path: Path) -> None:
+    hub.add("test/other", files_of(adapter(tmp_path / "other", hidden=3584)))
+    hub.add("test/dora", files_of(adapter(tmp_path / "dora", use_dora=True)))
+    for name, says in (("other", "q_proj takes 4096 and gives 4096 in this model, 3584 and 3584"), ("dora", "it uses DoRA")):
+        done = mistralctl(
+            "up", "--cloud", "aws", "--weights", "s3://bucket/x", "--lora", f"a=hf://test/{name}", HF_ENDPOINT=hub.url
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (Exit.WEIGHTS, 1)
+        assert done.stderr.startswith(f"mistralctl: --lora a: hf://test/{name}: ")
+        assert says in done.stderr
+
+
+def test_a_retrained_adapter_at_the_same_uri_is_seen(
+    hub: hubs.Hub, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home))
+    hub.add("test/a", files_of(adapter(tmp_path / "a")))
+    plan = plan_command.run(load({"lora": {"a": "hf://test/a"}}, {}, None, tmp_path))
+    assert plan.lora_versions == {"a": ""}
+    notes: list[str] = []
+    before = adapters.asked(plan, notes.append)
+    assert adapters.asked(plan, notes.append) == before
+    hub.add("test/a", files_of(adapter(tmp_path / "b", lora_alpha=32)))
+    assert adapters.asked(plan, notes.append)["a"] not in ("", before["a"])
+    assert notes == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert adapters.asked(plan, notes.append) == {"a": ""}
+
+
+def test_a_bucket_that_this_machine_cannot_read_is_left_to_the_node(
+    monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    for name, value in {"ENDPOINT_URL_S3": "http://127.0.0.1:9", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home))
+    notes: list[str] = []
+    plan = plan_command.run(load({"cloud": ["aws"], "lora": {"a": "s3://bucket/a"}}, {}, None, tmp_path))
+    assert adapters.asked(plan, notes.append) == {"a": ""}
+    [note] = notes
+    assert note.startswith("--lora a is only judged on the node, and not known to have changed: ")
 
 
 @pytest.mark.parametrize("arguments", [("--dry-run",), ("--offline",)])

@@ -275,6 +275,44 @@ def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_no
     assert cli.json("status", "life")[0]["state"] == "down"
 
 
+def test_an_adapter_is_replaced_by_one_that_is_there_and_right_and_by_no_other(cli: Cli, tmp_path: Path) -> None:
+    weights = state.home() / "node" / "weights"
+    folder = tiny.write(tmp_path / "tiny", next(path for path in weights.glob("smollm2-135m-instruct-*.hf")))
+    adapter = tiny.adapter(tmp_path / "sql", 1)
+    command = ("up", str(folder), *LITTLE, "--cloud", "local", "--name", "adapted", "--dtype", "float32", "--lora")
+
+    def launcher() -> dict[str, Any]:
+        [status] = cli.json("status", "adapted")
+        assert status["state"] == "up"
+        found: dict[str, Any] = status["launcher"]
+        return found
+
+    assert cli.json(*command, f"sql={adapter}")["action"] == "started"
+    first = launcher()
+    assert first["adapters"]["sql"]["state"] == "answers"
+    assert cli.json(*command, f"sql={adapter}")["action"] == "unchanged"
+
+    # An adapter of the same name that is not there, not even at the node's set-up, leaves the server as it was.
+    cli.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    error = cli(*command, "sql=hf://nobody/nothing", "--offline", code=9).stderr
+    assert "hf://nobody/nothing" in error or "what reads hf could not be installed" in error
+    assert launcher() == first
+    tiny.adapter(adapter, 2)
+    config = adapter / "adapter_config.json"
+    good = config.read_text()
+    config.write_text(good.replace("}", ', "use_dora": true}'))
+    assert "it uses DoRA" in cli(*command, f"sql={adapter}", code=10).stderr
+    assert launcher() == first
+    config.write_text(good)
+
+    again = cli.json(*command, f"sql={adapter}")
+    assert again["action"] == "replaced"
+    assert launcher()["pid"] != first["pid"]
+    assert launcher()["adapters"]["sql"]["max_difference"] != first["adapters"]["sql"]["max_difference"]
+    assert "sql" in [model.id for model in openai.OpenAI(
+        base_url=again["base_url"], api_key=cli.json("env", "adapted")["api_key"]).models.list()]  # fmt: skip
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_up_leaves_nothing_half_done(cli: Cli, sign: signal.Signals) -> None:
     process = cli.start("up", MODEL, *LITTLE, "--cloud", "local", "--name", "cut")
@@ -328,7 +366,10 @@ def test_without_a_network_the_weights_are_named(cli: Cli) -> None:
     assert error.count("mistralctl: ") == 1
     [last] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
     assert last.startswith(
-        ("mistralctl: what reads hf could not be installed; check the network", "mistralctl: hf://nobody/nothing")
+        (
+            "mistralctl: what reads hf could not be installed; check the network",
+            "mistralctl: mistral_weights: hf://nobody/nothing: ",
+        )
     )
     assert cli.json("status") == []
     assert cli.processes() == []

@@ -45,3 +45,22 @@ def write(folder: Path, tokenizer: Path) -> Path:
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copy(file, folder / file.name)
     return folder
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """Writes a LoRA adapter of rank 4 for the queries of that checkpoint, in PEFT's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(seed)  # noqa: S311
+    header: dict[str, object] = {}
+    blob = bytearray()
+    for layer in range(2):
+        for side, shape in (("A", [4, 64]), ("B", [128, 4])):
+            data = array.array("f", [generator.uniform(-1, 1) for _ in range(shape[0] * shape[1])])
+            place = [len(blob), len(blob) + len(data) * 4]
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight"
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": place}
+            blob += data.tobytes()
+    head = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + blob)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": ["q_proj"]}')
+    return folder

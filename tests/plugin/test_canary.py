@@ -7,7 +7,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,8 +28,11 @@ LONGEST = 3000
 
 
 @contextmanager
-def over_http(llm: Any) -> Iterator[str]:
-    """The two requests that the canary makes, answered by an engine in this process in the form of vLLM's server."""
+def over_http(llm: Any, adapters: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """The two requests that the canary makes, answered by an engine in this process in the form of vLLM's server.
+
+    `adapters` are LoRA requests by the model's name in the API.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -37,7 +40,7 @@ def over_http(llm: Any) -> Iterator[str]:
             names = ("max_tokens", "prompt_logprobs", "logprobs", "ignore_eos")
             asked = {name: body[name] for name in names if name in body}
             ids = body["prompt"] if isinstance(body["prompt"], list) else [5, 6, 7]
-            [one] = run(llm, [ids], **asked)
+            [one] = run(llm, [ids], lora_request=(adapters or {}).get(body["model"]), **asked)
             choice: dict[str, Any] = {}
             if one.prompt_logprobs:
                 choice["prompt_logprobs"] = [

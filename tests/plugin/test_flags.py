@@ -130,10 +130,9 @@ def test_a_method_that_the_weights_do_not_have_ends_the_launcher(
     assert caught.value.code == Code.WEIGHTS
 
 
-def test_an_adapter_brings_its_rank(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12}))
+def test_adapters_come_with_the_rank_that_takes_them(tmp_path: Path) -> None:
     wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), lora=(("sql", tmp_path),))
-    got = parsed(flags.arguments(wanted, MODEL))
+    got = parsed(flags.arguments(wanted, MODEL, 16))
     assert got.enable_lora is True
     assert got.max_lora_rank == 16
     [module] = got.lora_modules

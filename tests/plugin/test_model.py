@@ -127,6 +127,24 @@ def test_lora_adapters_beside_the_bare_model_equal_peft(tmp_path: Path, measured
             measured(f"LoRA adapter on {adapter.name}, against peft", float((found - wanted).abs().max()), LIMIT)
 
 
+def test_prompts_beside_one_another_with_lora_switched_on_each_get_the_log_probabilities_of_peft(
+    tmp_path: Path, measured: Measured
+) -> None:
+    """Several prompts' log-probabilities in one step: vLLM's head for adapters took them for the rows of the sampled tokens."""
+    from peft import PeftModel
+
+    folder = write(tmp_path / "weights")
+    adapter = adapter_of(folder, tmp_path / "attention", ["q_proj", "v_proj"])
+    batch = prompts([200, 90, 150, 40])
+    merged = PeftModel.from_pretrained(hugging_face(folder), adapter)
+    with engine(folder, enable_lora=True, max_loras=1, max_lora_rank=8) as llm:
+        bare = prompt_logprobs(llm, batch)
+        found = prompt_logprobs(llm, batch, lora_request=LoRARequest("a", 1, str(adapter)))
+    wanted = [of_tokens(merged(torch.tensor([ids])).logits[0].detach().log_softmax(-1), ids) for ids in batch]
+    measured("LoRA, four prompts at once", max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)), LIMIT)
+    measured("LoRA engine, four prompts at once, no adapter", largest_difference(bare, hugging_face(folder), batch), LIMIT)
+
+
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "sliding_window": None, "num_key_value_heads": 1}])
 def test_consolidated_weights_equal_hugging_face_format(tmp_path: Path, shape: dict[str, object], measured: Measured) -> None:
     folder = write(tmp_path / "hf", **shape)

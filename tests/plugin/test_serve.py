@@ -166,6 +166,8 @@ def test_consolidated_weights_with_an_adapter(second: Launcher) -> None:
     }  # fmt: skip
     assert (len(made["prompt_token_ids"]), made["dtype"], made["model"]) == (320, "bfloat16", "tiny")
     assert (status["engine"]["device"], status["engine"]["vocabulary"]) == ("a CPU", 32768)
+    assert status["adapters"]["sql"]["state"] == "answers"
+    assert status["adapters"]["sql"]["max_difference"] > 0.001
     assert [model["id"] for model in second.json("/v1/models")["data"]] == ["tiny", "sql"]
     body = {"prompt": [1, 5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     texts = [second.json("/v1/completions", body | {"model": name})["choices"][0] for name in ("tiny", "sql")]

@@ -233,6 +233,39 @@ def test_another_set_is_not_overwritten(stores: dict[str, Place], tmp_path: Path
         pull(Pull(other, tmp_path / "set", patience=patience))
 
 
+@pytest.mark.parametrize("scheme", [*MUTABLE, "file"])
+def test_a_fresh_pull_brings_what_has_changed_and_leaves_the_old_until_then(
+    scheme: str, stores: dict[str, Place], tmp_path: Path, patience: Patience
+) -> None:
+    def put(uri: str, files: dict[str, bytes]) -> None:
+        if scheme != "file":
+            stores[scheme].put(uri, files)
+            return
+        for name, data in files.items():
+            Path(uri.removeprefix("file://")).mkdir(exist_ok=True)
+            Path(uri.removeprefix("file://"), name).write_bytes(data)
+
+    first, second = sets.a_set(1), sets.a_set(2)
+    uri, other = (f"file://{tmp_path / name}" if scheme == "file" else stores[scheme].new() for name in ("a", "b"))
+    put(uri, first)
+    request = Pull(uri, tmp_path / "sets" / "set", range_bytes=sets.RANGE, patience=patience, fresh=True)
+    assert not pull(request).already_there
+    unchanged = pull(request)
+    assert (unchanged.already_there, unchanged.fetched) == (True, 0)
+    put(uri, second)
+    assert pull(replace(request, fresh=False)).already_there
+    assert contents(request.folder) == first
+    changed = pull(request)
+    assert (changed.already_there, contents(request.folder)) == (False, second)
+    with pytest.raises(WeightsError):
+        pull(replace(request, uri=other))
+    assert contents(request.folder) == second
+    put(other, first)
+    assert not pull(replace(request, uri=other)).already_there
+    assert contents(request.folder) == first
+    assert [path.name for path in request.folder.parent.iterdir()] == ["set"]
+
+
 def test_an_incomplete_source_is_refused(place: Place, tmp_path: Path, patience: Patience) -> None:
     files, uri = sets.a_set(), place.new()
     del files["model-00002-of-00002.safetensors"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
-from mistralctl import certificates, checkpoints, node, state, stores, system
+from mistralctl import adapters, certificates, checkpoints, node, state, stores, system
 from mistralctl import plan as planning
 from mistralctl import task as tasks
 from mistralctl.clouds import LOCAL
@@ -22,9 +23,13 @@ def run(sourced: Sourced, *, ask: bool = False) -> Plan:
         from mistralctl.machine import this_machine
 
         machine = this_machine()
-    model, spec = checkpoints.resolve(sourced, ask=ask), sourced.spec
+    model = checkpoints.resolve(sourced, ask=ask)
+    spec = sourced.spec.model_copy(update={"lora": adapters.resolve(sourced, model)})
+    sourced = replace(sourced, spec=spec)
     endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values()), os.environ)
-    return planning.make(sourced, model, machine, endpoints)
+    plan = planning.make(sourced, model, machine, endpoints)
+    record = state.read(plan.name)
+    return replace(plan, lora_versions=adapters.versions(spec.lora, record.task.get("envs", {}) if record else {}))
 
 
 def render(sourced: Sourced, port: int | None = None) -> tasks.Task:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mistralctl import certificates, endpoint, figures, gate, phases, readiness, refusals, state, system
+from mistralctl import adapters, certificates, endpoint, figures, gate, phases, readiness, refusals, state, system
 from mistralctl.clouds import LOCAL
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import receipt
@@ -113,16 +113,13 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     local.check_disk(task, disk_bytes(shape, plan.model.stored) if shape else 0)
     if not offline:
         _check_hub(plan)
-    if old is not None and running and old.pid is not None:
-        local.end(old.pid)
     action = "replaced" if running else "started"
     log = local.Log(state.folder(plan.name) / "up.log")
+    events: list[PhaseEvent] = []
     record = Record(
         plan.name, LOCAL, "starting", plan.model.name, plan.served_model_name, port, str(local_dir()), serving_id,
         time.time(), plan.model.chat, task=task,
     )  # fmt: skip
-    state.save(record)
-    events: list[PhaseEvent] = []
 
     def hear(event: PhaseEvent) -> None:
         events.append(event)
@@ -133,8 +130,14 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
         record = replace(record, pid=pid, pid_started=started)
         state.save(record)
 
+    if old is not None and running and old.pid is not None:
+        local.set_up(task, _secrets(plan), log, hear, lambda pid, started: None)  # while the old server serves
+        local.end(old.pid)
+    state.save(record)
     try:
-        pid = local.start(task, _secrets(plan), log, hear, remember)
+        if not running:
+            local.set_up(task, _secrets(plan), log, hear, remember)
+        pid = local.serve(task, log, hear, remember)
         try:
             record, answer = gate.pass_through(record, hear)
         except BaseException:
@@ -190,6 +193,8 @@ def run(
 
     system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
+    if not offline:
+        plan = replace(plan, lora_versions=adapters.asked(plan, note))
     if plan.chosen.cloud != LOCAL and not offline:
         _check_hub(plan)
     folder = state.folder(plan.name)

@@ -180,26 +180,44 @@ def check_disk(task: Task, weights_bytes: int) -> None:
         )
 
 
-def start(task: Task, secrets: Mapping[str, str], log: Log, on_phase: OnPhase, on_process: Callable[[int, float], None]) -> int:
-    """Sets the node up and starts the server; the id of the server's session leader once it said ready.
-
-    `on_process` is told each session as soon as it exists, so that whoever comes later can end it. Whatever goes
-    wrong, nothing is left running.
-    """
-    env = environment(task, os.environ)
-    run_dir = Path(env["MISTRALCTL_NODE_DIR"]) / "run" / env["MISTRALCTL_NAME"]
-    place_files(task)
-    state.write_private(run_dir / "secrets.json", json.dumps(dict(secrets)))
-    (run_dir / "status.json").unlink(missing_ok=True)
-    for script, seconds, until in ((task["setup"], SETUP_SECONDS, None), (task["run"], START_SECONDS, "ready")):
-        process = _start(script, env, log)
-        try:
-            on_process(process.pid, psutil.Process(process.pid).create_time())
-            _watch(process, log, on_phase, seconds, until)
-        except BaseException:
-            end(process.pid, drain=3)
-            raise
+def _run(
+    script: str,
+    seconds: float,
+    until: str | None,
+    task: Task,
+    log: Log,
+    on_phase: OnPhase,
+    on_process: Callable[[int, float], None],
+) -> int:
+    """Runs a script of the task to its end, or until a phase; the id of its session's leader. Whatever goes wrong, nothing of it is left."""
+    process = _start(script, environment(task, os.environ), log)
+    try:
+        on_process(process.pid, psutil.Process(process.pid).create_time())
+        _watch(process, log, on_phase, seconds, until)
+    except BaseException:
+        end(process.pid, drain=3)
+        raise
     return process.pid
+
+
+def set_up(task: Task, secrets: Mapping[str, str], log: Log, on_phase: OnPhase, on_process: Callable[[int, float], None]) -> None:
+    """Sets the node up, beside a server of the deployment that may still run: what that one has read stays as it was.
+
+    `on_process` is told each session as soon as it exists, so that whoever comes later can end it.
+    """
+    place_files(task)
+    state.write_private(_run_dir(task) / "secrets.json", json.dumps(dict(secrets)))
+    _run(task["setup"], SETUP_SECONDS, None, task, log, on_phase, on_process)
+
+
+def serve(task: Task, log: Log, on_phase: OnPhase, on_process: Callable[[int, float], None]) -> int:
+    """Starts the server; the id of its session's leader once it said ready."""
+    (_run_dir(task) / "status.json").unlink(missing_ok=True)
+    return _run(task["run"], START_SECONDS, "ready", task, log, on_phase, on_process)
+
+
+def _run_dir(task: Task) -> Path:
+    return Path(task["envs"]["MISTRALCTL_NODE_DIR"]) / "run" / str(task["envs"]["MISTRALCTL_NAME"])
 
 
 def remove_run(run_dir: Path) -> None:

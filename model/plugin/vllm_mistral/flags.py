@@ -27,11 +27,6 @@ NOTHING_BUILT_FLAGS = ("--no-enable-flashinfer-autotune", "--compilation-config.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
-def lora_rank(folder: Path) -> int:
-    """The rank of an adapter, by its adapter_config.json."""
-    return int(json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"])
-
-
 def runs_in_the_engine(contract: Contract) -> bool:
     """Whether the model shall run in the engine's own process: on a CPU whose memory is in one piece.
 
@@ -44,8 +39,8 @@ def runs_in_the_engine(contract: Contract) -> bool:
     return contract.engine == "cpu" and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
 
 
-def arguments(contract: Contract, model_dir: Path) -> list[str]:
-    """What follows `vllm serve`. Only safetensors are loaded, no code that comes with weights is run."""
+def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[str]:
+    """What follows `vllm serve`: only safetensors are loaded, no code that comes with weights is run. `lora_rank` takes every adapter."""
     formats = ("mistral", "mistral") if is_consolidated(model_dir) else ("safetensors", "hf")
     found = [
         str(model_dir),
@@ -80,9 +75,7 @@ def arguments(contract: Contract, model_dir: Path) -> list[str]:
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
     if contract.lora:
-        ranks = [lora_rank(folder) for _, folder in contract.lora]
-        allowed = next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= max(ranks))
-        found += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(ranks)), "--lora-modules"]
+        found += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(len(contract.lora)), "--lora-modules"]
         found += [f"{adapter}={folder}" for adapter, folder in contract.lora]
     return found + list(contract.vllm_args)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mistral_contract.adapters import served_rank
 
-from vllm_mistral import ARCHITECTURE, canary, contract, flags, inspection, lifetime, tls, weights
+from vllm_mistral import ARCHITECTURE, adapters, canary, contract, flags, inspection, lifetime, tls, weights
 from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, Contract, LaunchError
 from vllm_mistral.engine import Engine, check_installed, check_port
@@ -261,7 +262,8 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
                 until_gpu_free(wanted, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
-            arguments = flags.arguments(wanted, model_dir)
+            loras = adapters.judged(wanted, model_dir)
+            arguments = flags.arguments(wanted, model_dir, served_rank(loras.values()))
             status.set(flags=arguments)
             engine = Engine(arguments, environ, client, files=files, prefix=isolation.prefix(wanted.weights_dir, model_dir))
             signals.engine = engine
@@ -270,8 +272,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             canary.answers(client, wanted.served_name)
             facts = check_engine(wanted, shared)
             verdict = canary.check(client, wanted, model_dir, facts, _sent_figures(run_dir))
+            answers = adapters.check(client, wanted, loras)
             engine.raise_if_dead()
-            status.set(canary=asdict(verdict), engine=facts)
+            status.set(canary=asdict(verdict), engine=facts, adapters={name: asdict(answer) for name, answer in answers.items()})
         if not wanted.gated:
             traffic.open()
         status.set(ready_at=say("ready", "end"), state="ready", phase="ready", open=not wanted.gated)

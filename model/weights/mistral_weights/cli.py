@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("uri", metavar="URI")
     verb.add_argument("folder", metavar="DIR", type=Path)
     verb.add_argument("--full", action="store_true", help="hash every byte of a set that is there already")
+    verb.add_argument(
+        "--fresh", action="store_true", help="ask the store for changes; replace a set that has changed, or is another's"
+    )
     verb.add_argument("--plain", action="store_true", help="read through the store's SDK only")
     verb.add_argument("--keep-cached", action="store_true", help="write through the page cache: for a load right afterwards")
     verb.add_argument(
@@ -70,6 +73,7 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
                 direct=not options.keep_cached,
                 plain=options.plain,
                 full_check=options.full,
+                fresh=options.fresh,
             )
             return pull(wanted_set, report)
         case "mirror":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ class Pull:
 
     `direct` writes past the page cache where the file system can: the pull is faster, the first reading after it slower.
     `plain` reads through the store's SDK only; `full_check` hashes every byte of a set that is there already.
+    `fresh` asks the store whether that set is still what it holds, and replaces one that is not, also one of another URI, as soon as the new
+    one is whole.
     """
 
     uri: str
@@ -45,6 +48,7 @@ class Pull:
     direct: bool = True
     plain: bool = False
     full_check: bool = False
+    fresh: bool = False
     patience: Patience = field(default_factory=Patience)
 
 
@@ -75,17 +79,17 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
     begun = time.monotonic()
     address = parse(request.uri, request.revision)
     folder = request.folder.expanduser().resolve()
-    there = _there(folder, address, request.full_check)
-    if isinstance(there, Pulled):
+    there = _there(folder, address, request)
+    if isinstance(there, Pulled) and not request.fresh:
         return replace(there, seconds=time.monotonic() - begun)
     with explained(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), request.patience.lock, report):
-        there = _there(folder, address, request.full_check)
-        if isinstance(there, Pulled):
+        there = _there(folder, address, request)
+        if isinstance(there, Pulled) and (not request.fresh or _is_fresh(request, address, folder, report)):
             return replace(there, seconds=time.monotonic() - begun)
         partial = folder.with_name(f".{folder.name}.partial")
-        if there:
+        if isinstance(there, tuple):
             _withdraw(folder, partial, there)
         with explained(partial):
             partial.mkdir(exist_ok=True)
@@ -104,7 +108,7 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
     return replace(found, disk_written=after[0] - before[0], disk_seconds=round(after[1] - before[1], 3))
 
 
-def _there(folder: Path, address: Address, full: bool) -> Pulled | tuple[Damage, ...] | None:
+def _there(folder: Path, address: Address, request: Pull) -> Pulled | tuple[Damage, ...] | None:
     """The set that is there already, what is wrong with it, or None."""
     try:
         installed = find(folder)
@@ -114,17 +118,31 @@ def _there(folder: Path, address: Address, full: bool) -> Pulled | tuple[Damage,
         return (Damage(names.MANIFEST, "content"),)
     if installed is None:
         return None
+    if request.fresh and not _same(installed, address):
+        return None
     _require_same(installed, address)
-    wrong = damages(installed, full)
+    wrong = damages(installed, request.full_check)
     if wrong:
         return wrong
     _refresh_state(installed)
     return _pulled(address, folder, installed.manifest, 0.0, 0, 0, True)
 
 
+def _same(installed: Installed, address: Address) -> bool:
+    return str(address) in {installed.address, installed.manifest.source}
+
+
+def _is_fresh(request: Pull, address: Address, folder: Path, report: Report) -> bool:
+    """Whether the store still holds the set that is there: the same files in the same versions."""
+    installed = find(folder)
+    with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
+        store = open_store(address, Opening(request.secrets, Path(scratch), request.patience))
+        source = look(store, address, request.form, request.patience, report)
+    return installed is not None and {one.file.name: one.file.version for one in source.wanted} == dict(installed.versions)
+
+
 def _require_same(installed: Installed, address: Address) -> None:
-    known = {installed.address, installed.manifest.source}
-    if str(address) not in known:
+    if not _same(installed, address):
         held = installed.address or installed.manifest.source
         raise WeightsError(Kind.USAGE, f"{installed.folder} holds {held}, not {address}; name another folder or remove it")
 
@@ -257,8 +275,13 @@ def _publish(brought: Installed, folder: Path) -> None:
             sync_folder(parent)
         write_whole(partial / names.MANIFEST, render(manifest))
         write_state(brought)
+        old = partial.with_name(f".{folder.name}.old")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         partial.rename(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _pulled(

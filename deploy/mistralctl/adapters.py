@@ -1,0 +1,93 @@
+"""The LoRA adapters of a spec on this machine: folders are named by their URI, and judged before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from mistral_contract import adapters
+from mistral_contract.adapters import AdapterError
+
+from mistralctl.config import Sourced
+from mistralctl.errors import Exit, UserError
+from mistralctl.models import Model
+from mistralctl.plan import Plan
+
+FILE = "file://"
+
+
+def folder_of(uri: str) -> Path | None:
+    """The folder of this machine that a URI names; None for a URI of a store."""
+    return Path(unquote(uri.removeprefix(FILE))) if uri.startswith(FILE) else None
+
+
+def resolve(sourced: Sourced, model: Model) -> dict[str, str]:
+    """The adapters by name, each with its URI; UserError if one of this machine's folders is missing or cannot be served."""
+    found, served = {}, sourced.spec.served_model_name or model.name
+    for name, given in sourced.spec.lora.items():
+        place = f"{sourced.place('lora')} {name}"
+        if name == served:
+            raise UserError(f"{place}: the model itself has this name in the API; give the adapter another")
+        uri = given if "://" in given else FILE + quote(str(Path(given).expanduser().resolve()))
+        folder = folder_of(uri)
+        if folder is not None:
+            if not folder.is_dir():
+                raise UserError(f"{place}: {folder} is not a folder; name a folder with {adapters.CONFIG}", Exit.NOT_FOUND)
+            try:
+                adapters.read(folder, model.shape)
+            except AdapterError as error:
+                raise UserError(f"{place}: {folder}: {error}", Exit.WEIGHTS) from None
+        found[name] = uri
+    return found
+
+
+def versions(lora: Mapping[str, str], envs: Mapping[str, str]) -> dict[str, str]:
+    """What each adapter holds: a hash of a folder's files, and of a store's what `envs`, of an earlier task, knows; empty if unknown."""
+    before = {name: (uri, version) for name, uri, version in _of(envs)}
+    found = {}
+    for name, uri in lora.items():
+        folder, (old_uri, old) = folder_of(uri), before.get(name, ("", ""))
+        found[name] = _digest(folder) if folder else old if uri == old_uri else ""
+    return found
+
+
+def asked(plan: Plan, note: Callable[[str], None]) -> dict[str, str]:
+    """What each adapter holds, with the stores asked now; UserError if one cannot be served, or the hub does not give it.
+
+    A bucket that this machine cannot read may be open to the node: `note` is told that it was not judged here.
+    """
+    found = dict(plan.lora_versions)
+    for name, uri in plan.spec.lora.items():
+        if folder_of(uri) is not None:
+            continue
+        from mistralctl import weights
+
+        try:
+            with weights.briefly(uri) as held:
+                if held is not None:
+                    adapters.judge(held.sizes, held.read, plan.model.shape)
+                    found[name] = held.version
+        except AdapterError as error:
+            raise UserError(f"--lora {name}: {uri}: {error}", Exit.WEIGHTS) from None
+        except UserError as error:
+            if uri.startswith("hf://") or error.code not in (Exit.CLOUD, Exit.MACHINE, Exit.NETWORK):
+                raise
+            note(f"--lora {name} is only judged on the node, and not known to have changed: {error}")
+    return found
+
+
+def _of(envs: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    uris = json.loads(envs.get("MISTRALCTL_LORA") or "{}")
+    known = json.loads(envs.get("MISTRALCTL_LORA_VERSIONS") or "{}")
+    return [(name, uri, known.get(name, "")) for name, uri in uris.items()]
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for name in (adapters.CONFIG, adapters.TENSORS):
+        with (folder / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]

@@ -1,0 +1,74 @@
+"""The adapters on the node: judged before vLLM starts, asked before the launcher says ready."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mistral_contract import adapters
+from mistral_contract.adapters import Adapter
+
+from vllm_mistral.canary import forced_logprobs
+from vllm_mistral.client import Client
+from vllm_mistral.contract import Code, Contract, LaunchError
+
+ASKED = list(range(3, 35))  # token ids that every vocabulary has
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`max_difference` is the largest that the adapter makes to a log-probability (natural logarithm); 0 for one of zeros."""
+
+    state: Literal["answers", "changes nothing"]
+    max_difference: float
+
+
+def judged(wanted: Contract, model_dir: Path) -> dict[str, Adapter]:
+    """The adapters by name; LaunchError, naming it, if one cannot be served with the model in `model_dir`."""
+    found: dict[str, Adapter] = {}
+    place = f"the configuration in {model_dir}"
+    try:
+        base = adapters.base_of(model_dir) if wanted.lora else None
+        for name, folder in wanted.lora:
+            place = f"the adapter {name}"
+            found[name] = adapters.read(folder, base)
+    except ValueError as error:
+        raise LaunchError(Code.WEIGHTS, f"{place}: {error}") from None
+    return found
+
+
+def check(client: Client, wanted: Contract, found: dict[str, Adapter]) -> dict[str, Answer]:
+    """What each adapter makes of a prompt; LaunchError if one answers like the model alone, although its tensors are not zero.
+
+    vLLM loads an adapter whose tensors belong to none of its layers, and then serves the model without it.
+    """
+    ids = ASKED[: wanted.max_model_len - 1]
+
+    def ask(model: str) -> list[float]:
+        return forced_logprobs(client, model, ids[:1], ids[1:])
+
+    answers: dict[str, Answer] = {}
+    if not found:
+        return answers
+    bare = ask(wanted.served_name)
+    noise = max(abs(a - b) for a, b in zip(bare, ask(wanted.served_name), strict=True))
+    for name, folder in wanted.lora:
+        got = ask(name)
+        if not all(map(math.isfinite, got)):
+            raise LaunchError(
+                Code.CANARY, f"the adapter {name} makes log-probabilities that are not finite; its tensors are damaged"
+            )
+        difference = max(abs(a - b) for a, b in zip(got, bare, strict=True))
+        if difference > noise:
+            answers[name] = Answer("answers", round(difference, 6))
+        elif adapters.changes_nothing(folder, found[name]):
+            answers[name] = Answer("changes nothing", 0.0)
+        else:
+            raise LaunchError(
+                Code.CANARY,
+                f"the adapter {name} answers exactly like the model without it, although its tensors are not zero; it was trained for "
+                "another model, or not at all",
+            )
+    return answers
