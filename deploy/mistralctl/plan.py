@@ -142,7 +142,7 @@ def _check_images(sourced: Sourced) -> None:
             )
         if wrong := images.misspelt(cloud, image):
             raise UserError(f"{place}: {image!r} {wrong}")
-        if cloud == "aws" and image.startswith("ami-") and spec.region is None:
+        if cloud == "aws" and image.lower().startswith("ami-") and spec.region is None:
             raise UserError(f"{place}: {image!r} is the image of one region; add --cloud aws and that --region")
 
 

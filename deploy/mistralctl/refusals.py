@@ -10,7 +10,7 @@ from typing import Literal
 
 from mistralctl.errors import Exit, UserError, figure
 
-Kind = Literal["capacity", "quota", "permission", "credentials", "other"]
+Kind = Literal["capacity", "quota", "permission", "registration", "credentials", "other"]
 
 # The clouds' own codes. AWS: API reference of EC2, error codes; GCP: Compute Engine, error messages; Azure: Resource Manager, common
 # deployment errors.
@@ -46,6 +46,7 @@ CODES: dict[str, Kind] = {
     "InvalidAuthenticationToken": "credentials",
     "ExpiredAuthenticationToken": "credentials",
     "ReadOnlyDisabledSubscription": "permission",
+    "MissingSubscriptionRegistration": "registration",
     "TooManyRequests": "other",
     "PERMISSION_DENIED": "permission",
     "forbidden": "permission",
@@ -64,11 +65,13 @@ _PRICE_LIMIT = re.compile(
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
 _NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
+_NAMESPACE = re.compile(r"namespace '([\w.]+)'")
 TOLD = 8  # regions and reasons in one line
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
     "quota": "ask the cloud for a larger quota, or use another --region",
     "permission": "give the identity the right that is named",
+    "registration": "register the resource provider that is named",
     "credentials": "sign in again (mistralctl doctor --cloud CLOUD says how)",
     "other": "see the log",
 }
@@ -82,6 +85,12 @@ class Refusal:
     kind: Kind
     code: str
     detail: str
+
+
+def registering(texts: Iterable[str]) -> str:
+    """What to run where Azure's words name resource providers that the subscription has not registered; empty if they name none."""
+    named = dict.fromkeys(space for text in texts for space in _NAMESPACE.findall(text))
+    return f"run {', '.join(f'az provider register -n {space} --wait' for space in named)}" if named else ""
 
 
 def plain(text: str) -> str:
@@ -106,12 +115,14 @@ def _of(text: str) -> Refusal | None:
     )
     if kind == "permission" and operation:
         named = operation[1] or operation[2] or operation[3]
+    if kind == "registration" and (space := _NAMESPACE.search(text)):
+        named = space[1]
     return Refusal(place[1] if place else "", kind, code[1], named)
 
 
 def read(texts: Iterable[str]) -> list[Refusal]:
     """What was refused, each place and code once with the first detail, in the order in which it was said."""
-    found: dict[tuple[str, str], Refusal] = {}
+    found: dict[tuple[str, str, str], Refusal] = {}  # each resource provider that is not registered is one of its own
     near = ""  # SkyPilot names the zone that it tries in a line of its own
     for text in texts:
         for line in plain(text).splitlines():
@@ -121,9 +132,10 @@ def read(texts: Iterable[str]) -> list[Refusal]:
             refusal = _of(line)
             if refusal is not None:
                 place = refusal.place or near
-                before = found.get((place, refusal.code))
+                key = place, refusal.code, refusal.detail if refusal.kind == "registration" else ""
+                before = found.get(key)
                 if before is None or (refusal.detail and not before.detail):
-                    found[place, refusal.code] = Refusal(place, refusal.kind, refusal.code, refusal.detail)
+                    found[key] = Refusal(place, refusal.kind, refusal.code, refusal.detail)
     placed = {refusal.code for refusal in found.values() if refusal.place}
     return [refusal for refusal in found.values() if refusal.place or refusal.code not in placed]
 
@@ -158,7 +170,8 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
         first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
         return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)
     kinds = [kind for kind in ADVICE if any(row.kind == kind for row in rows)]
-    advice = "; ".join(f"{kind}: {ADVICE[kind]}" for kind in kinds)
+    commands = registering(f"namespace '{row.detail}'" for row in rows if row.kind == "registration")
+    advice = "; ".join(f"{kind}: {commands if kind == 'registration' and commands else ADVICE[kind]}" for kind in kinds)
     table = "\n".join(
         f"  {row.place or '?':18} {row.kind:10} {row.code}{': ' + row.detail if row.detail else ''}" for row in rows
     )

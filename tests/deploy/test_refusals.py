@@ -46,6 +46,9 @@ def test_each_place_and_code_once_with_what_is_missing() -> None:
         ("(AuthorizationFailed) The client 'a' with object id 'b' does not have authorization to perform action "
          "'Microsoft.Compute/virtualMachines/write' over scope '/subscriptions/c'",
          Refusal("", "permission", "AuthorizationFailed", "Microsoft.Compute/virtualMachines/write")),
+        ("Launching on Azure eastus.\n(MissingSubscriptionRegistration) The subscription is not registered to use namespace "
+         "'Microsoft.Compute'. See https://aka.ms/rps-not-found for how to register subscriptions.",
+         Refusal("eastus", "registration", "MissingSubscriptionRegistration", "Microsoft.Compute")),
         ("ERROR: AADSTS700082: The refresh token has expired due to inactivity.", Refusal("", "credentials", "AADSTS700082", "")),
         ("(SkuNotAvailable) The requested VM size is not available", Refusal("", "capacity", "SkuNotAvailable", "")),
     ],
@@ -114,3 +117,12 @@ def test_a_price_limit_that_todays_catalog_cannot_meet(tmp_path: Path) -> None:
         "--max-price 0.2 USD an hour: by today's catalog of SkyPilot no such machine costs so little; raise --max-price, or allow more "
         f"places (log: {log})"
     )
+
+
+def test_a_resource_provider_that_is_not_registered_comes_with_the_command(tmp_path: Path) -> None:
+    words = "(MissingSubscriptionRegistration) The subscription is not registered to use namespace '{}'."
+    history = [Exception(words.format(name)) for name in ("Microsoft.Compute", "Microsoft.Compute", "Microsoft.Network")]
+    error = refused("", history, tmp_path / "none.log")
+    assert error.code is Exit.CLOUD
+    commands = "az provider register -n Microsoft.Compute --wait, az provider register -n Microsoft.Network --wait"
+    assert f"registration: run {commands} (log: " in str(error)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
+from mistralctl.clouds import azure
 
 ROLES = Path(__file__).parent.parent.parent / "docs" / "roles"
 
@@ -40,6 +41,11 @@ def test_azure_allows_every_resource_of_skypilots_template_and_the_quotas() -> N
     # SkyPilot asks for the size of an image of the marketplace, which machines with GPUs get.
     assert "Microsoft.Compute/locations/publishers/artifacttypes/offers/skus/versions/read" in role["Actions"]
     assert not [action for action in role["Actions"] if "*" in action]
+    # What doctor asks, and what a subscription that never had a machine needs once.
+    assert "Microsoft.Resources/subscriptions/providers/read" in role["Actions"]
+    assert {f"{provider}/register/action" for provider in azure.PROVIDERS} <= set(role["Actions"])
+    used = {action.partition("/")[0] for action in role["Actions"]} - {"Microsoft.Authorization", "Microsoft.Resources"}
+    assert used == set(azure.PROVIDERS)
 
 
 def test_no_role_of_aws_allows_whole_services() -> None:

@@ -91,5 +91,32 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     assert status(sim, "refused")["state"] == "down"
 
 
+def test_a_subscription_without_a_resource_provider_is_told_so_by_doctor_and_by_up(sim: SimCloud) -> None:
+    command = "az provider register -n Microsoft.Compute --wait"
+
+    def check() -> dict[str, Any]:
+        said = json.loads(sim.run(["mistralctl", "doctor", "--cloud", "azure", "-o", "json"], timeout=120).stdout)
+        return next(one for one in said["checks"] if one["name"] == "resource providers on azure")
+
+    assert check()["ok"] is True
+    sim.fault("azure", "unregistered", action="Microsoft.Compute")
+    found = check()
+    assert (found["ok"], found["found"], found["mend"]) == (False, "Microsoft.Compute NotRegistered", command)
+    # With the right to, Azure's libraries register what is missing when something is listed.
+    sim.fault("azure", "permission", action="Microsoft.Compute/register/action")
+    for arguments in ([], ["--accelerators", "A100-80GB"]):  # a GPU's image is of the marketplace, for which SkyPilot asks first
+        refused = sim.run([*AZURE.up, "--name", "new", *arguments], check=False, timeout=600)
+        print(refused.stderr)
+        assert refused.returncode == 8
+        assert f"run {command}" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    sim.clear_faults()
+    sim.fault("azure", "unregistered", action="Microsoft.Compute")
+    sim.run(command.split(), timeout=60)
+    assert check()["ok"] is True
+    sim.clear_faults()
+    assert sim.instances("azure") == []
+
+
 def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
     mirrors(sim, AZURE, "az://simulated/models/copy")

@@ -153,6 +153,26 @@ def test_faults_have_the_codes_of_azure(sim: SimCloud) -> None:
     wait_until_empty(sim)
 
 
+def test_a_resource_provider_that_is_not_registered_refuses_all_but_its_registration(sim: SimCloud) -> None:
+    sim.fault("azure", "unregistered", action="Microsoft.Compute")
+    assert by_hand(sim, "new") == "refused: MissingSubscriptionRegistration"
+    show = ["az", "provider", "show", "-n", "Microsoft.Compute", "-o", "tsv", "--query", "registrationState"]
+    assert sim.run(show, timeout=60).stdout == "NotRegistered\n"
+    sim.run(["az", "provider", "register", "-n", "Microsoft.Compute", "--wait"], timeout=60)
+    assert sim.run(show, timeout=60).stdout == "Registered\n"
+    assert by_hand(sim, "new") == ""
+    sim.run(["az", "group", "delete", "-y", "-n", "new"], timeout=60)
+    wait_until_empty(sim)
+
+
+def test_skypilot_finds_the_size_of_an_image_of_the_marketplace(sim: SimCloud) -> None:
+    for version, said in (("latest", "64.0\n"), ("22.04.2023080201", "30.0\n"), ("22.04.2000010101", "")):
+        ask = f"from sky.clouds import Azure; print(Azure.get_image_size('microsoft-dsvm:ubuntu-hpc:2204:{version}', None))"
+        asked = sim.run([sys.executable, "-c", ask], check=False, timeout=60)
+        assert asked.stdout == said, asked.stderr
+        assert said or "Image not found: microsoft-dsvm:ubuntu-hpc:2204:22.04.2000010101" in asked.stderr
+
+
 def test_a_spot_machine_is_deallocated_and_hardware_dies(sim: SimCloud) -> None:
     assert by_hand(sim, "cheap", "spot") == ""
     assert by_hand(sim, "dear") == ""

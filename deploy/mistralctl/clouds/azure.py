@@ -14,13 +14,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistralctl import state
+from mistralctl import refusals, state
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.errors import Exit, UserError
 from mistralctl.quotas import Unknown
 from mistralctl.quotas.azure import subscription
 
 CLUSTER_TAG = "skypilot-cluster-name"
+# What SkyPilot 0.14.1 makes a machine of (sky/provision/azure; Microsoft.Authorization is registered in every subscription). Its disks are
+# Microsoft.Compute's, and weights lie in a storage account that is there already.
+PROVIDERS = ("Microsoft.Compute", "Microsoft.Network", "Microsoft.ManagedIdentity")
+UNREGISTERED = "MissingSubscriptionRegistration"
 TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 30}
 
 
@@ -40,7 +44,8 @@ def _asked() -> Iterator[None]:
         raise UserError(f"Azure does not accept the sign-in ({_code(error)}); run az login", Exit.CLOUD) from error
     except HttpResponseError as error:
         words = " ".join(str(getattr(error.error, "message", None) or error.message).split())[:300]
-        raise UserError(f"Azure refused ({_code(error)}): {words}", Exit.CLOUD) from error
+        mend = refusals.registering([words]) if _code(error) == UNREGISTERED else ""
+        raise UserError(f"Azure refused ({_code(error)}): {words}{mend and f'; {mend}'}", Exit.CLOUD) from error
     except AzureError as error:
         raise UserError(f"Azure cannot be asked: {str(error).splitlines()[0][:300]}", Exit.CLOUD) from error
 
@@ -49,6 +54,25 @@ def _code(error: Any) -> str:
     known = getattr(getattr(error, "error", None), "code", None)
     aad = re.search(r"AADSTS\d+", str(error))
     return str(known or (aad and aad[0]) or getattr(error, "status_code", None) or type(error).__name__)
+
+
+def providers() -> dict[str, str]:
+    """The resource providers that machines need, each with its state in this subscription (`Registered`); UserError if Azure refuses."""
+    with _asked():
+        _, resource = _clients()
+        return {name: str(resource.providers.get(name).registration_state) for name in PROVIDERS}
+
+
+def _every(listed: Iterable[Any]) -> list[Any]:
+    """All that Azure lists; nothing where the subscription has not registered the provider, which then has nothing there."""
+    from azure.core.exceptions import HttpResponseError
+
+    try:
+        return list(listed)
+    except HttpResponseError as error:
+        if _code(error) != UNREGISTERED:
+            raise
+        return []
 
 
 def _account() -> tuple[Any, str]:
@@ -118,9 +142,9 @@ def ours(owner: str | None, name: str | None = None, within: Iterable[str] | Non
     refuses."""
     with _asked():
         compute, resource = _clients()
-        every = list(compute.virtual_machines.list_all())
+        every = _every(compute.virtual_machines.list_all())
         found = _parts(compute, every, owner, name)
-        for one in compute.disks.list():
+        for one in _every(compute.disks.list()):
             if one.managed_by is None and _is_ours(one.tags or {}, owner, name):  # one that is attached goes with its machine
                 created = one.time_created.timestamp() if one.time_created else time.time()
                 size = f"{one.disk_size_gb} GiB"
@@ -135,7 +159,7 @@ def machines(owner: str | None, within: Iterable[str]) -> list[Part]:
     """The machines of what `ours` lists, in two questions; NotUsed without a sign-in, UserError if Azure refuses."""
     with _asked():
         compute = _compute(_account())
-        found = _parts(compute, compute.virtual_machines.list_all(), owner, None)
+        found = _parts(compute, _every(compute.virtual_machines.list_all()), owner, None)
     places = set(within)
     return [part for part in found if part.place in places]
 

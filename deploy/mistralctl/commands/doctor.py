@@ -113,7 +113,22 @@ def _ask(cloud: str) -> list[Check]:
             raise UserError(why)
         return "enabled"
 
-    return [_asked("identity", cloud, listing(cloud).identity), _asked("machines", cloud, enabled)]
+    checks = [_asked("identity", cloud, listing(cloud).identity), _asked("machines", cloud, enabled)]
+    return [*checks, _providers()] if cloud == "azure" else checks
+
+
+def _providers() -> Check:
+    """Asks whether the subscription has registered what Azure's machines are made of; a new one has not."""
+    from mistralctl.clouds import azure
+
+    name, use = "resource providers on azure", "--cloud azure"
+    try:
+        states = azure.providers()
+    except UserError as error:
+        return Check(name, False, str(error), use, CLOUDS["azure"].sign_in)
+    missing = [provider for provider, state in states.items() if state != "Registered"]
+    found = ", ".join(f"{provider} {state}" for provider, state in states.items() if not missing or provider in missing)
+    return Check(name, not missing, found, use, "; ".join(f"az provider register -n {provider} --wait" for provider in missing))
 
 
 def node_facts(name: str) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def ask(region: str, needs: Sequence[Need]) -> Found:
             answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=SECONDS)
         except httpx.HTTPError as error:
             raise Unknown(f"Azure does not answer ({type(error).__name__})") from error
+        if "MissingSubscriptionRegistration" in answer.text:
+            raise Unknown("the subscription has not registered it; run az provider register -n Microsoft.Compute --wait")
         if answer.status_code != 200:
             raise Unknown(f"Azure refused Microsoft.Compute/locations/usages/read ({answer.status_code})")
         said = answer.json()

@@ -172,7 +172,8 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
         return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
         return UserError(f"this machine belongs to another identity of the cloud: {first}", Exit.CLOUD)
-    return UserError(f"SkyPilot: {first[:400]} ({kind})", Exit.CLOUD)
+    mend = refusals.registering([text]) if "MissingSubscriptionRegistration" in text else ""
+    return UserError(f"SkyPilot: {first[:400]} ({kind}){mend and f'; {mend}'}", Exit.CLOUD)
 
 
 def _bounded(sky: Any, request: Any, seconds: float, log: Path, on_line: OnLine) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 
 REFUSALS = ("capacity", "quota", "permission", "throttle", "credentials", "price")
 ON_BOOT = ("slow_boot", "node_dies", "no_ssh", "no_driver", "small_disk")
-# Those that one cloud knows: an API that is not enabled (GCP); a deletion that is refused, or accepted and then not done (Azure).
-OWN = ("no_api", "locked", "late_failure")
+# Those that one cloud knows: an API that is not enabled (GCP); a deletion that is refused, or accepted and then not done, a
+# resource provider (its name is the `action`) that the subscription has not registered (Azure).
+OWN = ("no_api", "locked", "late_failure", "unregistered")
 KINDS = (*REFUSALS, *ON_BOOT, *OWN)
 
 

@@ -52,6 +52,15 @@ EXPIRED_TOKEN = Refused(401, "ExpiredAuthenticationToken", "The access token exp
 NO_TOKEN = Refused(401, "AuthenticationFailed", "Authentication failed. The 'Authorization' header is missing.")
 
 
+def unregistered(namespace: str) -> Refused:
+    """A resource provider that the subscription has not registered, as
+    https://learn.microsoft.com/azure/azure-resource-manager/troubleshooting/error-register-resource-provider words it."""
+    return Refused(409, "MissingSubscriptionRegistration", (
+        f"The subscription is not registered to use namespace '{namespace}'. See https://aka.ms/rps-not-found for how to register "
+        "subscriptions."
+    ))  # fmt: skip
+
+
 def forbidden(who: str, action: str, scope: str) -> Refused:
     """An identity without that right."""
     return Refused(403, "AuthorizationFailed", (

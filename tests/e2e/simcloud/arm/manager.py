@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import threading
 import time
@@ -24,6 +25,7 @@ VERBS = {"GET": "read", "HEAD": "read", "PUT": "write", "PATCH": "write", "DELET
 MACHINES = "microsoft.compute/virtualmachines"
 GROUP_DELETION_SECONDS = 3.0
 OURS = {"id": ROOT, "subscriptionId": SUBSCRIPTION, "displayName": "simulated", "state": "Enabled", "tenantId": TENANT}
+PROVIDERS = [f"Microsoft.{name}" for name in ("Authorization", "Compute", "ManagedIdentity", "Network", "Resources", "Storage")]
 # The marketplace: images to versions to the GB that a disk needs.
 MARKETPLACE = {
     "microsoft-dsvm:ubuntu-hpc:2204": {"22.04.2023080201": 30, "22.04.2025102701": 64, "22.04.2026082801": 64},
@@ -45,6 +47,7 @@ class Manager:
     def __init__(self, azure: Azure) -> None:
         self.azure = azure
         self.operations: dict[str, Document] = {}
+        self.registered: set[str] = set()  # by hand, since they were not
 
     # ---- operations that take their time
 
@@ -102,6 +105,7 @@ class Manager:
             allowed = self.azure.has_access(who) if len(parts) < 4 else self.azure.may(who, action, asked.path)
             if not allowed and parts != ["subscriptions"] and "Microsoft.Simulated" not in parts:
                 raise errors.forbidden(who, action, asked.path)
+            self._check_registered(parts)
             given = self._route(asked, parts, who)
         except Refused as refused:
             self.azure.journal.write("call", action=action, path=asked.path, error=refused.code, **where)
@@ -113,6 +117,34 @@ class Manager:
         if len(parts) > 3 and parts[2].lower() == "resourcegroups" and (group := self.azure.resources.get(group_id(parts[3]))):
             return str(group["location"])
         return None
+
+    # ---- resource providers
+
+    def _is_registered(self, namespace: str) -> bool:
+        if self.azure.faults.find(("unregistered",), action=namespace) is None:
+            self.registered.discard(namespace.lower())
+            return True
+        return namespace.lower() in self.registered
+
+    def _check_registered(self, parts: list[str]) -> None:
+        """Refuses what is asked of a provider that the subscription has not registered, but for registering it."""
+        spaces = [one for before, one in itertools.pairwise(parts) if before.lower() == "providers"]
+        if spaces and parts[2:-1] != ["providers"] and parts[-1] != "register" and not self._is_registered(spaces[-1]):
+            raise errors.unregistered(spaces[-1])
+
+    def _provider(self, asked: Asked, parts: list[str]) -> Answer:
+        """https://learn.microsoft.com/rest/api/resources/providers: one, all, or one that is registered."""
+        if asked.method == "POST":
+            self.registered.add(parts[3].lower())
+        names = [parts[3]] if len(parts) > 3 else list(PROVIDERS)
+        shown: list[Document] = [
+            {
+                "id": f"{ROOT}/providers/{name}", "namespace": name, "resourceTypes": [],
+                "registrationState": "Registered" if self._is_registered(name) else "NotRegistered",
+            }
+            for name in names
+        ]  # fmt: skip
+        return Answer(200, shown[0] if len(parts) > 3 else {"value": shown})
 
     def _route(self, asked: Asked, parts: list[str], who: str) -> Answer:
         lower = [part.lower() for part in parts]
@@ -129,6 +161,8 @@ class Manager:
             return listed(self.azure.resources.groups(), asked.query)
         if rest == ["resources"]:
             return listed(self.azure.resources.within(), asked.query)
+        if rest[0] == "providers" and (len(rest) < 3 or rest[2] == "register"):
+            return self._provider(asked, parts)
         if rest[0] == "providers":
             return self._of_subscription(parts, rest, asked.query)
         if rest[0] == "resourcegroups" and len(rest) == 2:
@@ -294,6 +328,10 @@ class Manager:
                 raise Refused(404, "DeploymentNotFound", f"Deployment '{identifier.rpartition('/')[2]}' could not be found.")
             return Answer(200, public(found))
         given = asked.json()["properties"]
+        # The providers that a template names are registered by deploying it
+        # (https://learn.microsoft.com/azure/azure-resource-manager/management/resource-providers-and-types).
+        named = {one["type"].partition("/")[0] for one in given["template"]["resources"]}
+        self.registered |= {one.lower() for one in named if not self._is_registered(one)}
         template = Template(
             given["template"], given.get("parameters") or {}, resources.open_group(group), resources.put, resources.find
         )
@@ -340,6 +378,8 @@ def _images(rest: list[str]) -> Answer:
 def action_of(method: str, parts: list[str]) -> str:
     """What Azure calls a request: Microsoft.Compute/virtualMachines/write, say."""
     verb = VERBS[method]
+    if parts[2:3] == ["providers"] and len(parts) < 5:
+        return f"Microsoft.Resources/subscriptions/providers/{verb}"
     if "providers" in parts[4:] or "providers" in parts[2:3]:
         start = len(parts) - 1 - parts[::-1].index("providers") + 1
         names = [parts[start], *parts[start + 1 :: 2]]

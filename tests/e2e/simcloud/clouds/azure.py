@@ -94,7 +94,7 @@ class Azure(Cloud):
     """The virtual machines and who may do what; documents are in `resources`, what is done with them in `Manager`."""
 
     LAUNCH = "Microsoft.Compute/virtualMachines/write"
-    KINDS = (*Cloud.KINDS, "locked", "late_failure")
+    KINDS = (*Cloud.KINDS, "locked", "late_failure", "unregistered")
 
     def __init__(self, folder: Path, image: Path) -> None:
         super().__init__(folder, image, SERVICES)
