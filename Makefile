@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema vllm-options bench real gpu-check clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema vllm-options cuda-environment bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -135,6 +135,10 @@ gpu-check:
 # What vLLM's own parser says of the options of `vllm serve`, after a change of vLLM.
 vllm-options: .venv-node/.made
 	cd tests/plugin && ../../.venv-node/bin/python vllm_options.py ../../model/contract/mistral_contract/vllm_options.json
+
+# vLLM's environment of a GPU machine, installed here and checked (8 GB), after a change of its pins.
+cuda-environment: .venv/.made
+	$(BIN)/python tests/cuda_environment.py
 
 check: lint test
 

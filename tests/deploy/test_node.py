@@ -367,6 +367,12 @@ def test_vllm_for_gpus_is_built_for_one_cuda() -> None:
     }  # what OLDEST_DRIVER in gpu.sh stands for
 
 
+def test_the_pins_for_gpus_are_those_that_were_installed_and_checked() -> None:
+    """Packages that own the same file, imports, flags: run `make cuda-environment` after a change of model/node/vllm-cuda (8 GB)."""
+    checked = json.loads((Path(__file__).parents[1] / "cuda_environment.json").read_text())
+    assert checked["environment"] == environment_id("cuda", "3.11")
+
+
 def test_both_engines_have_the_same_versions() -> None:
     cuda, cpu = pins("cuda", "3.13"), pins("cpu", "3.13")
     common = set(cuda) & set(cpu)
