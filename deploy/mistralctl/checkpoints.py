@@ -9,6 +9,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from mistral_contract import architecture, quantization
 
@@ -100,7 +101,7 @@ def _name(source: str) -> str:
 
 def _named(uri: str) -> str:
     """The name of the weights at a URI: of their folder or file; in the hub's cache that of the repository."""
-    path = uri.split("#")[0].rstrip("/").removesuffix(".gguf")
+    path = (unquote(uri) if uri.startswith("file://") else uri.split("#")[0]).rstrip("/").removesuffix(".gguf")
     if cached := re.search(r"/models--[^/]+--([^/]+)/snapshots/[^/]+$", path):
         return _name(cached[1])
     return _name(path.rpartition("/")[2].partition("@")[0] if path.startswith("hf://") else path.rpartition("/")[2])
@@ -108,7 +109,7 @@ def _named(uri: str) -> str:
 
 def _links(found: Described) -> tuple[tuple[str, str], ...]:
     """Where the files of a folder really lie, if one of them is a link."""
-    folder = Path(found.uri.removeprefix("file://"))
+    folder = Path(unquote(found.uri.removeprefix("file://")))
     folder = folder.parent if folder.suffix == ".gguf" else folder
     paths = {name: folder / name for name in found.files}
     return (
@@ -185,5 +186,5 @@ def resolve(sourced: Sourced, *, ask: bool = False) -> Model:
     path = Path(value).expanduser().resolve()
     if not path.exists():
         raise UserError(f"{place}: {path} is not there; name a folder with config.json and *.safetensors", Exit.NOT_FOUND)
-    uri = f"file://{path}"
+    uri = f"file://{str(path).replace('%', '%25')}"  # a URI's % begins an escape
     return _model(uri, _look(uri, place, ask), place)

@@ -226,7 +226,7 @@ def render(
     run_dir = f"{node_dir}/run/{plan.name}"
     weights, mounts = plan.weights, {f"{run_dir}/model": str(package_dir("model"))}
     if weights.startswith("file://") and not local:  # a folder of this machine travels with the task
-        folder, one = weights.removeprefix("file://"), weights.rpartition("/")[2] if weights.endswith(".gguf") else ""
+        folder, one = unquote(weights.removeprefix("file://")), weights.rpartition("/")[2] if weights.endswith(".gguf") else ""
         files = dict(plan.model.stored.links) or ({one: folder} if one else {})
         mounts |= {f"{run_dir}/upload/{name}": path for name, path in files.items()} or {f"{run_dir}/upload": folder}
         weights = f"file://{run_dir}/upload" + (f"/{one}" if one else "")

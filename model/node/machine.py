@@ -24,6 +24,7 @@ from typing import Any
 NODE_DIR = Path(os.environ.get("MISTRALCTL_NODE_DIR") or "~/.mistralctl").expanduser()
 METADATA = "http://169.254.169.254"
 METADATA_SECONDS = 2.0
+INFOROM = 14  # nvidia-smi's code where a GPU's infoROM is damaged, which is a warning (nvidia-smi(1), RETURN VALUE)
 # What vLLM, Triton and PyTorch look for on a GPU machine at run time (docs/gpu.md).
 PROGRAMS = ("gcc", "ninja", "nvcc", "nvidia-modprobe")
 # Names of nvidia-smi's query, `nvidia-smi --help-query-gpu`, in the order of the keys that they get here.
@@ -47,10 +48,10 @@ def gpus() -> tuple[list[dict[str, str]], str]:
     if not shutil.which("nvidia-smi"):
         return [], "no nvidia-smi"
     code, said = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits")
-    rows = [line.split(", ") for line in said.splitlines()]
-    if code or not rows or any(len(row) != len(GPU_FIELDS) for row in rows):
+    rows = [line.split(", ") for line in said.splitlines() if not line.startswith("WARNING")]
+    if code not in (0, INFOROM) or not rows or any(len(row) != len(GPU_FIELDS) for row in rows):
         return [], " ".join(said.split())[:300] or f"nvidia-smi ended with code {code}"
-    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows], ""
+    return [dict(zip(GPU_FIELDS, row)) for row in rows], ""  # noqa: B905 - the image's python3 may be older than 3.10
 
 
 def cuda() -> str | None:
@@ -93,7 +94,7 @@ def image(cloud: str) -> str | None:
     """What the cloud's metadata service says of the image that this machine was booted from."""
     try:
         return IMAGES[cloud]() or None
-    except (KeyError, OSError, ValueError):
+    except (KeyError, OSError, ValueError, AttributeError, TypeError):  # it does not answer, or something else
         return None
 
 
@@ -118,8 +119,10 @@ def _pulled(name: str) -> dict[str, Any] | None:
 
 def _system() -> str:
     try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
+        return dict(line.rstrip().split("=", 1) for line in Path("/etc/os-release").open() if "=" in line)["PRETTY_NAME"].strip(
+            '"'
+        )
+    except (OSError, KeyError, ValueError):
         return platform.platform()
 
 

@@ -16,6 +16,10 @@ umask 022
 # shellcheck source=model/node/gpu.sh
 . "$here/gpu.sh"
 mkdir -p "$node_dir/envs" "$node_dir/weights" "$run_dir"
+if command -v flock > /dev/null; then # an earlier set-up of this deployment that nobody ended: two would take away each other's folders
+  exec 8> "$run_dir/setup.lock"
+  flock --nonblock 8 || { echo "waits for another set-up of $MISTRALCTL_NAME"; flock 8; }
+fi
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
   "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site.new" \

@@ -121,6 +121,18 @@ def test_a_gpu_machine(tmp_path: Path) -> None:
     assert found["cpus"] == os.cpu_count()
 
 
+def test_a_gpu_whose_inforom_is_damaged_is_shown(tmp_path: Path) -> None:
+    warned = "#!/bin/sh\necho 'NVIDIA L4, 580.95.05, 23034, 0, 8.9, 72.00, 4'\necho 'WARNING: infoROM is corrupted at gpu 0000:00:1E.0'\nexit 14\n"
+    assert _run(tmp_path, warned)["gpus"][0]["name"] == "NVIDIA L4"  # type: ignore[index]
+
+
+def test_a_metadata_service_that_says_something_else_is_no_error(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/metadata/instance/compute/storageProfile"
+    for answer in ("{}", "[]", json.dumps({"imageReference": None}), "<html>"):
+        monkeypatch.setitem(SERVICES, path, ("Metadata", "true", answer))
+        assert machine.image("azure") is None
+
+
 @pytest.mark.parametrize(
     ("smi", "why"),
     [

@@ -234,6 +234,25 @@ def test_weights_that_fail_while_vllm_is_installed_are_named_every_time(tmp_path
             assert said == [f"mistral_weights: there is no folder {tmp_path}/{number}/nowhere; check the path"]
 
 
+def test_a_set_up_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    """What `up --cloud local` starts when it was killed and is called again: each would take away what the other installs."""
+    some_weights(tmp_path / "weights")
+    (tmp_path / "node" / "run" / "mistral").mkdir(parents=True)
+    (tmp_path / "node" / "run" / "mistral" / "secrets.json").write_text("{}")
+    lock = tmp_path / "node" / "run" / "mistral" / "setup.lock"
+    other = subprocess.Popen(
+        ["flock", lock, "bash", "-c", "echo held; sleep 1; touch $0", tmp_path / "ended"], stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    done = run_with_fakes(tmp_path, "setup.sh", MISTRALCTL_WEIGHTS=f"file://{tmp_path}/weights")
+    assert (tmp_path / "ended").exists()
+    assert done.stdout.splitlines()[0] == "waits for another set-up of mistral"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "node" / "run" / "mistral" / "site").is_dir()
+    other.wait(10)
+
+
 def test_a_mirror_that_fails_says_why_in_its_phase(tmp_path: Path) -> None:
     envs = {"MISTRALCTL_MIRROR_SOURCE": f"file://{tmp_path}/nowhere", "MISTRALCTL_MIRROR_TARGET": f"file://{tmp_path}/target"}
     done = run_with_fakes(tmp_path, "mirror.sh", "run", **envs)

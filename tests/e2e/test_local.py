@@ -240,7 +240,7 @@ def test_another_name_cannot_have_the_same_port(served: tuple[Cli, dict[str, Any
 
 def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
     weights = state.home() / "node" / "weights"
-    tokenizer = next(path for path in weights.glob("smollm2-135m-instruct-*.hf"))
+    tokenizer = next(path for path in weights.glob("smollm2-135m-instruct-*.hf2"))
     folder = tiny.write(tmp_path / "tiny", tokenizer)
     first = cli.json("up", str(folder), "--cloud", "local", "--name", "life", "--dtype", "float32")
     [status] = cli.json("status", "life")
@@ -277,7 +277,7 @@ def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_no
 
 def test_an_adapter_is_replaced_by_one_that_is_there_and_right_and_by_no_other(cli: Cli, tmp_path: Path) -> None:
     weights = state.home() / "node" / "weights"
-    folder = tiny.write(tmp_path / "tiny", next(path for path in weights.glob("smollm2-135m-instruct-*.hf")))
+    folder = tiny.write(tmp_path / "tiny", next(path for path in weights.glob("smollm2-135m-instruct-*.hf2")))
     adapter = tiny.adapter(tmp_path / "sql", 1)
     command = ("up", str(folder), *LITTLE, "--cloud", "local", "--name", "adapted", "--dtype", "float32", "--lora")
 

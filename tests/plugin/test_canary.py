@@ -195,7 +195,7 @@ def test_weights_with_a_nan_are_caught(weights: Path, tmp_path: Path) -> None:
 def test_figures_of_this_package_are_taken_for_the_very_weights_that_they_are_of(tmp_path: Path) -> None:
     [shipped] = canary.SHIPPED.glob("smollm2*.json")
     expected = json.loads(shipped.read_text())
-    served, pulled = tmp_path / "set.hf", tmp_path / "set"
+    served, pulled = tmp_path / "set.hf2", tmp_path / "set"
     for folder in (served, pulled):
         folder.mkdir()
     assert canary.stored_figures(served) is None

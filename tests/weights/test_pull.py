@@ -16,7 +16,7 @@ import sets
 from mistral_weights import manifest as manifests
 from mistral_weights.cli import main
 from mistral_weights.errors import Kind, WeightsError
-from mistral_weights.events import Event, FileFinished, Waiting
+from mistral_weights.events import Event, FileFinished, Retrying, Waiting
 from mistral_weights.patience import Patience
 from mistral_weights.pull import Pull, pull
 from mistral_weights.secrets import Secrets
@@ -264,6 +264,21 @@ def test_a_fresh_pull_brings_what_has_changed_and_leaves_the_old_until_then(
     assert not pull(replace(request, uri=other)).already_there
     assert contents(request.folder) == first
     assert [path.name for path in request.folder.parent.iterdir()] == ["set"]
+
+
+def test_a_fresh_pull_keeps_what_is_there_when_the_store_is_out_of_reach(
+    stores: dict[str, Place], tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = stores["s3"].new()
+    stores["s3"].put(uri, sets.a_set(1))
+    request = Pull(uri, tmp_path / "set", range_bytes=sets.RANGE, patience=patience, fresh=True)
+    assert not pull(request).already_there
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    said: list[object] = []
+    assert pull(request, said.append).already_there
+    assert [type(event).__name__ for event in said if not isinstance(event, Retrying)] == ["Kept"]
+    with pytest.raises(WeightsError):
+        pull(replace(request, folder=tmp_path / "other"))
 
 
 def test_an_incomplete_source_is_refused(place: Place, tmp_path: Path, patience: Patience) -> None:

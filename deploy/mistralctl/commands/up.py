@@ -113,7 +113,10 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
     local.check_disk(task, disk_bytes(shape, plan.model.stored) if shape else 0)
     if not offline:
         _check_hub(plan)
-    action = "replaced" if running else "started"
+    serves = running and old is not None and old.state == "up"
+    if old is not None and old.pid is not None and running and not serves:
+        local.end(old.pid)  # what an `up` that was killed left: its set-up, or a server that nobody was let into
+    action = "replaced" if serves else "started"
     log = local.Log(state.folder(plan.name) / "up.log")
     events: list[PhaseEvent] = []
     record = Record(
@@ -130,12 +133,12 @@ def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[Phas
         record = replace(record, pid=pid, pid_started=started)
         state.save(record)
 
-    if old is not None and running and old.pid is not None:
+    if old is not None and serves and old.pid is not None:
         local.set_up(task, _secrets(plan), log, hear, lambda pid, started: None)  # while the old server serves
         local.end(old.pid)
     state.save(record)
     try:
-        if not running:
+        if not serves:
             local.set_up(task, _secrets(plan), log, hear, remember)
         pid = local.serve(task, log, hear, remember)
         try:

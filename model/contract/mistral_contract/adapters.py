@@ -296,10 +296,14 @@ def _fits(module: str, a: Tensor, b: Tensor, rank: int, base: Sizes | None) -> N
 
 def base_of(folder: Path) -> architecture.Architecture | None:
     """The model whose weights lie in a folder; None where a GGUF file holds its sizes. ValueError if it is not served."""
-    file = folder / architecture.config_file([path.name for path in folder.iterdir()])
-    if not file.is_file():
+    names = [path.name for path in folder.iterdir()]
+    file = folder / architecture.config_file(names)
+    if not any(name.endswith(".safetensors") for name in names):
         return None
-    config = json.loads(file.read_text("utf-8"))
+    try:
+        config = dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{file} cannot be read ({error}); pull the weights again") from None
     return architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
 
 

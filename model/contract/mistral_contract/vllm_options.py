@@ -152,8 +152,10 @@ OPEN = (
 # Keys of open options that load code or write files.
 CLOSED_KEYS = {
     "--structured-outputs-config": ("reasoning_parser_plugin",),
-    "--compilation-config": ("backend", "inductor_passes", "cache_dir", "debug_dump_path"),
+    "--compilation-config": ("backend", "inductor_passes", "inductor_compile_config", "cache_dir", "debug_dump_path"),
 }
+# Options of which mistralctl sets a key on a GPU. vLLM 0.32's parser merges the keys of `--option.key` into one object, which it puts last.
+BY_KEY = ("--compilation-config",)
 # Keys that vLLM takes with some backends alone.
 BACKENDS = {"disable_any_whitespace": ("xgrammar", "guidance"), "disable_additional_properties": ("guidance",)}
 
@@ -195,11 +197,17 @@ def _reasons() -> dict[str, str]:
 
 def check(arguments: Iterable[str]) -> None:
     """ValueError with what is wrong with the first argument that may not follow `vllm serve`."""
+    forms: dict[str, bool] = {}
     for argument in arguments:
-        _check(argument)
+        own, by_key = _check(argument)
+        if forms.setdefault(own, by_key) is not by_key:
+            raise ValueError(
+                f"{own} is given as a whole and by a key, of which vLLM drops one; write each key as {own}.KEY=VALUE"
+            )
 
 
-def _check(argument: str) -> None:
+def _check(argument: str) -> tuple[str, bool]:
+    """The option that an argument means, and whether it sets one key of that; ValueError if it may not follow `vllm serve`."""
     name, equals, value = argument.partition("=")
     if any(ord(c) < 32 for c in argument) or len(argument) > 4096:
         raise ValueError(f"{name[:60]!r} has a control character or is longer than 4096 characters")
@@ -221,17 +229,20 @@ def _check(argument: str) -> None:
     if "kind" not in option:
         if equals or dot:
             raise ValueError(f"{name} takes no value; write {spelling}")
-        return
+        return own, False
     if not equals and (dot or not option.get("bare")):
         raise ValueError(f"{name} needs a value; write it in one piece, for example {name}=VALUE")
     if not equals:
-        return
+        return own, False
+    if own in BY_KEY and not dot:
+        raise ValueError(f"{name}: mistralctl sets a key of it, and vLLM would drop the rest; write each key as {own}.KEY=VALUE")
     try:
         if dot:
             value = _nested(path, value)
         _check_value(option, own, value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} {error}") from None
+    return own, bool(dot)
 
 
 def _spelling(head: str, name: str) -> str:

@@ -16,6 +16,7 @@ from mistral_contract import figures
 from vllm_mistral.canary_prompt import CANARY_TOKENS, canary_prompt
 from vllm_mistral.client import Client
 from vllm_mistral.contract import Code, Contract, LaunchError
+from vllm_mistral.weights import CONVERTED
 
 MANIFEST = "mistral-weights.json"
 SHIPPED = Path(__file__).parent / "canaries"  # the same figures and `weights_sha256`, the hash of the model's file
@@ -58,7 +59,7 @@ def forced_logprobs(client: Client, model: str, prompt: list[int], forced: list[
 def _manifest(folder: Path) -> list[tuple[str, str]]:
     """Name and sha256 of each file of a set of weights, by its manifest; empty without one."""
     try:
-        manifest = json.loads((folder.with_name(folder.name.removesuffix(".hf")) / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((folder.with_name(folder.name.removesuffix(CONVERTED)) / MANIFEST).read_text("utf-8"))
         return [(str(file["name"]), str(file["sha256"])) for file in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -103,15 +104,20 @@ def compare(client: Client, model: str, stored: dict[str, Any] | None, dtype: st
     if stored is None or len(stored["prompt_token_ids"]) + len(stored["forced_token_ids"]) >= max_model_len:
         return Verdict("not verified")
     got = forced_logprobs(client, model, stored["prompt_token_ids"], stored["forced_token_ids"])
-    against, allowed = str(stored.get("source", "")), figures.tolerance(stored, dtype)
+    against, allowed, key = str(stored.get("source", "")), figures.tolerance(stored, dtype), stored.get("weights")
     difference = _difference(got, stored["logprobs"])
     if difference > allowed:
+        what, why = "what the weights say", "the weights, the window or the rotary base are not those of the model"
+        if key:
+            file = f"{figures.FOLDER}/{key}.json"
+            what, why = "what the first engine with these weights did", f"one of the two is wrong; if it was the first, delete {file} " \
+                "in the node's folder and in the laptop's MISTRALCTL_HOME, and the next start makes them anew"  # fmt: skip
         raise LaunchError(
             Code.CANARY,
-            f"the engine does not compute what the weights say: a log-probability differs by {difference:.3f}, {allowed:g} is "
-            f"allowed (figures: {against or 'without a source'}); the weights, the window or the rotary base are not those of the model",
+            f"the engine does not compute {what}: a log-probability differs by {difference:.3f}, {allowed:g} is allowed (figures: "
+            f"{against or 'without a source'}); {why}",
         )
-    return Verdict("verified", round(difference, 6), allowed, against, stored.get("weights"))
+    return Verdict("verified", round(difference, 6), allowed, against, key)
 
 
 def _difference(got: list[float], expected: list[float]) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mistral_contract import vllm_options
+from mistral_contract.quantization import METHODS
 
 T = TypeVar("T")
 
@@ -179,7 +180,7 @@ def read(environ: Mapping[str, str]) -> Contract:
         "sliding_window": get("SLIDING_WINDOW", _number(1, 1 << 24), None),
         "tensor_parallel": get("TENSOR_PARALLEL", _number(1, 64)),
         "dtype": get("DTYPE", _one_of("auto", "bfloat16", "float16", "float32")),
-        "quantization": get("QUANTIZATION", str, None),
+        "quantization": get("QUANTIZATION", _one_of(*METHODS), None),
         "memory_utilization": get("MEMORY_UTILIZATION", _share, None),
         "kv_cache_gib": get("KV_CACHE_GIB", _number(1, 4096), None),
         "tokenizer_mode": get("TOKENIZER_MODE", _one_of("mistral", "hf")),

@@ -19,7 +19,7 @@ from mistral_contract import quantization as schemes
 
 from vllm_mistral.contract import Code, LaunchError
 
-CONVERTED = ".hf"
+CONVERTED = ".hf2"  # with the number of `convert`: what another version of it made is not served
 
 
 def is_consolidated(folder: Path) -> bool:

@@ -46,8 +46,14 @@ def add(folder: Path, python: Path) -> int:
         for said in process.stderr:
             sys.stderr.write(said)
     if process.returncode:
+        why = said.strip()
+        if process.returncode < 0:
+            why = f"its process was ended by signal {-process.returncode}" + (
+                ", most likely because the memory was full" if process.returncode == -9 else ""
+            )
         raise WeightsError(
-            Kind.REFUSED, f"the canary's figures could not be computed: {said.strip()}; leave --canary out to mirror without"
+            Kind.REFUSED,
+            f"the canary's figures could not be computed: {why or f'code {process.returncode}'}; leave --canary out to mirror without",
         )
     with explained(folder):
         data = (folder / FILE).read_bytes()

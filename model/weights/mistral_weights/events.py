@@ -57,7 +57,14 @@ class Waiting:
     for_what: str
 
 
-Event = Begun | Advanced | FileFinished | FileRestarted | Retrying | Waiting
+@dataclass(frozen=True)
+class Kept:
+    """The set that is there is used, because the store could not be asked whether it has a newer one."""
+
+    why: str
+
+
+Event = Begun | Advanced | FileFinished | FileRestarted | Retrying | Waiting | Kept
 Report = Callable[[Event], None]
 
 

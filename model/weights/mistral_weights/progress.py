@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TextIO
 
-from .events import Advanced, Begun, Event, FileFinished, FileRestarted, Report, Retrying, Waiting
+from .events import Advanced, Begun, Event, FileFinished, FileRestarted, Kept, Report, Retrying, Waiting
 
 LINE_SECONDS = 5.0
 EVENT_SECONDS = 0.5
@@ -50,6 +50,8 @@ def sentence(event: Event) -> str:
             return f"{name} starts again: {why}"
         case Waiting(for_what):
             return f"waiting for {for_what}"
+        case Kept(why):
+            return f"what is there is used as it is: {why}"
         case _:
             return ""
 
@@ -134,6 +136,7 @@ class _Events:
             FileRestarted: "restarted",
             Retrying: "retrying",
             Waiting: "waiting",
+            Kept: "kept",
         }
         self._print({"event": names[type(event)], **asdict(event)})
 

@@ -15,7 +15,7 @@ from .address import Address, parse
 from .arrival import Wanted
 from .disk import explained, require_space, sync_folder, write_whole, written_so_far
 from .errors import Kind, WeightsError
-from .events import Advanced, Begun, FileFinished, FileRestarted, Report, silent
+from .events import Advanced, Begun, FileFinished, FileRestarted, Kept, Report, silent
 from .http_reader import readers
 from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
 from .journal import Journal
@@ -137,7 +137,13 @@ def _is_fresh(request: Pull, address: Address, folder: Path, report: Report) -> 
     installed = find(folder)
     with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
         store = open_store(address, Opening(request.secrets, Path(scratch), request.patience))
-        source = look(store, address, request.form, request.patience, report)
+        try:
+            source = look(store, address, request.form, request.patience, report)
+        except WeightsError as error:
+            if error.kind is not Kind.UNREACHABLE:
+                raise
+            report(Kept(str(error)))
+            return True
     return installed is not None and {one.file.name: one.file.version for one in source.wanted} == dict(installed.versions)
 
 
