@@ -65,7 +65,9 @@ _PRICE_LIMIT = re.compile(
 _QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
 _NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
-_NAMESPACE = re.compile(r"namespace '([\w.]+)'")
+# Azure's words, and those of its libraries, which try to register a resource provider that is missing and say how that went.
+_PROVIDER = re.compile(r"(?:not registered to use namespace|Resource provider) '([\w.]+)'")
+_REGISTERED = "Registration succeeded."
 TOLD = 8  # regions and reasons in one line
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
@@ -89,7 +91,7 @@ class Refusal:
 
 def registering(texts: Iterable[str]) -> str:
     """What to run where Azure's words name resource providers that the subscription has not registered; empty if they name none."""
-    named = dict.fromkeys(space for text in texts for space in _NAMESPACE.findall(text))
+    named = dict.fromkeys(provider for text in texts for provider in _PROVIDER.findall(text))
     return f"run {', '.join(f'az provider register -n {space} --wait' for space in named)}" if named else ""
 
 
@@ -102,6 +104,8 @@ def _of(text: str) -> Refusal | None:
     none = _NO_QUOTA.search(text)
     if none:
         return Refusal(none[3], "quota", "no quota", f"{none[1]} {none[2]}")
+    if provider := _PROVIDER.search(text):
+        return Refusal("", "registration", "MissingSubscriptionRegistration", provider[1])
     code = _CODE.search(text)
     if code is None:
         return None
@@ -115,8 +119,6 @@ def _of(text: str) -> Refusal | None:
     )
     if kind == "permission" and operation:
         named = operation[1] or operation[2] or operation[3]
-    if kind == "registration" and (space := _NAMESPACE.search(text)):
-        named = space[1]
     return Refusal(place[1] if place else "", kind, code[1], named)
 
 
@@ -129,6 +131,8 @@ def read(texts: Iterable[str]) -> list[Refusal]:
             tried = re.search(r"Launching on .*?\(([^)]+)\)|Launching on \S+ (\S+?)[.(]", line)
             if tried:
                 near = (tried[1] or tried[2] or "").split(",")[0]
+            if _REGISTERED in line:
+                found = {key: row for key, row in found.items() if row.kind != "registration"}
             refusal = _of(line)
             if refusal is not None:
                 place = refusal.place or near
@@ -170,7 +174,7 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
         first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
         return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)
     kinds = [kind for kind in ADVICE if any(row.kind == kind for row in rows)]
-    commands = registering(f"namespace '{row.detail}'" for row in rows if row.kind == "registration")
+    commands = registering(f"Resource provider '{row.detail}'" for row in rows if row.kind == "registration")
     advice = "; ".join(f"{kind}: {commands if kind == 'registration' and commands else ADVICE[kind]}" for kind in kinds)
     table = "\n".join(
         f"  {row.place or '?':18} {row.kind:10} {row.code}{': ' + row.detail if row.detail else ''}" for row in rows

@@ -119,6 +119,22 @@ def test_a_price_limit_that_todays_catalog_cannot_meet(tmp_path: Path) -> None:
     )
 
 
+LIBRARY = (
+    "⚙︎ Launching on Azure eastus.\nWARNING:azure.mgmt.core.policies._base:Resource provider 'Microsoft.Compute' used by this operation is "
+    "not registered. We are registering for you.\nWARNING:azure.mgmt.core.policies._base:{}\n"
+)
+
+
+def test_what_azures_libraries_cannot_register_is_a_refusal_and_what_they_can_is_none(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    log.write_text(LIBRARY.format("Registration failed. Please register manually."), "utf-8")
+    error = refused("Failed to provision all possible launchable resources.", [], log)
+    assert "registration: run az provider register -n Microsoft.Compute --wait (log: " in str(error)
+    assert error.details == "  eastus             registration MissingSubscriptionRegistration: Microsoft.Compute"
+    log.write_text(LIBRARY.format("Registration succeeded."), "utf-8")
+    assert refusals.on_the_way(log) == ""
+
+
 def test_a_resource_provider_that_is_not_registered_comes_with_the_command(tmp_path: Path) -> None:
     words = "(MissingSubscriptionRegistration) The subscription is not registered to use namespace '{}'."
     history = [Exception(words.format(name)) for name in ("Microsoft.Compute", "Microsoft.Compute", "Microsoft.Network")]
