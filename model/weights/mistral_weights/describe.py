@@ -120,6 +120,8 @@ def _tensors(where: str, file: StoredFile, read: Callable[[StoredFile, int], byt
             if name == "__metadata__":
                 continue
             start, stop = map(int, tensor["data_offsets"])
+            if not 0 <= start <= stop:
+                raise ValueError
             width = FLOATS.get(tensor["dtype"])
             floats, fixed = (floats + (stop - start) // width, fixed) if width else (floats, fixed + stop - start)
             end = max(end, stop)

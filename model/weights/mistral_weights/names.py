@@ -28,6 +28,7 @@ _BESIDE = (  # what a server reads beside the weights
 )
 _NOT = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "optimizer*", "trainer_state.json")
 MOST_LISTED = 20
+_SHARD = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
@@ -105,6 +106,14 @@ def listed(names: Iterable[str]) -> str:
     return (
         ", ".join(found[:MOST_LISTED]) + (f" and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else "") or "none"
     )
+
+
+def absent_shards(names: Iterable[str]) -> tuple[str, ...]:
+    """The shards that the names of the others count (NAME-00001-of-00002.safetensors) and that are not among `names`."""
+    there = set(names)
+    sets = {(found[1], found[2]) for found in map(_SHARD.fullmatch, there) if found}
+    every = (f"{stem}-{number:05d}-of-{count}.safetensors" for stem, count in sets for number in range(1, int(count) + 1))
+    return tuple(sorted(set(every) - there))
 
 
 def missing_shards(index: bytes, names: Iterable[str]) -> tuple[str, ...]:

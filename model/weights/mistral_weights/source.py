@@ -48,7 +48,11 @@ def look(store: Store, address: Address, form: str, patience: Patience, report: 
     if names.UNFINISHED in files:
         raise WeightsError(Kind.DAMAGED, f"the mirror at {where} was never finished; run `mirror` to it again")
     chosen = names.select(files, form)
-    _no_pointers(store, where, [files[name] for name in chosen], patience, report)
+    if absent := names.absent_shards(chosen):
+        raise WeightsError(Kind.DAMAGED, f"{where} lacks {absent[0]}, which the names of its other files count; use a whole copy")
+    # The hub itself puts files in the place of pointers; there somebody has uploaded them as weights, if at all.
+    looked_at = [name for name in chosen if address.scheme != "hf" or names.kind_of(name) in names.FORMATS]
+    _no_pointers(store, where, [files[name] for name in looked_at], patience, report)
     wanted = []
     for name in chosen:
         file = files[name]
@@ -117,7 +121,7 @@ def _only(contents: Contents, name: str) -> Contents:
 
 def _no_pointers(store: Store, where: str, files: list[StoredFile], patience: Patience, report: Report) -> None:
     for file in files:
-        small = names.kind_of(file.name) in names.FORMATS and len(POINTER) <= file.size < LARGEST_POINTER
+        small = len(POINTER) <= file.size < LARGEST_POINTER
         if small and beginning(store, file, len(POINTER), patience, report) == POINTER:
             raise WeightsError(
                 Kind.REFUSED,
