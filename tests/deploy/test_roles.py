@@ -21,6 +21,8 @@ def test_gcp_allows_what_skypilot_checks_for_and_what_we_call() -> None:
     ours = {
         "compute.regions.get",
         "compute.projects.get",
+        "compute.images.get",  # SkyPilot asks for the size of an image that --image names
+        "compute.images.useReadOnly",  # https://cloud.google.com/compute/docs/reference/rest/v1/instances/insert, sourceImage
         "compute.disks.delete",
         "compute.firewalls.update",
         "iam.serviceAccounts.actAs",
