@@ -1,4 +1,4 @@
-"""Prices per hour, from the dated snapshot in `catalog/`: for planning, never today's price."""
+"""Prices per hour, from the dated snapshot `vms.csv` of each cloud's folder: for planning, never today's price."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 
 SNAPSHOT_DATE = "2026-11-23"
-SNAPSHOT_SOURCE = "skypilot-org/skypilot-catalog (a hand-kept subset; see mistralctl/catalog/SOURCE.md)"
+SNAPSHOT_SOURCE = "skypilot-org/skypilot-catalog (a hand-kept subset; see mistralctl/clouds/SOURCE.md)"
 
 # GCP sells accelerators apart from the machine that carries them; these are the machines that SkyPilot 0.14 puts below.
 GCP_HOSTS = {
@@ -46,7 +46,7 @@ class Offer:
 
 
 def _rows(cloud: str) -> list[dict[str, str]]:
-    text = resources.files("mistralctl").joinpath("catalog", cloud, "vms.csv").read_text("utf-8")
+    text = resources.files("mistralctl").joinpath("clouds", cloud, "vms.csv").read_text("utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
-PRICES = HERE.parent.parent / "deploy" / "mistralctl" / "catalog"
+PRICES = HERE.parent.parent / "deploy" / "mistralctl" / "clouds"
 
 
 def lay_out_catalog() -> None:

@@ -121,7 +121,7 @@ def test_the_json_of_results_is_a_contract(mistralctl: Run, home: Path) -> None:
 def test_tables_name_their_source(mistralctl: Run) -> None:
     assert mistralctl("gpus").stdout.splitlines()[-1] == (
         "prices: a snapshot of 2026-11-23, not today's; from skypilot-org/skypilot-catalog "
-        "(a hand-kept subset; see mistralctl/catalog/SOURCE.md)"
+        "(a hand-kept subset; see mistralctl/clouds/SOURCE.md)"
     )
     assert mistralctl("models").stdout.splitlines()[1].startswith("mistral-7b-instruct-v0.1  7.24B  4096    32768    yes   no ")
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from mistralctl import state, task
-from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, aws, listing
+from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, listing
+from mistralctl.clouds.aws import api as aws
 from mistralctl.commands import extend, reap
 from mistralctl.commands.launch import Progress
 from mistralctl.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mistralctl.clouds.gcp import DISK, RULE, SHORTENED, named_like
+from mistralctl.clouds.gcp.api import DISK, RULE, SHORTENED, named_like
 
 USER = "0a1b2c3d"
 

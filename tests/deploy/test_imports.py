@@ -13,12 +13,14 @@ import pytest
 from mistralctl import package_dir
 
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
+CLOUDS = ("aws", "gcp", "azure")
 # Top to bottom; a module imports its own tier and the tiers above.
 TIERS: dict[str, tuple[str, ...]] = {
-    "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas"),
+    "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas",
+              *(f"clouds.{cloud}" for cloud in CLOUDS)),
     "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "adapters", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
-                "figures", "clouds.aws", "clouds.gcp", "clouds.azure", "quotas.aws", "quotas.gcp", "quotas.azure", "runtime.local", "runtime.ssh",
+                "figures", *(f"clouds.{cloud}.{file}" for cloud in CLOUDS for file in ("api", "quotas")), "runtime.local", "runtime.ssh",
                 "runtime.facts", "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),
     "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
                  "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",

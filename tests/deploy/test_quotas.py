@@ -16,13 +16,16 @@ import pytest
 from mistralctl import checkpoints
 from mistralctl import plan as planning
 from mistralctl.clouds import CLOUDS
+from mistralctl.clouds.aws import quotas as aws
+from mistralctl.clouds.azure import quotas as azure
+from mistralctl.clouds.gcp import quotas as gcp
 from mistralctl.commands import preflight
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.output import plan_text
 from mistralctl.plan import Plan
 from mistralctl.prices import offers
-from mistralctl.quotas import Need, Unknown, Wanted, asking, aws, azure, gcp
+from mistralctl.quotas import Need, Unknown, Wanted, asking
 
 G, G_NAME = "L-DB2E81BA", "Running On-Demand G and VT instances"
 MODEL = "mistral-7b-instruct-v0.1"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
-from mistralctl.clouds import azure
+from mistralctl.clouds.azure import api as azure
 
 ROLES = Path(__file__).parent.parent.parent / "docs" / "roles"
 

@@ -133,7 +133,7 @@ def test_skypilot_is_asked_where_the_cloud_cannot_be_listed_or_the_place_is_not_
     def refuses(*_: Any) -> list[Part]:
         raise UserError("AWS refused", Exit.CLOUD)
 
-    monkeypatch.setattr("mistralctl.clouds.aws.machines", refuses)
+    monkeypatch.setattr("mistralctl.clouds.aws.api.machines", refuses)
     asked.clear()
     status.run("here")
     assert asked == ["here"]

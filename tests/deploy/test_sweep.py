@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from mistralctl import state
-from mistralctl.clouds import NotUsed, Part, aws, azure, gcp
+from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds.aws import api as aws
+from mistralctl.clouds.azure import api as azure
+from mistralctl.clouds.gcp import api as gcp
 from mistralctl.commands import launch
 from mistralctl.errors import Exit, UserError
 from mistralctl.task import owner

@@ -16,7 +16,7 @@ def make(group: str, region: str, size: str, spot: bool, labels: dict[str, str])
     from azure.mgmt.compute import ComputeManagementClient
     from azure.mgmt.network import NetworkManagementClient
     from azure.mgmt.resource import ResourceManagementClient
-    from mistralctl.quotas.azure import subscription
+    from mistralctl.clouds.azure.quotas import subscription
 
     credential, account = AzureCliCredential(process_timeout=30), subscription()
 

@@ -1,4 +1,4 @@
-"""The table of clouds: what SkyPilot calls them, their regions, and how a region or a zone is spelt."""
+"""The clouds: each is a folder here, which holds all that is known of it. Its `CLOUD` is a row of the table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from mistralctl.errors import UserError
@@ -19,6 +20,7 @@ class Cloud:
 
     `regions` are those that offer GPUs, by each cloud's own list of regions in 2026; `zone` is the pattern of a zone's
     name with the region as `{region}`; None where SkyPilot takes no zones. `page` says how to get credentials.
+    Clouds are named by `order`, then by name.
     """
 
     name: str
@@ -26,55 +28,11 @@ class Cloud:
     zone: str | None
     sign_in: str
     page: str
+    order: int = 100
 
     def has_zone(self, region: str, zone: str) -> bool:
         """Whether `zone` is spelt like one of that region's."""
         return self.zone is not None and re.fullmatch(self.zone.format(region=re.escape(region)), zone) is not None
-
-
-CLOUDS = {
-    cloud.name: cloud
-    for cloud in (
-        Cloud(
-            "aws",
-            frozenset(
-                "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 sa-east-1 eu-west-1 eu-west-2 eu-west-3 "
-                "eu-central-1 eu-north-1 eu-south-1 ap-south-1 ap-southeast-1 ap-southeast-2 ap-northeast-1 "
-                "ap-northeast-2 ap-northeast-3 ap-east-1 me-south-1 af-south-1".split()
-            ),
-            r"{region}[a-f]",
-            "aws configure",
-            "https://docs.aws.amazon.com/cli/latest/userguide/getting-started-quickstart.html",
-        ),
-        Cloud(
-            "gcp",
-            frozenset(
-                "us-central1 us-east1 us-east4 us-east5 us-south1 us-west1 us-west2 us-west3 us-west4 "
-                "northamerica-northeast1 northamerica-northeast2 southamerica-east1 europe-central2 "
-                "europe-north1 europe-southwest1 europe-west1 europe-west2 europe-west3 europe-west4 "
-                "europe-west6 europe-west8 europe-west9 europe-west12 asia-east1 asia-east2 asia-northeast1 "
-                "asia-northeast2 asia-northeast3 asia-south1 asia-south2 asia-southeast1 asia-southeast2 "
-                "australia-southeast1 australia-southeast2 me-central1 me-west1 africa-south1".split()
-            ),
-            r"{region}-[a-f]",
-            "gcloud auth application-default login",
-            "https://cloud.google.com/docs/authentication/provide-credentials-adc",
-        ),
-        Cloud(
-            "azure",
-            frozenset(
-                "eastus eastus2 centralus northcentralus southcentralus westcentralus westus westus2 westus3 "
-                "canadacentral canadaeast brazilsouth northeurope westeurope francecentral germanywestcentral "
-                "italynorth norwayeast polandcentral spaincentral swedencentral switzerlandnorth uksouth ukwest "
-                "australiaeast centralindia southindia eastasia southeastasia japaneast japanwest koreacentral "
-                "israelcentral qatarcentral southafricanorth uaenorth".split()
-            ),
-            None,
-            "az login",
-            "https://learn.microsoft.com/cli/azure/authenticate-azure-cli",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -141,4 +99,13 @@ ADDRESS_PRICES = {"aws": 0.005}
 
 def listing(cloud: str) -> Listing:
     """The module that asks a cloud what of ours it has."""
-    return cast(Listing, import_module(f"mistralctl.clouds.{cloud}"))
+    return cast(Listing, import_module(f"mistralctl.clouds.{cloud}.api"))
+
+
+def _found() -> dict[str, Cloud]:
+    """The facts of every folder beside this file, by name."""
+    every = [import_module(f"{__name__}.{one.name}").CLOUD for one in iter_modules(__path__) if one.ispkg]
+    return {cloud.name: cloud for cloud in sorted(every, key=lambda cloud: (cloud.order, cloud.name))}
+
+
+CLOUDS = _found()

@@ -119,11 +119,11 @@ def _ask(cloud: str) -> list[Check]:
 
 def _providers() -> Check:
     """Asks whether the subscription has registered what Azure's machines are made of; a new one has not."""
-    from mistralctl.clouds import azure
+    from mistralctl.clouds.azure import api
 
     name, use = "resource providers on azure", "--cloud azure"
     try:
-        states = azure.providers()
+        states = api.providers()
     except UserError as error:
         return Check(name, False, str(error), use, CLOUDS["azure"].sign_in)
     missing = [provider for provider, state in states.items() if state != "Registered"]

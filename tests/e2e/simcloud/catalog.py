@@ -9,7 +9,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent.parent.parent
 SKY = TESTS / "deploy" / "sky_catalog"
-SOURCES = (TESTS.parent / "deploy" / "mistralctl" / "catalog", SKY)
+SOURCES = (TESTS.parent / "deploy" / "mistralctl" / "clouds", SKY)
 
 
 @functools.cache
@@ -32,7 +32,9 @@ def lay_out(home: Path, cloud: str) -> Path:
     for source in SOURCES:
         for name in (cloud, "common"):
             if (source / name).exists():
-                shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+                shutil.copytree(
+                    source / name, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"), dirs_exist_ok=True
+                )
     with (folder / cloud / "images.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, list(images(cloud)[0]))
         rows.writeheader()

@@ -22,7 +22,7 @@ from mistralctl.task import NODE_PYTHON, environment_id
 
 from simcloud import asked, images, linux
 
-CATALOG = Path(__file__).parents[3] / "deploy" / "mistralctl" / "catalog"
+CATALOG = Path(__file__).parents[3] / "deploy" / "mistralctl" / "clouds"
 ENVS = ".mistralctl/envs"
 PACKAGES = Path("lib") / f"python{NODE_PYTHON}" / "site-packages"
 TOOLKIT = ("nvcc", "ptxas", "cuobjdump", "nvdisasm", "nvlink", "fatbinary")

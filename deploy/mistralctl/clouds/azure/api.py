@@ -16,9 +16,9 @@ from typing import Any
 
 from mistralctl import refusals, state
 from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds.azure.quotas import subscription
 from mistralctl.errors import Exit, UserError
 from mistralctl.quotas import Unknown
-from mistralctl.quotas.azure import subscription
 
 CLUSTER_TAG = "skypilot-cluster-name"
 # What SkyPilot 0.14.1 makes a machine of (sky/provision/azure; Microsoft.Authorization is registered in every subscription). Its disks are

@@ -1,6 +1,6 @@
 """Quotas: how much of a kind of machine a cloud lets an account run, and whether that is enough for a plan.
 
-What a machine counts against is a table, one file a cloud beside this one; asking the cloud is one function in the same file.
+What a machine counts against is a table, `clouds/CLOUD/quotas.py`; asking the cloud is one function in the same file.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Asking(Protocol):
 
 def asking(cloud: str) -> Asking:
     """The module that asks a cloud for its quotas."""
-    return cast(Asking, import_module(f"mistralctl.quotas.{cloud}"))
+    return cast(Asking, import_module(f"mistralctl.clouds.{cloud}.quotas"))
 
 
 def _places(quotas: Iterable[Quota]) -> dict[tuple[str, str, str], list[bool | None]]:
