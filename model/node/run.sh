@@ -6,7 +6,7 @@ node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
 run_dir=$node_dir/run/$MISTRALCTL_NAME
 export MISTRALCTL_NODE_DIR=$node_dir
 export PYTHONPATH=$run_dir/site
-launcher=("$node_dir/envs/$MISTRALCTL_ENV_ID/bin/python" -m vllm_mistral.serve)
+launcher=("$node_dir/envs/$MISTRALCTL_ENV_ID/bin/python" -m mistral_node.serve)
 # The launcher ends by itself at its lifetime; so many seconds later it is told to, and so many after that it is killed.
 grace=60 last=30
 

@@ -23,7 +23,7 @@ fi
 
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
   "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site.new" \
-    "$model_dir/contract" "$model_dir/plugin" "$model_dir/weights"
+    "$model_dir/contract" "$model_dir/plugin" "$model_dir/node" "$model_dir/weights"
 }
 
 NO_GPU=3 # the code of make_environment where this machine's GPUs cannot serve

@@ -12,7 +12,7 @@ import boto3
 import pytest
 from mistralctl import package_dir
 
-sys.path.append(str(package_dir("model") / "plugin"))  # the guard, which needs nothing of vLLM, for tests of the gate
+sys.path.append(str(package_dir("model") / "node"))  # the guard, which needs nothing of vLLM, for tests of the gate
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from mistral_node.tls import self_signed
 from mistralctl import certificates, connection, state
 from mistralctl.config import load
 from mistralctl.errors import UserError
 from mistralctl.spec import DeploymentSpec
 from mistralctl.state import Record
-from vllm_mistral.tls import self_signed
 
 
 @pytest.fixture(autouse=True)

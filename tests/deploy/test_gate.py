@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mistral_node.guard as guard_module
 import pytest
 import uvicorn
-import vllm_mistral.guard as guard_module
 from fastapi import APIRouter, FastAPI, WebSocket
+from mistral_node.guard import Guard, probe_token, routes_of
+from mistral_node.traffic import Traffic
 from mistralctl import connection, gate, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.phases import PhaseEvent
 from mistralctl.state import Record
-from vllm_mistral.guard import Guard, probe_token, routes_of
-from vllm_mistral.traffic import Traffic
 
 NAME = "gated"
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from mistralctl import package_dir
 
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
@@ -88,25 +89,55 @@ def test_nothing_imports_the_command_line_and_nothing_below_it_prints_or_knows_t
             assert not re.search(r"(?<![.\w])print\(", text), module
 
 
-def test_laptop_and_node_never_import_each_other() -> None:
-    root = package_dir("model").parent
-    for path in (root / "deploy").rglob("*.py"):
-        assert "vllm_mistral" not in path.read_text("utf-8").replace("vllm_mistral.serve", "")
-    for path in (root / "model").rglob("*.py"):
-        tree = ast.parse(path.read_text("utf-8"))
-        names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-        assert not {name for name in names if name.split(".")[0] == "mistralctl"}, path
+def packages(path: Path) -> set[str]:
+    """The top packages that a file imports, wherever in it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+    names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    return {name.split(".")[0] for name in names}
+
+
+OURS = {"mistralctl", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "may"),
+    [
+        ("deploy/mistralctl", {"mistralctl", "mistral_contract", "mistral_weights"}),
+        ("model/contract/mistral_contract", {"mistral_contract"}),
+        ("model/weights/mistral_weights", set()),
+        ("model/plugin/vllm_mistral", {"vllm_mistral", "mistral_contract"}),
+        ("model/node", {"mistral_node", "vllm_mistral", "mistral_contract"}),
+    ],
+)
+def test_laptop_and_node_never_import_each_other_and_the_plugin_stands_alone(folder: str, may: set[str]) -> None:
+    found = sorted((package_dir("model").parent / folder).rglob("*.py"))
+    assert found
+    for path in found:
+        assert packages(path) & OURS <= may, path
+
+
+def test_the_laptop_names_nothing_of_the_plugin() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert "vllm_mistral" not in path.read_text("utf-8"), path
 
 
 def test_the_contract_needs_the_standard_library_alone() -> None:
-    found = sorted((package_dir("model") / "contract" / "mistral_contract").rglob("*.py"))
-    assert found
-    for path in found:
-        tree = ast.parse(path.read_text("utf-8"))
-        names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "mistral_contract"}, path
+    for path in (package_dir("model") / "contract" / "mistral_contract").rglob("*.py"):
+        assert packages(path) <= {*sys.stdlib_module_names, "mistral_contract"}, path
+
+
+def test_the_node_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
+    node = package_dir("model") / "node"
+    wanted = tomllib.loads((node / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    imports = {name for path in (node / "mistral_node").rglob("*.py") for name in packages(path)}
+    imports -= {*sys.stdlib_module_names, "mistral_node"}
+    assert {name.replace("_", "-") for name in imports} | {"httptools"} == set(wanted)  # uvicorn's parser, which it names
+    for engine in ("cpu", "cuda"):
+        text = "".join((node / f"vllm-{engine}" / file).read_text("utf-8") for file in ("requirements.txt", "constraints.txt"))
+        pinned = set(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==", text, re.MULTILINE))
+        pinned |= {"vllm"} if (node / f"vllm-{engine}" / "shim").exists() else set()  # its build for CPUs has a name of its own
+        assert set(wanted) - {"mistral-contract", "vllm-mistral"} <= pinned, engine
 
 
 def test_one_module_imports_the_weights_tool() -> None:

@@ -14,7 +14,7 @@ from running import Cli, down, share_node
 from simcloud import SimCloud
 from xdist.scheduler import LoadFileScheduling
 
-sys.path.append(str(package_dir("model") / "plugin"))  # its certificates need nothing of vLLM
+sys.path.append(str(package_dir("model") / "node"))  # its certificates need nothing of vLLM
 
 
 LOCAL = ("test_local", "test_store", "test_wheel")  # all take the first port that is free, seconds before they listen on it

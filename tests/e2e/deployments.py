@@ -209,10 +209,10 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     weights = arguments.pop(3)
     assert weights.startswith(f"/home/{place.user}/.mistralctl/weights/mistral-7b-instruct-v0.1-")
     assert arguments == [
-        "-m", "vllm_mistral.start", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
+        "-m", "mistral_node.start", "serve", "--hf-overrides", '{"architectures": ["MistralSWAForCausalLM"]}',
         "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
         "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
-        "--middleware", "vllm_mistral.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
+        "--middleware", "mistral_node.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
         "--max-num-batched-tokens", "1024", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
         "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
         "--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false",
@@ -229,7 +229,7 @@ def asks_for_nothing_that_is_not_there(sim: SimCloud, name: str) -> None:
     print("programs:", sorted({Path(one["program"]).name for one in programs}))
     assert [one for one in programs if not one["found"]] == []
     assert [one for one in seen if one["event"] == "compiler"] == []
-    vllm = next(one for one in seen if one["event"] == "process" and "vllm_mistral.start" in one["words"])
+    vllm = next(one for one in seen if one["event"] == "process" and "mistral_node.start" in one["words"])
     assert vllm["uvm"]
     assert [one["user"] for one in seen if one["event"] == "nvidia-modprobe"] == [0]
     assert "/usr/local/cuda/bin" in vllm["environment"]["PATH"]  # so nvcc is found, as on the image; its libraries are not

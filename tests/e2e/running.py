@@ -63,7 +63,7 @@ def launchers(below: Path, name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            ours = process.environ().get("MISTRALCTL_NAME") == name and process.cmdline()[-1:] == ["vllm_mistral.serve"]
+            ours = process.environ().get("MISTRALCTL_NAME") == name and process.cmdline()[-1:] == ["mistral_node.serve"]
             if ours and f"upperdir={below}/" in Path(f"/proc/{process.pid}/mountinfo").read_text():
                 found.append(process)
         except (psutil.Error, OSError):

@@ -25,12 +25,12 @@ from deployments import (
     up,
     when,
 )
+from mistral_node.tls import self_signed
 from mistralctl import images
 from planted import are_where_they_belong, plant, went_with_the_node
 from roles import exceeded
 from secrets_search import Processes
 from simcloud import SimCloud
-from vllm_mistral.tls import self_signed
 
 
 @pytest.fixture(scope="module", params=PLACES)

@@ -86,7 +86,7 @@ def test_a_server_with_an_open_route_is_stopped(cli: Cli, tmp_path: Path) -> Non
     checkout = package_dir("model").parent
     for part in ("deploy", "model", "task_templates"):
         shutil.copytree(checkout / part, tmp_path / "broken" / part, ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "broken" / "model" / "plugin" / "vllm_mistral" / "guard.py").open("a") as guard:
+    with (tmp_path / "broken" / "model" / "node" / "mistral_node" / "guard.py").open("a") as guard:
         guard.write(HOLE)
     cli.env["PYTHONPATH"] = str(tmp_path / "broken" / "deploy")
     error = cli("up", MODEL, *LITTLE, "--cloud", "local", "--name", "leaky", code=9).stderr
@@ -221,7 +221,7 @@ def test_the_receipt_has_what_was_served(served: tuple[Cli, dict[str, Any]]) -> 
     weights = cli.home / "node" / "weights" / receipt["task"]["envs"]["MISTRALCTL_WEIGHTS_ID"] / file["name"]
     with weights.open("rb") as content:
         assert hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
-    assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "vllm_mistral.front.Guard"
+    assert receipt["flags"][receipt["flags"].index("--middleware") + 1] == "mistral_node.front.Guard"
     assert (receipt["engine"]["class"], receipt["canary"]["state"], receipt["down_at"]) == (CLASS, "verified", None)
     now = cli.json("doctor", "--node", "served")
     assert list(now) == list(receipt["node"])

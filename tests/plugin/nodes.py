@@ -55,7 +55,7 @@ def write_secrets(node_dir: Path, **fields: str) -> Path:
 
 
 class Launcher:
-    """`python -m vllm_mistral.serve` with its output in a file."""
+    """`python -m mistral_node.serve` with its output in a file."""
 
     def __init__(self, node_dir: Path, environ: Mapping[str, str]) -> None:
         self.run_dir = node_dir / "run" / "test"
@@ -64,7 +64,7 @@ class Launcher:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MISTRALCTL_"))}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_mistral.serve"], env=kept | dict(environ), stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, "-m", "mistral_node.serve"], env=kept | dict(environ), stdout=output, stderr=subprocess.STDOUT
             )
         self.children: list[psutil.Process] = []
 

@@ -15,13 +15,13 @@ from engines import engine, prompt_logprobs
 from mistral_contract import architecture
 from mistral_contract.adapters import RANKS, Adapter, AdapterError, changes_nothing, read, served_rank
 from mistral_contract.architecture import Architecture
+from mistral_node import adapters, contract
+from mistral_node.client import Client
+from mistral_node.contract import Code, LaunchError
 from nodes import KEY, variables
 from safetensors.torch import load_file, save_file
 from test_canary import over_http
 from vllm.lora.request import LoRARequest
-from vllm_mistral import adapters, contract
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, LaunchError
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Path], None]

@@ -13,13 +13,13 @@ import torch
 from checkpoints import consolidated, prompts, write
 from engines import engine, prompt_logprobs, runner
 from mistral_contract import architecture
+from mistral_node.contract import Code, LaunchError
+from mistral_node.engine import cause
+from mistral_node.weights import model_dir
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, MinistralForCausalLM
 from vllm.config import set_current_vllm_config
-from vllm_mistral.contract import Code, LaunchError
-from vllm_mistral.engine import cause
 from vllm_mistral.model import MistralSWAForCausalLM, refuse_other_models
-from vllm_mistral.weights import model_dir
 
 LIMIT = 5e-5
 Measured = Callable[[str, float, float], None]

@@ -18,10 +18,11 @@ from checkpoints import write
 from engines import engine, run
 from mistral_contract import figures
 from mistral_contract.figures import FILE, TOLERANCE
+from mistral_node import canary, contract
+from mistral_node.client import Client
+from mistral_node.contract import Code, LaunchError
 from nodes import variables
-from vllm_mistral import canary, contract, reference
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, LaunchError
+from vllm_mistral import reference
 
 SHAPE = {"sliding_window": 128, "max_position_embeddings": 4096, "num_hidden_layers": 3}
 LONGEST = 3000

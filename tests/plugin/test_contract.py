@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from vllm_mistral import contract
-from vllm_mistral.contract import Code, LaunchError
+from mistral_node import contract
+from mistral_node.contract import Code, LaunchError
 
 GOOD = {
     "MISTRALCTL_NAME": "mistral", "MISTRALCTL_NODE_DIR": "/node", "MISTRALCTL_ENGINE": "cpu",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import vllm_mistral
+from mistral_node import ward
 from vllm.model_executor.models import registry
-from vllm_mistral import ward
 
 MODEL = Path(__file__).parents[2] / "model"
 

@@ -9,10 +9,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from mistral_node import contract, flags
+from mistral_node.contract import Code, Contract, LaunchError
+from mistral_node.isolation import Isolation
 from test_contract import GOOD
-from vllm_mistral import contract, flags
-from vllm_mistral.contract import Code, Contract, LaunchError
-from vllm_mistral.isolation import Isolation
 
 MODEL = Path("/weights/model")
 CUDA = {
@@ -43,7 +43,7 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     got = parsed(flags.arguments(wanted, MODEL))
     assert got.model_tag == str(MODEL) or got.model == str(MODEL)
     assert got.hf_overrides == {"architectures": ["MistralSWAForCausalLM"]}
-    assert got.middleware == ["vllm_mistral.front.Guard"]
+    assert got.middleware == ["mistral_node.front.Guard"]
     assert (got.host, got.port, got.api_key) == ("127.0.0.1", 8000, None)
     assert got.served_model_name == ["m"]
     assert (got.max_model_len, got.max_num_seqs) == (wanted.max_model_len, 8)

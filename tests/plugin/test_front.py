@@ -13,11 +13,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from hostile import raw, request
+from mistral_node import front
+from mistral_node.guard import LARGEST_BODY
+from mistral_node.traffic import Traffic
 from nodes import KEY, free_port
 from starlette.requests import Request
-from vllm_mistral import front
-from vllm_mistral.guard import LARGEST_BODY
-from vllm_mistral.traffic import Traffic
 
 HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
 
@@ -25,7 +25,7 @@ HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(front, "HEAD_SECONDS", 1.0)
-    monkeypatch.setattr("vllm_mistral.guard.BODY_SECONDS", 1.0)
+    monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", 1.0)
     (tmp_path / "secrets.json").write_text(json.dumps({"api_key": KEY}))
     Traffic(tmp_path, fresh=True)
     app = FastAPI()

@@ -21,16 +21,16 @@ from checkpoints import mistral_tokenizer, write
 from hostile import raw, request
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
+from mistral_node.guard import LARGEST_BODY, WITH_KEY
 from nodes import KEY, Launcher, launched, write_secrets
 from schemathesis import GenerationMode
-from vllm_mistral.guard import LARGEST_BODY, WITH_KEY
 
 SLOW_SECONDS = 3.0
 # In the server's process: writes down what the application says of itself, and waits for slow clients less long than usual.
 INSIDE = f"""
 import json, os, pathlib
 if "MISTRALCTL_KEY_FD" in os.environ:
-    from vllm_mistral import front, guard
+    from mistral_node import front, guard
     front.HEAD_SECONDS = guard.BODY_SECONDS = {SLOW_SECONDS}
     routes_of = guard.routes_of
     def described(app, prefix=""):

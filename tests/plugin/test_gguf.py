@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import hugging_face, log_probabilities, prompts, write
+from mistral_node.contract import Code, LaunchError
+from mistral_node.weights import TENSORS, convert
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig
-from vllm_mistral.contract import Code, LaunchError
-from vllm_mistral.weights import TENSORS, convert
 
 VOCABULARY = 300  # 256 bytes, one word that is merged of two of them, and others
 NAMES = {name: own for own, name in TENSORS.items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_mistral.guard import LARGEST_BODY, WITH_KEY, Guard, probe_token
-from vllm_mistral.traffic import Traffic
+from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard, probe_token
+from mistral_node.traffic import Traffic
 
 KEY = "mctl-0123456789abcdef"
 BEARER = (b"authorization", b"Bearer " + KEY.encode())
@@ -173,7 +173,7 @@ def test_the_key_comes_through_a_pipe(run_dir: Path, behind: Behind, monkeypatch
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_mistral.guard.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", 0.2)
     sent: list[dict[str, Any]] = []
     given = [{"type": "http.request", "body": b"x", "more_body": True}]
 

@@ -24,13 +24,14 @@ import torch
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from mistral_contract.figures import FILE
+from mistral_node import contract, engine, lifetime, serve
+from mistral_node.client import Client
+from mistral_node.contract import Code, LaunchError
+from mistral_node.phases import Status
+from mistral_node.traffic import Traffic
 from nodes import KEY, Launcher, launched, variables, write_secrets
 from safetensors.torch import load_file, save_file
-from vllm_mistral import contract, engine, inspection, lifetime, serve
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, LaunchError
-from vllm_mistral.phases import Status
-from vllm_mistral.traffic import Traffic
+from vllm_mistral import inspection
 
 POPEN = subprocess.Popen
 
@@ -116,7 +117,7 @@ def test_on_a_node_an_earlier_launcher_that_hangs_is_told_and_then_killed(monkey
             ports.append(probe.getsockname()[1])
     hung, another = (
         subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, "vllm_mistral.serve", str(port)], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", LAUNCHER, "mistral_node.serve", str(port)], stdout=subprocess.PIPE, text=True,
             env=os.environ | {"MISTRALCTL_NAME": name},
         )
         for port, name in zip(ports, ("test", "another"), strict=True)
@@ -209,7 +210,7 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
         while not servers and launcher.process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 below = psutil.Process(launcher.process.pid).children(recursive=True)
-                servers = [process for process in below if "vllm_mistral.start" in process.cmdline()]
+                servers = [process for process in below if "mistral_node.start" in process.cmdline()]
             time.sleep(0.1)
         assert servers
         servers[0].kill()

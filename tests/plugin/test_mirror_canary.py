@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from checkpoints import consolidated, write
 from mistral_contract import figures
+from mistral_node import canary
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.mirror import Mirror, mirror
 from mistral_weights.pull import Pull, pull
 from mistral_weights.verify import Verify, verify
-from vllm_mistral import canary
 
 SHAPE = {"sliding_window": 128, "max_position_embeddings": 512}
 

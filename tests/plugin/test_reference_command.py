@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import consolidated, hugging_face, log_probabilities, write
+from mistral_node.weights import convert
 from transformers import AutoTokenizer
 from vllm_mistral.canary_prompt import canary_prompt
 from vllm_mistral.reference import Engine, Mistral, Sampling, main, make_canary, read_config
-from vllm_mistral.weights import convert
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

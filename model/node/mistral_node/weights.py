@@ -16,8 +16,7 @@ from typing import Any
 
 from mistral_contract import architecture
 from mistral_contract import quantization as schemes
-
-from vllm_mistral.contract import Code, LaunchError
+from mistral_node.contract import Code, LaunchError
 
 CONVERTED = ".hf2"  # with the number of `convert`: what another version of it made is not served
 

@@ -1,4 +1,4 @@
-"""vLLM's command, `python -m vllm_mistral.start serve ...`, which starts a quarter sooner: without the garbage collector, which would walk
+"""vLLM's command, `python -m mistral_node.start serve ...`, which starts a quarter sooner: without the garbage collector, which would walk
 all that vLLM imports again and again, until that is imported.
 
 The processes that vLLM spawns run this module first, as Python does with the main module of whoever spawned them; in each of them vLLM calls

@@ -1,4 +1,4 @@
-"""The launcher: `python -m vllm_mistral.serve` serves what the contract says, and ends when it is due.
+"""The launcher: `python -m mistral_node.serve` serves what the contract says, and ends when it is due.
 
 Contract, secrets, plugin, weights, engine, check, ready; then it waits for a signal, for idleness, for the end of the
 deployment's lifetime, or for vLLM to die. Exit codes: docs/contract.md.
@@ -21,15 +21,15 @@ from typing import Any
 
 import psutil
 from mistral_contract.adapters import served_rank
-
-from vllm_mistral import ARCHITECTURE, adapters, canary, contract, flags, inspection, lifetime, tls, weights
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, Contract, LaunchError
-from vllm_mistral.engine import Engine, check_installed, check_port
-from vllm_mistral.guard import read_key
-from vllm_mistral.isolation import prepare
-from vllm_mistral.phases import Status, say
-from vllm_mistral.traffic import Traffic
+from mistral_node import adapters, canary, contract, flags, lifetime, tls, weights
+from mistral_node.client import Client
+from mistral_node.contract import Code, Contract, LaunchError
+from mistral_node.engine import Engine, check_installed, check_port
+from mistral_node.guard import read_key
+from mistral_node.isolation import prepare
+from mistral_node.phases import Status, say
+from mistral_node.traffic import Traffic
+from vllm_mistral import ARCHITECTURE, inspection
 
 PASSED = "passed"  # the laptop writes it when the gate was passed
 SECRETS_SECONDS = 600.0
@@ -107,7 +107,7 @@ def predecessors(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and "vllm_mistral.serve" in process.cmdline()
+            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and "mistral_node.serve" in process.cmdline()
             if ours and process.environ().get("MISTRALCTL_NAME") == name:
                 found.append(process)
     return found

@@ -1,7 +1,7 @@
 """The guard: an ASGI middleware in front of all of vLLM's routes.
 
 vLLM's own `--api-key` protects a list of prefixes; this refuses whatever is not on a short list, with a key or without, and
-asks for the key on all but `/health`. Give it to vLLM with `--middleware vllm_mistral.front.Guard`, which puts it outermost and bounds
+asks for the key on all but `/health`. Give it to vLLM with `--middleware mistral_node.front.Guard`, which puts it outermost and bounds
 the HTTP server below it, too.
 
 Where MISTRALCTL_GATE is `probe` it starts closed: until the launcher opens it, it serves only who bears the probe's token. It
@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_mistral.contract import networks
-from vllm_mistral.traffic import Traffic
+from mistral_node.contract import networks
+from mistral_node.traffic import Traffic
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mistral.contract import Contract
+from mistral_node.contract import Contract
 
 PREPARE_SECONDS = 300
 # Of the launcher's variables that user gets those with these beginnings.

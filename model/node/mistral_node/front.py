@@ -1,7 +1,7 @@
 """What stands between the network and vLLM: the guard, and below it an HTTP server that does not let itself be filled or held.
 
 uvicorn's parser keeps headers of any number and size, and waits for them forever. Importing this module puts a bounded one in its
-place, for the server that is made afterwards: give vLLM `--middleware vllm_mistral.front.Guard`, and it gets both.
+place, for the server that is made afterwards: give vLLM `--middleware mistral_node.front.Guard`, and it gets both.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import asyncio
 from typing import Any
 
 import uvicorn.config
+from mistral_node.guard import Guard
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from vllm_mistral.guard import Guard
 
 __all__ = ["BoundedProtocol", "Guard"]
 

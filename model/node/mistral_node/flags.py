@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_mistral import ARCHITECTURE, tls
-from vllm_mistral.contract import Contract
-from vllm_mistral.weights import is_consolidated, quantization
+from mistral_node import tls
+from mistral_node.contract import Contract
+from mistral_node.weights import is_consolidated, quantization
+from vllm_mistral import ARCHITECTURE
 
-GUARD = "vllm_mistral.front.Guard"
+GUARD = "mistral_node.front.Guard"
 IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 MEMORY_NODES = Path("/sys/devices/system/node")
 DRAIN_SECONDS = 25

@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_mistral.guard import PROBE_HEADER, probe_token
+from mistral_node.guard import PROBE_HEADER, probe_token
 
 
 @dataclass(frozen=True)

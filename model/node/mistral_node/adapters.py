@@ -9,10 +9,9 @@ from typing import Literal
 
 from mistral_contract import adapters
 from mistral_contract.adapters import Adapter
-
-from vllm_mistral.canary import forced_logprobs
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, Contract, LaunchError
+from mistral_node.canary import forced_logprobs
+from mistral_node.client import Client
+from mistral_node.contract import Code, Contract, LaunchError
 
 ASKED = list(range(3, 35))  # token ids that every vocabulary has
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_contract import figures
-
+from mistral_node.client import Client
+from mistral_node.contract import Code, Contract, LaunchError
+from mistral_node.weights import CONVERTED
 from vllm_mistral.canary_prompt import CANARY_TOKENS, canary_prompt
-from vllm_mistral.client import Client
-from vllm_mistral.contract import Code, Contract, LaunchError
-from vllm_mistral.weights import CONVERTED
 
 MANIFEST = "mistral-weights.json"
 SHIPPED = Path(__file__).parent / "canaries"  # the same figures and `weights_sha256`, the hash of the model's file
