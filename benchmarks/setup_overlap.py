@@ -36,8 +36,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from mistralctl import phases
-from mistralctl import task as tasks
+from mistralctl import phases, tasks
 from mistralctl.runtime import local
 
 GOAL = 0.65

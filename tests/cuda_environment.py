@@ -25,24 +25,25 @@ BUILD_HELPER = {"build_backend.py": ["flashinfer-python", "torch-c-dlpack-ext"]}
 
 def plans(folder: Path) -> list[dict[str, str]]:
     """The variables of a node's task for each row of the table of models on each GPU and count that it fits on."""
-    from mistralctl import checkpoints, plan, task
+    from mistralctl import checkpoints, plan
     from mistralctl.config import load
     from mistralctl.errors import UserError
     from mistralctl.gpus import GPUS
     from mistralctl.models import MODELS
+    from mistralctl.tasks import serve
 
     found = []
     for model, gpu, count in itertools.product(MODELS, GPUS, (1, 2, 4, 8)):
         try:
             sourced = load({"model": model, "accelerators": f"{gpu}:{count}"}, {}, None, folder)
-            found.append(task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")["envs"])
+            found.append(serve.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")["envs"])
         except UserError:
             continue  # it does not fit, or no cloud sells it
     return found
 
 
 def outside() -> None:
-    from mistralctl.task import environment_id
+    from mistralctl.tasks import environment_id
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistralctl"
     folder, site = cache / environment_id("cuda", PYTHON), cache / "cuda-site"

@@ -34,7 +34,7 @@ class Certificate:
 
 def own(spec: DeploymentSpec) -> Certificate:
     """What --cert and --key name; UserError if they cannot be read, do not belong together, or name no host."""
-    from mistralctl.task import digest
+    from mistralctl.tasks import digest
 
     cert, key = Path(spec.cert or "").expanduser(), Path(spec.key or "").expanduser()
     try:

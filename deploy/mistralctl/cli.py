@@ -75,7 +75,7 @@ def _say_task(task: dict[str, Any], form: Form) -> None:
 
         typer.echo(as_json(task))
         return
-    from mistralctl.task import dump
+    from mistralctl.tasks import dump
 
     typer.echo(dump(task), nl=False)
 
@@ -489,7 +489,8 @@ def weights_mirror(
     output: Output = Form.text,
 ) -> None:
     """Bring weights from one place to another: on a cheap machine near the bucket, or --here."""
-    from mistralctl import mirror, stores
+    from mistralctl import stores
+    from mistralctl.tasks import mirror
 
     spec = mirror.make(source, target, revision, region, endpoints=stores.endpoints((source, target), os.environ), canary=canary)
     if here and (dry_run or region):

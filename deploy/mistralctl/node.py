@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistralctl import state
-from mistralctl.task import environment_id
+from mistralctl.tasks import environment_id
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that vLLM 0.32 (3.11 to 3.14) and SkyPilot 0.14 (to 3.13) both name
 

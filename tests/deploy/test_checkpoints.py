@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan, task
+from mistralctl import checkpoints, plan
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.machine import Machine
 from mistralctl.models import Model
+from mistralctl.tasks import serve
 from weights_folders import SMOLLM2, tensors
 
 GIB = 1 << 30
@@ -211,7 +212,7 @@ def test_the_size_is_that_of_the_tensors_where_they_are_more_than_config_json_sa
 def mounts(path: Path, **more: Any) -> tuple[dict[str, str], str]:
     """What travels to a node in a cloud, by its place below `upload`, and where the node finds it."""
     sourced = load({"model": str(path), "cloud": ["aws"], "accelerators": "L4", **more}, {}, None)
-    rendered = task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
+    rendered = serve.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
     below = f"~/.mistralctl/run/{rendered['name']}/upload"
     found = {to.removeprefix(below): path for to, path in rendered["file_mounts"].items() if to.startswith(below)}
     return found, rendered["envs"]["MISTRALCTL_WEIGHTS"].removeprefix(f"file://{below}")

@@ -13,10 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_contract import vllm_options
-from mistralctl import checkpoints, plan, task
+from mistralctl import checkpoints, plan, tasks
 from mistralctl.config import load, parse_yaml
 from mistralctl.errors import UserError
 from mistralctl.spec import DeploymentSpec, json_schema
+from mistralctl.tasks import serve
 
 # Text of mistralctl.yaml, and how the error begins (after the file's path) and what it says to do.
 BAD_FILES = [
@@ -190,10 +191,10 @@ BAD_VARIABLES = [
 ]
 
 
-def whole(flags: dict[str, Any], environ: dict[str, str], file: Path | None, folder: Path) -> task.Task:
+def whole(flags: dict[str, Any], environ: dict[str, str], file: Path | None, folder: Path) -> tasks.Task:
     """The pure chain from options to a task."""
     sourced = load(flags, environ, file, folder)
-    return task.render(plan.make(sourced, checkpoints.resolve(sourced), _machine()), owner="x")
+    return serve.render(plan.make(sourced, checkpoints.resolve(sourced), _machine()), owner="x")
 
 
 def _machine() -> Any:
@@ -407,4 +408,4 @@ def _error_or_task(flags: dict[str, Any], file: Path | None, folder: Path) -> No
     except UserError as error:
         one_line(error)
         return
-    assert yaml.safe_load(task.dump(got)) == got
+    assert yaml.safe_load(tasks.dump(got)) == got

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from mistral_contract import driver
-from mistralctl import checkpoints, images, package_dir, plan, prices, task
+from mistralctl import checkpoints, images, package_dir, plan, prices
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.plan import Plan
+from mistralctl.tasks import serve
 
 HPC = "microsoft-dsvm:ubuntu-hpc:2204"
 AMI = "ami-0123456789abcdef0"
@@ -23,7 +24,7 @@ def make(**flags: Any) -> Plan:
 
 
 def resources(**flags: Any) -> dict[str, Any]:
-    return dict(task.render(make(**flags), owner="0123456789ab")["resources"])
+    return dict(serve.render(make(**flags), owner="0123456789ab")["resources"])
 
 
 def refusal(**flags: Any) -> str:

@@ -19,7 +19,7 @@ CLOUDS = ("aws", "gcp", "azure")
 TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas",
               *(f"clouds.{cloud}" for cloud in CLOUDS)),
-    "pure": ("machine", "spec", "config", "fit", "plan", "task", "mirror", "phases", "refusals"),
+    "pure": ("machine", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "adapters", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
                 "figures", *(f"clouds.{cloud}.{file}" for cloud in CLOUDS for file in ("api", "quotas")), "runtime.local", "runtime.ssh",
                 "runtime.facts", "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),

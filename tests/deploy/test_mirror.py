@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import mirror, package_dir, task
+from mistralctl import package_dir, tasks
 from mistralctl.errors import Exit, UserError
+from mistralctl.tasks import mirror
 
 Run = Callable[..., CompletedProcess[str]]
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,19 +24,19 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def rendered(name: str) -> task.Task:
+def rendered(name: str) -> tasks.Task:
     return mirror.render(mirror.make(*CASES[name], canary=name == "mirror-canary"), owner="0123456789ab")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_mirror(name: str, request: pytest.FixtureRequest) -> None:
-    text = task.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
-    text = text.replace(task.environment_id("cpu", task.NODE_PYTHON), "cpu-HASH-OF-REQUIREMENTS")
+    text = tasks.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
+    text = text.replace(tasks.environment_id("cpu", tasks.NODE_PYTHON), "cpu-HASH-OF-REQUIREMENTS")
     file = GOLDEN / f"{name}.yaml"
     if request.config.getoption("--golden"):
         file.write_text(text, "utf-8")
     assert text == file.read_text("utf-8")
-    assert yaml.safe_load(task.dump(rendered(name))) == rendered(name)
+    assert yaml.safe_load(tasks.dump(rendered(name))) == rendered(name)
 
 
 def test_only_data_is_set_on_the_template() -> None:
@@ -50,7 +51,7 @@ def test_the_canarys_figures_take_a_larger_machine_with_torch() -> None:
     plain, canary = rendered("mirror-aws"), rendered("mirror-canary")
     assert (plain["resources"]["cpus"], plain["resources"]["memory"], plain["envs"]["MISTRALCTL_ENV_ID"]) == ("2+", "8+", "")
     assert (canary["resources"]["cpus"], canary["resources"]["memory"]) == ("8+", "16+")
-    assert canary["envs"]["MISTRALCTL_ENV_ID"] == task.environment_id("cpu", task.NODE_PYTHON)
+    assert canary["envs"]["MISTRALCTL_ENV_ID"] == tasks.environment_id("cpu", tasks.NODE_PYTHON)
     assert canary["name"] != plain["name"]
 
 

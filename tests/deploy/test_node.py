@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mistralctl import package_dir
-from mistralctl.task import _tree, environment_id
+from mistralctl.tasks import environment_id, tree
 from packaging.requirements import Requirement
 from test_adapters import adapter
 
@@ -405,11 +405,11 @@ def test_the_name_of_an_environment_changes_with_all_that_it_is_made_from(
     engine: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(package_dir("model"), tmp_path / "model", ignore=shutil.ignore_patterns("plugin", "weights"))
-    monkeypatch.setattr("mistralctl.task.package_dir", lambda name: tmp_path / name)
-    _tree.cache_clear()
+    monkeypatch.setattr("mistralctl.tasks.package_dir", lambda name: tmp_path / name)
+    tree.cache_clear()
     before = environment_id(engine, "3.11")
     assert before == environment_id(engine, "3.11") != environment_id(engine, "3.12")
     changed = tmp_path / "model" / "node" / file.format(engine)
     changed.write_text(changed.read_text() + "# changed\n")
-    _tree.cache_clear()
+    tree.cache_clear()
     assert environment_id(engine, "3.11") != before

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan, state, task
+from mistralctl import checkpoints, plan, state, tasks
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
 from mistralctl.plan import Plan
+from mistralctl.tasks import serve
 from weights_folders import AWQ, FP8, GPTQ, W4A16, folder, tensors
 
 SMALL = Machine(24 * GIB, 2)
@@ -54,7 +55,7 @@ def test_a_price_limit_is_repeated_as_it_was_typed_and_never_in_exponents() -> N
     cheap = make(
         cloud=["aws"], region="eu-central-1", max_price=0.00001
     )  # no price is known there, so it is SkyPilot's to refuse
-    assert "  max_hourly_cost: 0.00001\n" in task.dump(task.render(cheap, owner="x"))
+    assert "  max_hourly_cost: 0.00001\n" in tasks.dump(serve.render(cheap, owner="x"))
 
 
 def test_a_cloud_that_was_named_is_in_the_task_with_its_cheapest_machine_whatever_the_others_cost() -> None:
@@ -240,7 +241,7 @@ def test_fp8_of_weights_that_are_not_quantized_halves_them_and_not_the_disk() ->
     plain, got = make(accelerators="L4"), make(accelerators="L4", quantization="fp8")
     assert got.chosen.fit is not None
     assert got.chosen.fit.weight_bytes / GB == pytest.approx(7.50, abs=0.01)
-    sizes = [task.render(one, owner="x")["resources"]["disk_size"] for one in (plain, got)]
+    sizes = [serve.render(one, owner="x")["resources"]["disk_size"] for one in (plain, got)]
     assert sizes[0] == sizes[1]
 
 
@@ -254,7 +255,7 @@ def test_plan_says_what_up_would_change(tmp_path: Path, monkeypatch: pytest.Monk
     wanted = plan_command.render_plan(planned())
     record = state.Record(
         "x", "aws", "up", "smollm2-135m-instruct", "s", 8000, "~/.mistralctl", wanted["envs"]["MISTRALCTL_SERVING_ID"], 0.0, task=wanted,
-        cluster="mctl-x", machine="m6i.large", region="us-east-1", resources_id=task.resources_id(wanted),
+        cluster="mctl-x", machine="m6i.large", region="us-east-1", resources_id=tasks.resources_id(wanted),
     )  # fmt: skip
     state.save(record)
     same = "nothing would change; --refresh asks whether it is still as it was"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from mistralctl import __version__, checkpoints, config, plan, state, task
+from mistralctl import __version__, checkpoints, config, plan, state
 from mistralctl.commands import receipt
 from mistralctl.errors import UserError
 from mistralctl.machine import this_machine
 from mistralctl.state import Record
+from mistralctl.tasks import serve
 
 KEYS = ["schema", "name", "cloud", "region", "machine", "spot", "price", "model", "served_model_name", "up_at", "down_at", "versions",
         "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node"]  # fmt: skip
@@ -29,7 +30,7 @@ def record(home: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     """A deployment of this machine as `up` leaves it."""
     monkeypatch.setenv("MISTRALCTL_HOME", str(home / ".mistralctl"))
     sourced = config.load({"model": "smollm2-135m-instruct", "cloud": ["local"], "name": "mine"}, {}, None)
-    made = task.render(
+    made = serve.render(
         plan.make(sourced, checkpoints.resolve(sourced), this_machine()), owner="tests", node_dir=str(home / "node")
     )
     found = Record(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, images, package_dir, plan, prices, task
+from mistralctl import checkpoints, images, package_dir, plan, prices, tasks
 from mistralctl.config import load
+from mistralctl.tasks import serve
 from test_mirror import CASES as MIRRORS
 from test_mirror import rendered as mirror_rendered
 from test_task import CASES
@@ -43,10 +44,10 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         sourced = load(CASES[name], {}, None)
         made = plan.make(sourced, checkpoints.resolve(sourced), None)
         files.append(folder / f"{name}.yaml")
-        files[-1].write_text(task.dump(task.render(made, owner="0123456789ab")), "utf-8")
+        files[-1].write_text(tasks.dump(serve.render(made, owner="0123456789ab")), "utf-8")
     for name in MIRRORS:
         files.append(folder / f"{name}.yaml")
-        files[-1].write_text(task.dump(mirror_rendered(name)), "utf-8")
+        files[-1].write_text(tasks.dump(mirror_rendered(name)), "utf-8")
     for name in ("serve.yaml", "mirror.yaml"):
         files.append(folder / name)
         files[-1].write_text((package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
@@ -67,7 +68,7 @@ def test_skypilot_accepts_the_task_and_chooses_what_the_plan_chose(name: str, ac
     sourced = load(CASES[name], {}, None)
     chosen = plan.make(sourced, checkpoints.resolve(sourced), None).chosen
     assert got["cloud"] == chosen.cloud
-    entry = task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")["resources"]
+    entry = serve.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")["resources"]
     entry = entry.get("any_of", [entry])[0]
     assert list((got["image"] or {None: None}).values()) == [entry.get("image_id")]
     if chosen.accelerator:

@@ -15,7 +15,7 @@ from mistralctl.clouds.azure import api as azure
 from mistralctl.clouds.gcp import api as gcp
 from mistralctl.commands import launch
 from mistralctl.errors import Exit, UserError
-from mistralctl.task import owner
+from mistralctl.tasks import owner
 from test_status import ec2, remember, rent
 
 __all__ = ["ec2"]  # a fixture, found by its name

@@ -14,7 +14,7 @@ from mistralctl.commands import doctor, up
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
-from mistralctl.task import NODE_PYTHON
+from mistralctl.tasks import NODE_PYTHON
 
 # What Python does not have on macOS, taken away before anything of mistralctl is imported. psutil, sysconfig and urllib bring parts of
 # their own for macOS, which are not here: the former two are loaded first, and urllib's question for the system's proxies finds none.

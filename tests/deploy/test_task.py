@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import checkpoints, package_dir, plan, task
+from mistralctl import checkpoints, package_dir, plan, tasks
 from mistralctl.config import load
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
+from mistralctl.tasks import serve
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, dict[str, Any]] = {
@@ -39,17 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def rendered(name: str) -> task.Task:
+def rendered(name: str) -> tasks.Task:
     sourced = load(CASES[name], {}, None)
     made = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 * GIB, 2))
     if name == "local":
-        return task.render(made, owner="0123456789ab", node_dir="/node", port=8123, python="3.11")
-    return task.render(made, owner="0123456789ab")
+        return serve.render(made, owner="0123456789ab", node_dir="/node", port=8123, python="3.11")
+    return serve.render(made, owner="0123456789ab")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_task(name: str, request: pytest.FixtureRequest) -> None:
-    text = task.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
+    text = tasks.dump(rendered(name)).replace(str(package_dir("model").parent), "PACKAGE")
     serving = rendered(name)["envs"]["MISTRALCTL_SERVING_ID"]
     environment = rendered(name)["envs"]["MISTRALCTL_ENV_ID"].split("-")[1]
     text = re.sub(f"'?{serving}'?", "HASH-OF-OPTIONS-AND-SOURCES", text)  # quoted where a hash happens to look like a number
@@ -70,7 +71,7 @@ def test_only_data_is_set_on_the_template() -> None:
 
 def test_the_dump_is_read_back_as_it_was() -> None:
     for name in CASES:
-        assert yaml.safe_load(task.dump(rendered(name))) == rendered(name)
+        assert yaml.safe_load(tasks.dump(rendered(name))) == rendered(name)
 
 
 def test_the_contract_page_names_every_env_and_no_other() -> None:
@@ -94,12 +95,12 @@ def test_a_gpu_gets_a_faster_disk_where_that_is_cheap_and_a_tier_that_was_asked_
         assert tiers(disk_tier=tier, cloud=["aws", "azure"]) == {"aws": tier, "azure": tier}
         assert tiers(disk_tier=tier, model="smollm2-135m-instruct", cloud=["gcp"]) == {"gcp": tier}
     one, other = (rendered_with(disk_tier=tier) for tier in ("high", "low"))
-    assert task.resources_id(one) != task.resources_id(other)
+    assert tasks.resources_id(one) != tasks.resources_id(other)
 
 
-def rendered_with(**flags: Any) -> task.Task:
+def rendered_with(**flags: Any) -> tasks.Task:
     sourced = load({"cloud": ["aws"]} | flags, {}, None)
-    return task.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
+    return serve.render(plan.make(sourced, checkpoints.resolve(sourced), None), owner="x")
 
 
 def test_labels_obey_the_strictest_cloud() -> None:
@@ -117,5 +118,5 @@ def test_the_serving_hash_changes_with_any_option_of_serving() -> None:
     for change in ({}, {"max_model_len": 512}, {"idle": "never"}, {"vllm_args": ("--seed=7",)}, {"dtype": "bfloat16"}):
         spec = base.spec.model_copy(update=change)
         made = plan.make(type(base)(spec, {}), checkpoints.resolve(base), None)
-        seen.add(task.render(made, owner="x")["envs"]["MISTRALCTL_SERVING_ID"])
+        seen.add(serve.render(made, owner="x")["envs"]["MISTRALCTL_SERVING_ID"])
     assert len(seen) == 5

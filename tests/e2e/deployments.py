@@ -15,7 +15,7 @@ from typing import Any
 
 import tiny
 from mistralctl import images
-from mistralctl.task import NODE_PYTHON, environment_id
+from mistralctl.tasks import NODE_PYTHON, environment_id
 from running import MODEL
 from simcloud import SimCloud
 from simcloud.asked import LOG

@@ -105,7 +105,7 @@ def test_a_launch_avoids_the_zone_without_capacity_and_down_leaves_nothing(sim: 
 
 
 def test_the_node_has_the_environment_that_the_task_names(sim: SimCloud) -> None:
-    from mistralctl.task import NODE_PYTHON, environment_id
+    from mistralctl.tasks import NODE_PYTHON, environment_id
     from simcloud.image import MISTRALCTL_ENVS, USER, baked
 
     environment = baked() / "upper" / "home" / USER / MISTRALCTL_ENVS / environment_id("cpu", NODE_PYTHON)

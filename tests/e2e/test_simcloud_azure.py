@@ -207,7 +207,7 @@ print(sorted((part.kind, part.name, part.due, part.deleted) for part in reap.run
 
 
 def test_reap_finds_machines_by_labels_and_what_they_left_by_names(sim: SimCloud) -> None:
-    from mistralctl.task import owner
+    from mistralctl.tasks import owner
 
     mine = f"mistralctl-owner={owner({'MISTRALCTL_OWNER': 'me'})}"
     user = "0a1b2c3d"

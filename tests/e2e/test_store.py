@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import mirror, package_dir
+from mistralctl import package_dir
 from mistralctl.models import SMOLLM2
 from mistralctl.runtime import local
+from mistralctl.tasks import mirror
 from running import LITTLE, MODEL, Cli, down, share_node
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))

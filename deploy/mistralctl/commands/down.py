@@ -12,7 +12,7 @@ from mistralctl.clouds import GOING, Part, listing
 from mistralctl.commands import receipt
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
-from mistralctl.task import owner
+from mistralctl.tasks import owner
 
 GONE_SECONDS = 300.0
 CLOCKS_SECONDS = 120.0  # by which a cloud's clock may differ from this machine's

@@ -14,7 +14,7 @@ from mistralctl.clouds import Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import rundir
 from mistralctl.state import Record
-from mistralctl.task import owner
+from mistralctl.tasks import owner
 
 HEARD_SECONDS = 10.0
 

@@ -22,7 +22,8 @@ from mistralctl.plan import Plan
 from mistralctl.runtime import rundir, ssh
 from mistralctl.runtime.local import alive
 from mistralctl.state import NOWHERE, Record
-from mistralctl.task import Task, node_port, owner, resources_id, setup_id
+from mistralctl.tasks import Task, owner, resources_id, setup_id
+from mistralctl.tasks.serve import node_port
 
 if TYPE_CHECKING:
     from mistralctl.runtime.following import Following

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from mistralctl import adapters, certificates, checkpoints, node, state, stores, system
+from mistralctl import adapters, certificates, checkpoints, node, state, stores, system, tasks
 from mistralctl import plan as planning
-from mistralctl import task as tasks
 from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
 from mistralctl.endpoint import FIRST_PORT
 from mistralctl.plan import Plan
 from mistralctl.state import Record
+from mistralctl.tasks import serve
 
 
 def run(sourced: Sourced, *, ask: bool = False) -> Plan:
@@ -41,11 +41,11 @@ def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
     """The task of a plan. On this machine `port` is where the server listens; a node's port is reached by a tunnel."""
     owner = tasks.owner(os.environ)
     if plan.chosen.cloud != LOCAL:
-        return tasks.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
+        return serve.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
     if port is None:
         record = state.read(plan.name)
         port = plan.spec.port or (record.port if record else FIRST_PORT)
-    return tasks.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
+    return serve.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
 
 
 def _drift(record: Record) -> str:

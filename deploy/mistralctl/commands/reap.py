@@ -15,7 +15,7 @@ from typing import Literal
 from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, STOPPED, NotUsed, Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
-from mistralctl.task import owner
+from mistralctl.tasks import owner
 
 # A server's life begins when its machine is set up; and launcher, wrapper and autostop come first.
 GRACE_MINUTES = 45.0

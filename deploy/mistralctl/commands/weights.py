@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mistralctl import mirror as mirrors
-from mistralctl import node, phases, state, weights
-from mistralctl import task as tasks
+from mistralctl import node, phases, state, tasks, weights
 from mistralctl.errors import Exit, UserError
-from mistralctl.mirror import LIFETIME_MINUTES, MirrorSpec
 from mistralctl.models import MODELS
 from mistralctl.phases import PhaseEvent
 from mistralctl.state import Record
+from mistralctl.tasks import mirror as mirrors
+from mistralctl.tasks.mirror import LIFETIME_MINUTES, MirrorSpec
 
 MIRROR_SECONDS = LIFETIME_MINUTES * 60.0
 

@@ -20,7 +20,7 @@ from mistralctl import phases, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.phases import PhaseEvent
-from mistralctl.task import Task
+from mistralctl.tasks import Task
 
 OnPhase = Callable[[PhaseEvent], None]
 

@@ -26,7 +26,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.heavy import uncollected
 from mistralctl.runtime import api_server
 from mistralctl.runtime.ssh import Address
-from mistralctl.task import Task
+from mistralctl.tasks import Task
 
 OnLine = Callable[[str], None]
 

@@ -14,7 +14,7 @@ import time
 
 from mistralctl import state
 from mistralctl.runtime import ssh
-from mistralctl.task import NODE_PORT
+from mistralctl.tasks import NODE_PORT
 
 LOOK_SECONDS = 1.0
 PAUSE_SECONDS = (0.5, 1, 2, 5, 10, 30)

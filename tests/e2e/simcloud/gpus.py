@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mistralctl.gpus import GPUS
-from mistralctl.task import NODE_PYTHON, environment_id
+from mistralctl.tasks import NODE_PYTHON, environment_id
 
 from simcloud import asked, images, linux
 

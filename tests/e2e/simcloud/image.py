@@ -57,7 +57,7 @@ def recipe() -> dict[str, str]:
     """All that an image is made from: by its hash images are told apart."""
     from importlib.metadata import version
 
-    from mistralctl.task import NODE_PYTHON, environment_id
+    from mistralctl.tasks import NODE_PYTHON, environment_id
 
     model = CHECKOUT / "model"
     sources = [
@@ -167,7 +167,7 @@ def _bake(folder: Path) -> None:
 
 def _inside(folder: Path, wheel: str) -> None:
     """The baking itself, in a mount namespace of its own."""
-    from mistralctl.task import NODE_PYTHON, environment_id
+    from mistralctl.tasks import NODE_PYTHON, environment_id
 
     root = folder / "root"
     linux.overlay(root, "/", folder / "upper", folder / "work")

@@ -15,7 +15,7 @@ from mistralctl.models import MODELS
 from mistralctl.plan import SMALLEST_CPU_NODE
 from mistralctl.rights import BUCKETS, Right, right
 from mistralctl.spec import check_uri
-from mistralctl.task import NODE_DIR, NODE_PYTHON, Task, digest, environment_id
+from mistralctl.tasks import NODE_DIR, NODE_PYTHON, Task, digest, environment_id
 
 LIFETIME_MINUTES = 240
 DISK_GIB = 128  # the system, and one set of weights on its way; 7B in bf16 is 14.5 GB

@@ -1,0 +1,93 @@
+"""A task, whichever its kind: plain data that SkyPilot accepts whole, and what it is told apart by."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mistralctl import package_dir
+from mistralctl.errors import figure
+from mistralctl.rights import BUCKETS
+
+Task = dict[str, Any]
+
+NODE_DIR = "~/.mistralctl"
+NODE_PORT = 8000
+NODE_PYTHON = "3.11"
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+def _number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    node = dumper.represent_float(value)
+    return dumper.represent_scalar(node.tag, figure(value)) if "e" in node.value else node
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_representer(float, _number)
+
+
+def dump(task: Task) -> str:
+    """The task as YAML: keys in the template's order, scripts as blocks."""
+    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def digest(data: object, length: int = 12) -> str:
+    """A short hash of plain data, the same wherever it is computed."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def owner(environ: Mapping[str, str]) -> str:
+    """A hash that says whose machines these are, without saying who: of the user's and this machine's name."""
+    given = environ.get("MISTRALCTL_OWNER")
+    return digest(given or f"{getpass.getuser()}@{platform.node()}")
+
+
+@cache
+def tree(folder: Path) -> str:
+    """A hash of all files below a folder, by their names and contents; hidden ones do not travel in a wheel."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(folder).parts):
+            found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def environment_id(engine: str, python: str) -> str:
+    """The name of the node's environment: what it is made from, hashed."""
+    node = package_dir("model") / "node"
+    script = (node / "environment.sh").read_text("utf-8")
+    return f"{engine}-{digest([python, script, tree(node / f'vllm-{engine}')])}"
+
+
+# What a node's set-up is made from; everything else is the server's alone.
+_SETUP = (
+    "MISTRALCTL_NODE_DIR", "MISTRALCTL_ENV_ID", "MISTRALCTL_WEIGHTS", "MISTRALCTL_REVISION", "MISTRALCTL_WEIGHTS_ID",
+    "MISTRALCTL_LORA", "MISTRALCTL_LORA_VERSIONS",
+)  # fmt: skip
+
+
+def setup_id(task: Task) -> str:
+    """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
+    endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
+    return digest([*(task["envs"][name] for name in _SETUP), *endpoints, tree(package_dir("model"))])
+
+
+def resources_id(task: Task) -> str:
+    """The hash, in the machine's labels, of what cannot change without another machine; empty for this machine."""
+    return str(task["resources"].get("labels", {}).get("mistralctl-resources", ""))
