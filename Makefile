@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema vllm-options cuda-environment bench real gpu-check clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema house lines vllm-options cuda-environment bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -127,6 +127,14 @@ format: .venv/.made
 schema: .venv/.made
 	$(BIN)/python -c 'import json; from mistralctl.spec import json_schema; print(json.dumps(json_schema(), indent=1))' \
 	  > deploy/mistralctl/mistralctl.schema.json
+
+# The picture of who imports whom in docs/architecture.md, after a change of modules or imports.
+house: .venv/.made
+	$(BIN)/python docs/draw_house.py
+
+# Lines of code of each package at two commits.
+lines: .venv/.made
+	$(BIN)/python docs/count_lines.py $(BEFORE) $(AFTER)
 
 # For a machine with an NVIDIA GPU and a Python that has torch (PYTHON=...): installs nothing, asks no network.
 gpu-check:
