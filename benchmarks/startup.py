@@ -82,7 +82,7 @@ def contract(node_dir: Path, weights: Path, port: int) -> dict[str, str]:
     """The envs of docs/contract.md for this model, on a node whose folder has the weights; the key is written as well."""
     envs: dict[str, str] = yaml.safe_load((ROOT / "task_templates" / "serve.yaml").read_text("utf-8"))["envs"]
     envs |= {
-        "MISTRALCTL_NAME": "startup", "MISTRALCTL_NODE_DIR": str(node_dir), "MISTRALCTL_ENGINE": "cpu",
+        "MISTRALCTL_NAME": "startup", "MISTRALCTL_NODE_DIR": str(node_dir), "MISTRALCTL_DEVICE": "cpu",
         "MISTRALCTL_MODEL": "smollm2-135m-instruct", "MISTRALCTL_WEIGHTS_ID": "weights", "MISTRALCTL_PORT": str(port),
         "MISTRALCTL_SERVED_NAME": "smollm2", "MISTRALCTL_MAX_MODEL_LEN": "4096", "MISTRALCTL_MAX_NUM_SEQS": "8",
         "MISTRALCTL_SLIDING_WINDOW": "", "MISTRALCTL_MEMORY_UTILIZATION": "", "MISTRALCTL_KV_CACHE_GIB": "1",

@@ -30,10 +30,10 @@ NO_GPU=3 # the code of make_environment where this machine's GPUs cannot serve
 
 make_environment() {
   phase environment start
-  if [ "$MISTRALCTL_ENGINE" = cuda ]; then
+  if [ "$MISTRALCTL_DEVICE" = cuda ]; then
     { check_driver && check_fabric && check_compiler; } || return "$NO_GPU"
   fi
-  bash "$here/environment.sh" "$MISTRALCTL_ENGINE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
+  bash "$here/environment.sh" "$MISTRALCTL_DEVICE" "$MISTRALCTL_PYTHON" "$env_dir" "$uv" || return
   rm -rf "$run_dir/site.new"
   mkdir "$run_dir/site.new"
   install_ours --offline 2> /dev/null || install_ours || return
@@ -109,7 +109,7 @@ wait "$environment_job" || {
   exit "$status"
 }
 set -m
-bash "$here/byte_code.sh" "$MISTRALCTL_ENGINE" "$env_dir" "$run_dir/site" > /dev/null 2>&1 &
+bash "$here/byte_code.sh" "$MISTRALCTL_DEVICE" "$env_dir" "$run_dir/site" > /dev/null 2>&1 &
 byte_code_job=$!
 set +m
 trap 'kill -- -"$weights_job" -"$byte_code_job" 2> /dev/null || true; exit 130' INT TERM

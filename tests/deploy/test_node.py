@@ -180,7 +180,7 @@ def test_a_failed_download_is_tried_three_times_and_named(tmp_path: Path) -> Non
         **nobody,
         UV_CACHE_DIR=str(tmp_path / "cache"),
         MISTRALCTL_PYTHON=sys.executable,
-        MISTRALCTL_ENGINE="cuda",
+        MISTRALCTL_DEVICE="cuda",
     )
     assert done.returncode != 0
     tries = [line for line in done.stderr.splitlines() if line.startswith("attempt ")]
@@ -217,7 +217,7 @@ def run_with_fakes(tmp_path: Path, script: str, *words: str, **variables: str) -
     for program in (tool, uv):
         program.chmod(0o755)
     envs = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text())["envs"]
-    envs |= {"MISTRALCTL_NODE_DIR": str(tmp_path / "node"), "MISTRALCTL_ENGINE": "cpu", "MISTRALCTL_PYTHON": sys.executable}
+    envs |= {"MISTRALCTL_NODE_DIR": str(tmp_path / "node"), "MISTRALCTL_DEVICE": "cpu", "MISTRALCTL_PYTHON": sys.executable}
     env = {**envs, "HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.defpath}", "MISTRALCTL_REVISION": "", **variables}
     return subprocess.run(["bash", str(NODE / script), *words], env=env, capture_output=True, text=True, check=False, timeout=120)
 

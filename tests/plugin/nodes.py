@@ -35,7 +35,7 @@ def free_port() -> int:
 def variables(node_dir: Path, **changed: str) -> dict[str, str]:
     """The contract of a small deployment called `test`; names without their MISTRALCTL_ in front."""
     values = {
-        "NAME": "test", "NODE_DIR": str(node_dir), "ENGINE": "cpu", "PYTHON": "3.11", "ENV_ID": "cpu-0", "MODEL": "tiny",
+        "NAME": "test", "NODE_DIR": str(node_dir), "DEVICE": "cpu", "PYTHON": "3.11", "ENV_ID": "cpu-0", "MODEL": "tiny",
         "WEIGHTS": "file:///tiny", "REVISION": "", "WEIGHTS_ID": "tiny", "SERVED_NAME": "tiny", "HOST": "127.0.0.1",
         "PORT": "8000", "MAX_MODEL_LEN": "3000", "MAX_NUM_SEQS": "8", "MAX_BATCHED_TOKENS": "256", "SLIDING_WINDOW": "128",
         "TENSOR_PARALLEL": "1", "DTYPE": "float32", "QUANTIZATION": "", "MEMORY_UTILIZATION": "", "KV_CACHE_GIB": "1",

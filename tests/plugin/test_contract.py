@@ -8,7 +8,7 @@ from mistral_node import contract
 from mistral_node.contract import Code, LaunchError
 
 GOOD = {
-    "MISTRALCTL_NAME": "mistral", "MISTRALCTL_NODE_DIR": "/node", "MISTRALCTL_ENGINE": "cpu",
+    "MISTRALCTL_NAME": "mistral", "MISTRALCTL_NODE_DIR": "/node", "MISTRALCTL_DEVICE": "cpu",
     "MISTRALCTL_MODEL": "smollm2-135m-instruct", "MISTRALCTL_WEIGHTS_ID": "small-01", "MISTRALCTL_SERVED_NAME": "m",
     "MISTRALCTL_HOST": "127.0.0.1", "MISTRALCTL_PORT": "8000", "MISTRALCTL_MAX_MODEL_LEN": "8192",
     "MISTRALCTL_MAX_NUM_SEQS": "8", "MISTRALCTL_MAX_BATCHED_TOKENS": "2048", "MISTRALCTL_SLIDING_WINDOW": "",
@@ -33,7 +33,7 @@ def test_a_good_contract() -> None:
         ("PORT", "", "MISTRALCTL_PORT is missing"),
         ("PORT", "99999", "MISTRALCTL_PORT should be a whole number from 1 to 65535"),
         ("PORT", "8 ; rm", "MISTRALCTL_PORT should be a whole number"),
-        ("ENGINE", "tpu", "MISTRALCTL_ENGINE should be one of cuda, cpu"),
+        ("DEVICE", "tpu", "MISTRALCTL_DEVICE should be one of cuda, cpu"),
         ("DTYPE", "int8", "MISTRALCTL_DTYPE should be one of"),
         ("NAME", "../up", "MISTRALCTL_NAME should match"),
         ("WEIGHTS_ID", "../../etc", "MISTRALCTL_WEIGHTS_ID should match"),

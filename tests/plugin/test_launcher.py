@@ -156,7 +156,7 @@ def test_on_a_gpu_the_memory_of_a_server_that_is_ending_is_waited_for(
                        f'printf "{ending.pid}\\n{another.pid}\\n[N/A]\\n{gone.pid}\\n{ending.pid}\\n"\n')  # fmt: skip
         smi.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
-        wanted = contract.read(variables(tmp_path, ENGINE="cuda", KV_CACHE_GIB="", MEMORY_UTILIZATION="0.92"))
+        wanted = contract.read(variables(tmp_path, DEVICE="cuda", KV_CACHE_GIB="", MEMORY_UTILIZATION="0.92"))
         with monkeypatch.context() as short:
             short.setattr(serve, "GPU_SECONDS", 0.2)
             serve.until_gpu_free(wanted, threading.Event())

@@ -91,7 +91,7 @@ def _envs(
     envs = {
         "MISTRALCTL_NAME": plan.name,
         "MISTRALCTL_NODE_DIR": node_dir,
-        "MISTRALCTL_ENGINE": plan.engine,
+        "MISTRALCTL_DEVICE": plan.engine,
         "MISTRALCTL_PYTHON": python,
         "MISTRALCTL_ENV_ID": environment_id(plan.engine, python),
         "MISTRALCTL_MODEL": model.name if model.shape else "custom",

@@ -131,7 +131,7 @@ def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> d
     Of its prompts the one whose answer is the most certain is taken: rounding moves log p by (1 - p) of what it moves the logit. What the engine
     said while it generated has to be what it says of the same tokens in a prompt; LaunchError if not.
     """
-    count, length = MADE_BY[wanted.engine]
+    count, length = MADE_BY[wanted.device]
     best: tuple[list[int], list[int], list[float]] | None = None
     for seed in range(count):
         try:

@@ -44,7 +44,7 @@ class Contract:
 
     name: str
     node_dir: Path
-    engine: str
+    device: str
     model: str
     weights_id: str
     served_name: str
@@ -168,7 +168,7 @@ def read(environ: Mapping[str, str]) -> Contract:
     node_dir = get("NODE_DIR", lambda text: Path(text).expanduser().absolute())
     adapters = get("LORA", _names, ())
     values: dict[str, Any] = {
-        "engine": get("ENGINE", _one_of("cuda", "cpu")),
+        "device": get("DEVICE", _one_of("cuda", "cpu")),
         "model": get("MODEL", str),
         "weights_id": get("WEIGHTS_ID", _matching(r"[A-Za-z0-9][A-Za-z0-9._-]*")),
         "served_name": get("SERVED_NAME", str),

@@ -37,7 +37,7 @@ def runs_in_the_engine(contract: Contract) -> bool:
     asked for needs vLLM's way.
     """
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind"
-    return contract.engine == "cpu" and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
+    return contract.device == "cpu" and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
 
 
 def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[str]:
@@ -70,7 +70,7 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
         found += ["--quantization", method]
     if contract.memory_utilization is not None:
         found += ["--gpu-memory-utilization", str(contract.memory_utilization)]
-    found += ["--enforce-eager"] if contract.engine == "cpu" else NOTHING_BUILT_FLAGS
+    found += ["--enforce-eager"] if contract.device == "cpu" else NOTHING_BUILT_FLAGS
     if runs_in_the_engine(contract):
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
     if contract.tool_parser:
@@ -93,7 +93,7 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if contract.engine == "cpu":
+    if contract.device == "cpu":
         # Our engines on a CPU are eager; what vLLM compiles nevertheless (the first log-probabilities) takes a C++ compiler and 15 s.
         found.setdefault("TORCH_COMPILE_DISABLE", "1")
         found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)

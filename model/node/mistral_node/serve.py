@@ -258,7 +258,7 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
                 until_free(wanted.host, wanted.port, signals.asked, wanted.name)
             else:
                 check_port(wanted.host, wanted.port)
-            if wanted.engine == "cuda":
+            if wanted.device == "cuda":
                 until_gpu_free(wanted, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
