@@ -55,12 +55,7 @@ def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
         raise UserError(f"{place}: {file}: {refused}") from None
     except quantization.NotServed as refused:
         raise UserError(f"{place}: {file}: {refused}", Exit.WEIGHTS) from None
-    tables = (1 if model.tied else 2) * model.vocabulary * model.hidden
-    shape = Shape(
-        model.parameters, tables, model.layers, model.kv_heads, model.head_dim, model.window, model.context, model.hidden,
-        model.intermediate, model.heads,
-    )  # fmt: skip
-    return shape, Stored(scheme, bytes=size, floats=found.floats, fixed=found.fixed, size=found.bytes)
+    return Shape.of(model), Stored(scheme, bytes=size, floats=found.floats, fixed=found.fixed, size=found.bytes)
 
 
 class Tokenizer(NamedTuple):
@@ -152,10 +147,13 @@ def _of_row(row: Model, uri: str, found: Described | None, place: str) -> Model:
         return replace(row, stored=Stored(known=False))
     there = _model(uri, found, place)
     if there.shape is not None and row.shape is not None and replace(there.shape, context=row.shape.context) != row.shape:
-        differs = [
-            f"{name} {theirs} instead of {ours}"
-            for name, ours in vars(row.shape).items() if name != "context" and (theirs := getattr(there.shape, name)) != ours
-        ]  # fmt: skip
+        sizes = {
+            name: (getattr(there.shape, name), ours)
+            for name, ours in vars(row.shape).items()
+            if name not in ("context", "windows")
+        }
+        differs = [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in sizes.items() if theirs != ours]
+        differs = differs or ["other layers have its window"]
         raise UserError(f"{place}: {uri} is not {row.name}: {', '.join(differs)}; give it as MODEL instead")
     return replace(row, stored=there.stored)
 

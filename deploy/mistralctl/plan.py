@@ -201,11 +201,9 @@ def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Of
     reasons = memory.refused(gpu, plan.dtype, plan.spec.quantization, plan.model.stored.scheme)
     fitted = None
     if plan.shape is not None:
-        fitted = memory.fit(
-            plan.shape, memory_bytes=gpu.memory_gib * GIB * memory.MEMORY_UTILIZATION, dtype=plan.dtype,
-            max_model_len=plan.max_model_len, weights=plan.weight_bytes, engine="cuda", gpus=count,
-            concurrency=plan.spec.max_concurrency or 1, window=plan.shape.sliding_window,
-        )  # fmt: skip
+        serving = memory.Serving(plan.dtype, plan.max_model_len, "cuda", count, plan.spec.max_concurrency or 1)
+        room = gpu.memory_gib * GIB * memory.MEMORY_UTILIZATION
+        fitted = memory.fit(plan.shape, serving, memory_bytes=room, weights=plan.weight_bytes)
         if fitted.reason:
             reasons.append(fitted.reason)
     if cloud in CLOUDS and not reasons and (unfit := images.refusal(cloud, gpu.name, plan.spec.images.get(cloud))):
@@ -250,10 +248,8 @@ def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
     weights, most = 0, CPU_CACHE_GIB
     if draft.shape is not None:
         weights = draft.weight_bytes
-        filled = memory.cache_bytes(
-            draft.shape, dtype=draft.dtype, max_model_len=draft.max_model_len, engine="cpu", window=draft.shape.sliding_window,
-            requests=_most_seqs(draft.spec, "cpu"),
-        )  # fmt: skip
+        serving = memory.Serving(draft.dtype, draft.max_model_len, "cpu", requests=_most_seqs(draft.spec, "cpu"))
+        filled = memory.cache_bytes(draft.shape, serving)
         most = min(most, memory.cdiv(filled, GIB))
     free = memory_bytes - CPU_OVERHEAD_BYTES - weights * CPU_WEIGHTS_FACTOR
     return max(0, min(most, math.floor(free / GIB / 2)))
@@ -269,11 +265,8 @@ def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: floa
                 f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for vLLM and the system leave no "
                 f"room for the cache in {memory_bytes / GIB:.0f} GiB"
             )
-        fitted = memory.fit(
-            draft.shape, memory_bytes=gib * GIB + weights + memory.OVERHEAD_BYTES, dtype=draft.dtype,
-            max_model_len=draft.max_model_len, weights=weights, engine="cpu", window=draft.shape.sliding_window,
-            concurrency=draft.spec.max_concurrency or 1,
-        )  # fmt: skip
+        serving = memory.Serving(draft.dtype, draft.max_model_len, "cpu", requests=draft.spec.max_concurrency or 1)
+        fitted = memory.fit(draft.shape, serving, memory_bytes=gib * GIB + weights + memory.OVERHEAD_BYTES, weights=weights)
         reason = reason or fitted.reason
     if (method := _method(draft.model, draft.spec)) == "fp8" or (method and not draft.model.stored.known):
         reason = f"{method} needs a GPU"

@@ -113,7 +113,7 @@ def test_the_json_of_results_is_a_contract(mistralctl: Run, home: Path) -> None:
     assert models[0]["name"] == "mistral-7b-instruct-v0.1"
     assert models[0]["shape"] == {
         "parameters": 7241732096, "tables": 262144000, "layers": 32, "kv_heads": 8, "head_dim": 128, "sliding_window": 4096, "context": 32768,
-        "heads": 32, "hidden": 4096, "intermediate": 14336,
+        "heads": 32, "hidden": 4096, "intermediate": 14336, "vocabulary": 32000, "rope_type": "default", "windows": [4096] * 32,
     }  # fmt: skip
     assert mistralctl("status", "-o", "json").stdout == "[]\n"
 

@@ -7,7 +7,7 @@ import pytest
 from mistral_contract.quantization import METHODS, Scheme
 from mistralctl import durations, fit, spec
 from mistralctl.gpus import GIB, GPUS
-from mistralctl.models import MODELS, V01, V03
+from mistralctl.models import MODELS, V01, V02, V03
 
 
 @pytest.mark.parametrize("module", [fit, durations, spec])
@@ -24,10 +24,8 @@ def test_mistral_7b_is_14_48_gb_and_131072_bytes_a_token() -> None:
 
 @pytest.mark.parametrize(("name", "thousands"), [("L4", 47), ("A10G", 47), ("A100", 178), ("L40S", 216), ("H100", 477)])
 def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
-    got = fit.fit(
-        V03, memory_bytes=GPUS[name].memory_gib * GIB * fit.MEMORY_UTILIZATION, max_model_len=32768, dtype="bfloat16",
-        weights=fit.weight_bytes(V03, "bfloat16", None), engine="cuda",
-    )  # fmt: skip
+    serving, memory = fit.Serving("bfloat16", 32768, "cuda"), GPUS[name].memory_gib * GIB * fit.MEMORY_UTILIZATION
+    got = fit.fit(V03, serving, memory_bytes=memory, weights=fit.weight_bytes(V03, "bfloat16", None))
     assert got.cache_tokens / 1000 == pytest.approx(thousands, abs=1)
     assert got.reason is None
 
@@ -49,8 +47,8 @@ def test_blocks_that_one_request_holds(length: int, window: int | None, engine: 
 
 def test_cache_that_requests_fill() -> None:
     """With a window 41 blocks of 128 tokens a request, without one 256; and the block that vLLM keeps."""
-    for window, blocks in ((4096, 41), (None, 256)):
-        got = fit.cache_bytes(V01, dtype="bfloat16", max_model_len=32768, engine="cpu", window=window, requests=2)
+    for shape, blocks in ((V01, 41), (V02, 256)):
+        got = fit.cache_bytes(shape, fit.Serving("bfloat16", 32768, "cpu", requests=2))
         assert got == (2 * blocks + 1) * 128 * 131_072
 
 
@@ -61,7 +59,7 @@ def test_with_a_window_chunks_are_smaller_and_more_long_requests_fit() -> None:
 
 def test_tensor_parallel_divides_weights_and_heads() -> None:
     one, two = (
-        fit.fit(V01, memory_bytes=20 * GIB, max_model_len=32768, dtype="bfloat16", weights=14_483_464_192, engine="cuda", gpus=n)
+        fit.fit(V02, fit.Serving("bfloat16", 32768, "cuda", gpus=n), memory_bytes=20 * GIB, weights=14_483_464_192)
         for n in (1, 2)
     )
     assert two.weight_bytes * 2 == one.weight_bytes

@@ -12,24 +12,29 @@ FILE = "engine.json"
 
 def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
     """Class, window, cache spec, block size, backend, blocks and concurrency; None before the cache exists."""
-    layers = [layer for layer in vllm_config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")]
+    context = vllm_config.compilation_config.static_forward_context
+    named = {name: layer for name, layer in context.items() if hasattr(layer, "attn_backend")}
+    layers = list(named.values())
     blocks = vllm_config.cache_config.num_gpu_blocks
     if not layers or not blocks or any(layer.kv_cache.numel() == 0 for layer in layers):
         return None
-    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers]
-    kinds = {type(spec).__name__: spec for spec in specs}
-    held = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in kinds.values())
+    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in named.items()}
+    kinds = {type(spec).__name__ for spec in specs.values()}
     windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
     import torch
     import vllm
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
+    [block_size] = {spec.block_size for spec in specs.values()}
+    groups = [group.kv_cache_spec for group in get_kv_cache_groups(vllm_config, specs)]  # each has blocks of its own
+    held = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in groups)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "architecture": type(model).__qualname__,
         "sliding_window": windows[-1],
         "windows": windows,
         "kv_cache_spec": "+".join(sorted(kinds)),
-        "block_size": specs[0].block_size,
+        "block_size": block_size,
         "attention_backend": layers[0].attn_backend.get_name(),
         "num_blocks": blocks,
         "blocks_per_request": held,
