@@ -158,7 +158,7 @@ def _of_row(row: Model, uri: str, found: Described | None, place: str) -> Model:
     return replace(row, stored=there.stored)
 
 
-def _look(uri: str, place: str, ask: bool) -> Described | None:
+def _look(uri: str, place: str, ask: bool, revision: str = "") -> Described | None:
     """What weights are; a folder is always looked at, other places when somebody may be asked."""
     here = uri.startswith("file://")
     if not here and not ask:
@@ -167,7 +167,7 @@ def _look(uri: str, place: str, ask: bool) -> Described | None:
 
     if here and any(character.isspace() or "\ud800" <= character <= "\udfff" for character in uri):
         raise UserError(f"{place}: {uri.removeprefix('file://')!r} contains a space or bytes that are no text; rename the folder")
-    return weights.described(uri, place=place)
+    return weights.described(uri, revision, place)
 
 
 def resolve(sourced: Sourced, *, ask: bool = False) -> Model:
@@ -176,7 +176,8 @@ def resolve(sourced: Sourced, *, ask: bool = False) -> Model:
     if value in MODELS:
         row, uri = MODELS[value], sourced.spec.weights
         if uri in (None, row.weights):
-            return row
+            seen = row.checked == "described" and _look(row.weights, place, ask, row.revision)
+            return _of_row(row, row.weights, seen, place) if seen else row
         place = sourced.place("weights")
         return _of_row(row, uri, _look(uri, place, ask), place)
     if "://" in value:

@@ -90,7 +90,9 @@ def plan_text(plan: Plan) -> str:
     lines = [f"{plan.name}: {plan.model.name}, {plan.max_model_len} tokens, {plan.dtype}"
              + (f", {scheme.label if scheme else plan.spec.quantization}" if scheme or plan.spec.quantization else "")]  # fmt: skip
     fit = plan.chosen.fit
-    window = f"window {plan.sliding_window}" if plan.sliding_window else "no window"
+    windows = plan.model.shape.windows if plan.model.shape else (plan.sliding_window,)
+    some = f" in {len(windows) - windows.count(None)} of {len(windows)} layers" if None in windows else ""
+    window = f"window {plan.sliding_window}{some}" if plan.sliding_window else "no window"
     if fit is not None and plan.model.shape is not None:
         found = origin(plan.model.shape, plan.dtype, plan.model.stored)
         by = f" ({found})" if found else ""
@@ -101,6 +103,7 @@ def plan_text(plan: Plan) -> str:
             f"one request holds at most {fit.request_tokens:,} tokens of cache ({window}); "
             f"with full attention {fit.request_tokens_without_window:,}",
         ]
+    lines += plan.caveats
     lines.append("")
     head = ["CLOUD", "MACHINE", "TYPE", "REGION", "USD/H", "SPOT", "CACHE TOKENS", "REQUESTS", "WITHOUT WINDOW"]
     lines.append(table(head, [_option(option) for option in plan.options]))
@@ -317,10 +320,11 @@ def models_text(models: list[Model]) -> str:
     """The table of models."""
     rows = [
         [m.name, f"{m.shape.parameters / 1e9:.2f}B", str(m.shape.sliding_window or "none"), str(m.shape.context),
-         "yes" if m.chat else "no", "yes" if m.tool_parser else "no", m.licence, m.weights.split("#")[0], m.note]
+         "yes" if m.chat else "no", "yes" if m.tool_parser else "no", m.licence, "not pinned" if m.unpinned else m.checked,
+         m.weights.split("#")[0], "; ".join(filter(None, (m.note, m.terms)))]
         for m in models if m.shape is not None
     ]  # fmt: skip
-    return table(["MODEL", "SIZE", "WINDOW", "CONTEXT", "CHAT", "TOOLS", "LICENCE", "WEIGHTS", "NOTE"], rows)
+    return table(["MODEL", "SIZE", "WINDOW", "CONTEXT", "CHAT", "TOOLS", "LICENCE", "CHECKED", "WEIGHTS", "NOTE"], rows)
 
 
 def gpus_text(gpus: GpuTable) -> str:

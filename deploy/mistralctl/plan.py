@@ -98,6 +98,15 @@ class Plan:
     def chosen(self) -> Option:
         return self.options[0]
 
+    @property
+    def caveats(self) -> list[str]:
+        """What to know of the weights before anything is rented: terms that their licence asks for, a revision that is not fixed."""
+        found = [f"terms of {self.model.name}: {self.model.terms}"] if self.model.terms else []
+        if self.model.unpinned and self.weights == self.model.weights:
+            uri = f"{self.weights}@COMMIT"
+            found.append(f"revision: main, not pinned: the hub may have other weights tomorrow; --weights {uri} pins them")
+        return found
+
 
 def deployment_name(spec: DeploymentSpec, model: Model) -> str:
     """The name of the deployment: the one given, or the model's with what clouds refuse replaced by hyphens."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import checkpoints, plan
+from mistralctl import checkpoints, plan, weights
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.machine import Machine
-from mistralctl.models import Model
+from mistralctl.models import MODELS, Model
 from mistralctl.tasks import serve
 from weights_folders import SMOLLM2, tensors
 
@@ -243,3 +243,18 @@ def test_a_row_with_weights_in_a_folder(tmp_path: Path) -> None:
     same = folder(tmp_path / "y", {"config.json": SMOLLM2, "model.safetensors": ""})
     found = checkpoints.resolve(load({"model": "smollm2-135m-instruct", "weights": f"file://{same}"}, {}, None))
     assert (found.name, found.stored.known) == ("smollm2-135m-instruct", True)
+
+
+def test_a_row_whose_config_json_nobody_has_read_is_looked_at_before_anything_is_rented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sourced, asked = load({"model": "zephyr-7b-beta"}, {}, None), []
+    there = weights.described(f"file://{folder(tmp_path / 'x', {'config.json': CONFIG, 'model.safetensors': ''})}")
+    monkeypatch.setattr(weights, "described", lambda *given: asked.append(given) or there)
+    assert checkpoints.resolve(sourced) is MODELS["zephyr-7b-beta"]
+    assert asked == []
+    with pytest.raises(UserError, match=r"is not zephyr-7b-beta: .*sliding_window None instead of 4096"):
+        checkpoints.resolve(sourced, ask=True)
+    assert asked == [("hf://HuggingFaceH4/zephyr-7b-beta", MODELS["zephyr-7b-beta"].revision, "MODEL")]
+    checkpoints.resolve(load({"model": "mistral-7b-v0.1"}, {}, None), ask=True)
+    assert len(asked) == 1

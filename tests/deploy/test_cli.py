@@ -123,7 +123,11 @@ def test_tables_name_their_source(mistralctl: Run) -> None:
         "prices: a snapshot of 2026-11-23, not today's; from skypilot-org/skypilot-catalog "
         "(a hand-kept subset; see mistralctl/clouds/SOURCE.md)"
     )
-    assert mistralctl("models").stdout.splitlines()[1].startswith("mistral-7b-instruct-v0.1  7.24B  4096    32768    yes   no ")
+    assert (
+        mistralctl("models")
+        .stdout.splitlines()[1]
+        .startswith("mistral-7b-instruct-v0.1         7.24B   4096    32768    yes   no ")
+    )
 
 
 def test_plan_as_a_person_reads_it(mistralctl: Run) -> None:

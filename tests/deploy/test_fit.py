@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -79,10 +80,36 @@ def test_every_row_of_the_table_has_the_size_that_its_shape_implies() -> None:
     for model in MODELS.values():
         assert model.shape is not None
         tall = model.shape
-        if model.name.startswith("mistral"):
+        if model.name.startswith("mistral-7b"):
             vocabulary = 32768 if "v0.3" in model.name else 32000
             layer = 2 * 4096 * 4096 + 2 * 4096 * tall.kv_heads * tall.head_dim + 3 * 4096 * 14336 + 2 * 4096
             assert (tall.parameters, tall.tables) == (32 * layer + 2 * vocabulary * 4096 + 4096, 2 * vocabulary * 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("ministral-8b-instruct-2410", 8.02), ("mistral-nemo-instruct-2407", 12.25), ("mistral-nemo-base-2407", 12.25),
+        ("mathstral-7b-v0.1", 7.25), ("codestral-22b-v0.1", 22.25), ("mistral-small-24b-instruct-2501", 23.57), ("zephyr-7b-beta", 7.24),
+    ],
+)  # fmt: skip
+def test_the_family_has_as_many_parameters_as_its_model_cards_say(name: str, billions: float) -> None:
+    shape = MODELS[name].shape
+    assert shape is not None
+    assert round(shape.parameters / 1e9, 2) == billions
+
+
+def test_a_pattern_of_windows_holds_less_than_full_attention_and_more_than_windows_alone() -> None:
+    """36 layers, one in four with full attention: blocks of 9 layers, and 3 groups of 4 give theirs back behind the window."""
+    pattern = replace(V02, layers=36, windows=(None, 4096, 4096, 4096) * 9, sliding_window=4096)
+    serving = fit.Serving("bfloat16", 32768, "cuda")
+    block = 16 * 9 * 2 * 8 * 128 * 2
+    assert fit.groups(pattern.windows) == (9, (None, 4096, 4096, 4096))
+    assert fit.cache_bytes(pattern, serving) == (2048 + 3 * 385 + 1) * block
+    got = fit.fit(pattern, serving, memory_bytes=20 * GIB, weights=10 * GIB)
+    assert (got.kv_bytes_per_token, got.cache_tokens) == (36 * 4096, 9 * GIB // block * 16 // 4)
+    assert (got.request_tokens, got.request_tokens_without_window) == ((2048 + 3 * 385) * 16 // 4, 32768)
+    assert got.concurrency == round(9 * GIB // block / (2048 + 3 * 385), 2)
 
 
 def test_the_options_methods_are_those_of_the_contract() -> None:

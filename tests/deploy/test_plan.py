@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mistralctl import checkpoints, plan, state, tasks
 from mistralctl.commands import plan as plan_command
+from mistralctl.commands import tables as facts
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import Machine
+from mistralctl.models import MODELS
+from mistralctl.output import models_text, plan_text
 from mistralctl.plan import Plan
-from mistralctl.tasks import serve
+from mistralctl.tasks import mirror, serve
 from weights_folders import AWQ, FP8, GPTQ, W4A16, folder, tensors
 
 SMALL = Machine(24 * GIB, 2)
@@ -269,3 +273,49 @@ def test_plan_says_what_up_would_change(tmp_path: Path, monkeypatch: pytest.Monk
     assert plan_command.difference(planned(cloud=["local"]))[0] == "it is up on aws: run down first, or give another --name"
     state.save(dataclasses.replace(record, state="down"))
     assert plan_command.difference(planned()) == []
+
+
+@pytest.mark.parametrize("name", ["codestral-22b-v0.1", "ministral-8b-instruct-2410"])
+def test_a_row_whose_weights_need_terms_says_so_in_plan_and_models(name: str) -> None:
+    sourced = load({"model": name, "cloud": ["gcp"]}, {}, None)
+    got = plan.make(sourced, MODELS[name], None)
+    page = MODELS[name].weights.replace("hf://", "https://huggingface.co/")
+    assert [line for line in got.caveats if page in line and "no commercial use" in line]
+    assert got.caveats[0] in plan_text(got).splitlines()
+    assert page in next(line for line in models_text([MODELS[name]]).splitlines() if line.startswith(name))
+
+
+def test_a_row_without_a_commit_says_that_it_is_not_pinned() -> None:
+    got = plan.make(load({"model": "mathstral-7b-v0.1", "cloud": ["gcp"]}, {}, None), MODELS["mathstral-7b-v0.1"], None)
+    assert (got.revision, len(got.caveats)) == ("", 1)
+    assert "revision: main, not pinned" in plan_text(got)
+    assert "not pinned" in models_text([MODELS["mathstral-7b-v0.1"]])
+    uri = "hf://mistralai/Mathstral-7B-v0.1@" + "0" * 40
+    pinned = plan.make(
+        load({"model": "mathstral-7b-v0.1", "weights": uri, "cloud": ["gcp"]}, {}, None), MODELS["mathstral-7b-v0.1"], None
+    )
+    assert pinned.caveats == []
+    assert [model.name for model in MODELS.values() if model.unpinned] == ["mathstral-7b-v0.1"]
+
+
+def test_a_window_in_some_layers_is_shown_as_that() -> None:
+    row = MODELS["ministral-8b-instruct-2410"]
+    assert row.shape is not None
+    shape = replace(row.shape, windows=(None, 32768, 32768, 32768) * 9, context=131072)
+    got = plan.make(load({"model": row.name, "cloud": ["gcp"]}, {}, None), replace(row, shape=shape), None)
+    assert "(window 32768 in 27 of 36 layers); with full attention 131,072" in plan_text(got)
+
+
+def test_a_model_row_touches_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name of the family stands anywhere but in the table, and a row that is put there is planned, rendered, listed and mirrored."""
+    package = Path(plan.__file__).parent
+    sources = [*package.rglob("*.py"), *package.parents[1].glob("model/**/*.py"), *package.parents[1].glob("task_templates/*")]
+    for name in ("mistral-nemo-instruct-2407", "mathstral-7b-v0.1", "codestral-22b-v0.1", "zephyr-7b-beta"):
+        assert [path.name for path in sources if name in path.read_text("utf-8")] == ["models.py"]
+    row = replace(MODELS["mistral-7b-v0.3"], name="made-up-7b", weights="hf://nobody/made-up", revision="1" * 40)
+    monkeypatch.setitem(MODELS, row.name, row)
+    sourced = load({"model": "made-up-7b", "cloud": ["aws"]}, {}, None)
+    got = plan.make(sourced, checkpoints.resolve(sourced), None)
+    assert serve.render(got, owner="x")["envs"]["MISTRALCTL_REVISION"] == "1" * 40
+    assert "made-up-7b" in models_text(facts.models())
+    assert mirror.make("made-up-7b", "s3://bucket/x").source == "hf://nobody/made-up"

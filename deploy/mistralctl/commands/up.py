@@ -196,6 +196,8 @@ def run(
 
     system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
+    for line in plan.caveats:
+        note(line)
     if not offline:
         plan = replace(plan, lora_versions=adapters.asked(plan, note))
     if plan.chosen.cloud != LOCAL and not offline:
