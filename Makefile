@@ -123,10 +123,11 @@ format: .venv/.made
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The JSON schema of mistralctl.yaml, after a change of DeploymentSpec.
+# The JSON schema of mistralctl.yaml and the page of its options, after a change of DeploymentSpec.
+SPEC := from mistralctl import fields; from mistralctl.spec import DeploymentSpec as spec
 schema: .venv/.made
-	$(BIN)/python -c 'import json; from mistralctl.spec import json_schema; print(json.dumps(json_schema(), indent=1))' \
-	  > deploy/mistralctl/mistralctl.schema.json
+	$(BIN)/python -c '$(SPEC); print(fields.dumped_schema(spec), end="")' > deploy/mistralctl/mistralctl.schema.json
+	$(BIN)/python -c '$(SPEC); print(fields.docs(spec), end="")' > docs/options.md
 
 # The picture of who imports whom in docs/architecture.md, after a change of modules or imports.
 house: .venv/.made

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 # pydantic would look through every installed package for plugins of its own: a tenth of the time of a dry run.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -16,6 +15,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from mistralctl.errors import Exit, UserError
+from mistralctl.flags import with_spec
 from mistralctl.heavy import uncollected
 
 if TYPE_CHECKING:
@@ -52,12 +52,6 @@ def _known_names(incomplete: str) -> list[str]:
     return [name for name in state.names() if name.startswith(incomplete)]
 
 
-def _known_models(incomplete: str) -> list[str]:
-    from mistralctl.models import MODELS
-
-    return [name for name in MODELS if name.startswith(incomplete)]
-
-
 DeployedName = Annotated[str, typer.Argument(metavar="NAME", help="name of a deployment", autocompletion=_known_names)]
 
 
@@ -87,108 +81,8 @@ def _note_rights(rights: Sequence[Right]) -> None:
             sys.stderr.write(f"note: {right.line}\n")
 
 
-def _spec_options(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="row of `mistralctl models`, a folder, or a URI",
-            show_default=False,
-            autocompletion=_known_models,
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="name of the deployment [default: the model's]")] = None,
-    cloud: Annotated[list[str] | None, typer.Option(help="aws, gcp, azure (repeatable: the cheapest of them) or local")] = None,
-    region: Annotated[str | None, typer.Option(help="region of the one cloud that is chosen")] = None,
-    zone: Annotated[str | None, typer.Option(help="zone of that region")] = None,
-    accelerators: Annotated[str | None, typer.Option(metavar="NAME:COUNT", help="GPU, for example L4:1")] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[CLOUD=]ID", help="image of the machine (repeatable, one a cloud) [default: docs/gpu.md]"),
-    ] = None,
-    disk_tier: Annotated[
-        str | None, typer.Option(metavar="T", help="speed of the disk: low, medium, high or best [default: docs/gpu.md]")
-    ] = None,
-    spot: Annotated[bool | None, typer.Option("--spot/--no-spot", help="cheaper, and it may be taken away")] = None,
-    max_price: Annotated[str | None, typer.Option(metavar="USD", help="highest price per hour")] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="URI", help="pull the weights from here: hf:// s3:// gs:// az:// file://")
-    ] = None,
-    max_model_len: Annotated[str | None, typer.Option(metavar="N", help="longest prompt plus answer, tokens")] = None,
-    max_concurrency: Annotated[
-        str | None, typer.Option(metavar="N", help="requests of full length that must fit at once")
-    ] = None,
-    tensor_parallel: Annotated[str | None, typer.Option(metavar="N", help="GPUs that share the model")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="D", help="auto, bfloat16, float16 or float32")] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="Q", help="how the weights are quantized: awq, gptq, compressed-tensors, fp8; fp8 also quantizes others"
-        ),
-    ] = None,
-    lora: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="a LoRA adapter (repeatable)")] = None,
-    served_model_name: Annotated[str | None, typer.Option(metavar="S", help="`model` in the API")] = None,
-    port: Annotated[str | None, typer.Option(metavar="P", help="port of the endpoint on this machine")] = None,
-    public: Annotated[
-        bool | None, typer.Option("--public/--no-public", help="open the port to the internet, with TLS [default: an SSH tunnel]")
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(metavar="CIDR", help="with --public: who may ask (repeatable)")] = None,
-    cert: Annotated[str | None, typer.Option(metavar="FILE", help="with --public: your own certificate, PEM")] = None,
-    key: Annotated[str | None, typer.Option(metavar="FILE", help="with --public: its private key, PEM")] = None,
-    vllm_arg: Annotated[
-        list[str] | None, typer.Option(metavar="ARG", help="argument of vllm serve: --vllm-arg=--seed=7 (repeatable)")
-    ] = None,
-    idle: Annotated[str | None, typer.Option(metavar="30m|never", help="end after so long without a request")] = None,
-    ttl: Annotated[str | None, typer.Option(metavar="12h|never", help="end after so long in any case")] = None,
-    file: Annotated[
-        Path | None, typer.Option("-f", "--file", metavar="FILE", help="options in YAML [default: mistralctl.yaml]")
-    ] = None,
-) -> Sourced:
-    """The checked spec of these options, the variables and the file."""
-    from mistralctl import config
-    from mistralctl.spec import DeploymentSpec, parse_images
-
-    given = {k: v for k, v in locals().items() if k in DeploymentSpec.model_fields and v not in (None, [])}
-    if vllm_arg:
-        given["vllm_args"] = vllm_arg
-    if image:
-        try:
-            given["image"] = parse_images(image)
-        except ValueError as error:
-            raise UserError(f"--image: {error}") from None
-    if lora:
-        given["lora"] = adapters = {}
-        for one in lora:
-            adapter, separator, uri = one.partition("=")
-            if not separator or not adapter or not uri:
-                raise UserError(f"--lora: {one!r} should be NAME=URI, for example sql=s3://bucket/sql")
-            if adapter in adapters:
-                raise UserError(f"--lora: the adapter {adapter!r} is given twice; keep one of them")
-            adapters[adapter] = uri
-    return config.load(given, os.environ, file)
-
-
-def _with_spec(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command all options of a deployment; it gets them as `sourced`, checked."""
-    shared = inspect.signature(_spec_options).parameters
-    own = {k: p for k, p in inspect.signature(function).parameters.items() if k != "sourced"}
-
-    def command(**values: Any) -> None:
-        options = {key: values.pop(key) for key in shared}
-        function(_spec_options(**options), **values)
-
-    hints = get_type_hints(_spec_options, localns={"Sourced": Any}, include_extras=True)
-    hints |= get_type_hints(function, localns={"Sourced": Any}, include_extras=True)
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[k]) for k, p in (*shared.items(), *own.items())]
-    )
-    command.__annotations__ = {k: hints[k] for k in (*shared, *own)}
-    return command
-
-
 @app.command(epilog="Examples: mistralctl up --cloud gcp --dry-run; mistralctl up smollm2-135m-instruct --cloud local")
-@_with_spec
+@with_spec
 def up(
     sourced: Sourced,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the SkyPilot task and do nothing")] = False,
@@ -221,7 +115,7 @@ def up(
 
 
 @app.command(epilog="Example: mistralctl plan --cloud aws --cloud gcp --max-model-len 16384")
-@_with_spec
+@with_spec
 def plan(
     sourced: Sourced,
     quota: Annotated[bool, typer.Option("--quota", help="ask the clouds whether their quotas allow it")] = False,

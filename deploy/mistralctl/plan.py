@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from mistral_contract import quantization
 from mistral_contract.quantization import METHODS
+from mistral_contract.suggest import suggest
 
 from mistralctl import fit as memory
 from mistralctl import images, prices
@@ -179,11 +180,9 @@ def _check_places(sourced: Sourced) -> None:
     if spec.region is None:
         raise UserError(f"{sourced.place('zone')}: needs its region beside it; add --region")
     if spec.region not in cloud.regions:
-        import difflib
-
-        near = difflib.get_close_matches(spec.region, sorted(cloud.regions), 1, 0.6)
+        near = suggest(spec.region, sorted(cloud.regions))
         elsewhere = [other.name for other in CLOUDS.values() if spec.region in other.regions]
-        hint = (f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {near[0]}?" if near
+        hint = (f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {near}?" if near
                 else f"one of {', '.join(sorted(cloud.regions))}")  # fmt: skip
         raise UserError(f"{sourced.place('region')}: {cloud.name} has no region {spec.region!r}; {hint}")
     if spec.zone is not None and not cloud.has_zone(spec.region, spec.zone):
@@ -329,7 +328,11 @@ def _too_dear(option: Option, sourced: Sourced, fitting: list[Option]) -> str | 
         unknown = spec.spot and spec.accelerators is None and option.price is not None and not first
         return "the snapshot has no spot price for it; ask for it with --accelerators" if unknown else None
     if spec.max_price is not None:
-        return f"{price:.2f} USD/h is above --max-price {sourced.number('max_price')}" if price > spec.max_price else None
+        return (
+            f"{price:.2f} USD/h is above {sourced.place('max_price')} {sourced.number('max_price')}"
+            if price > spec.max_price
+            else None
+        )
     if spec.accelerators is None and not first and price > FALLBACK_FACTOR * cheapest:
         return f"{price:.2f} USD/h is more than twice the cheapest that fits; ask for it with --accelerators or --max-price"
     return None
@@ -351,8 +354,11 @@ def _local(draft: _Draft, sourced: Sourced, machine: Machine) -> Option:
 
 def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> UserError:
     spec = draft.spec
-    dear = [_price(option, spec) for option in refused if "--max-price" in (option.reason or "")]
-    reasons = dict.fromkeys(f"{o.label}: {o.reason}" for o in refused if "--max-price" not in (o.reason or ""))
+    if not refused and spec.cloud != (LOCAL,):
+        return _nowhere_sold(draft, sourced)
+    too_dear = f" USD/h is above {sourced.place('max_price')} "
+    dear = [_price(option, spec) for option in refused if too_dear in (option.reason or "")]
+    reasons = dict.fromkeys(f"{o.label}: {o.reason}" for o in refused if too_dear not in (o.reason or ""))
     if dear:
         reasons[
             f"{sourced.place('max_price')} {sourced.number('max_price')} is below the cheapest that would fit, {min(dear):.2f} USD/h"
@@ -372,8 +378,34 @@ def _nothing_fits(draft: _Draft, sourced: Sourced, refused: list[Option]) -> Use
     if spec.cloud == (LOCAL,) and not draft.model.runs_on_cpu:
         hints.append("smollm2-135m-instruct runs on any machine, and mistralctl plan shows the clouds")
     given = f"{sourced.place('accelerators')}: " if spec.accelerators else ""
-    what = whys or f"no cloud of the snapshot sells {spec.accelerators or 'such a machine'} there"
-    return UserError(f"{given}{draft.model.name} does not fit: {what}" + "".join(f"; {h}" for h in hints), Exit.NO_FIT)
+    return UserError(f"{given}{draft.model.name} does not fit: {whys}" + "".join(f"; {h}" for h in hints), Exit.NO_FIT)
+
+
+def _nowhere_sold(draft: _Draft, sourced: Sourced) -> UserError:
+    """The error where the snapshot has no such machine at all: what is missing, and what is sold there or elsewhere."""
+    spec = sourced.spec
+    name, count = _accelerators(sourced)
+    asked = next((one for one in ("accelerators", "tensor_parallel", "region") if getattr(spec, one) is not None), "cloud")
+    here = [offer for cloud in spec.cloud or CLOUDS for offer in prices.offers(cloud) if offer.accelerator]
+    near = [offer for offer in here if spec.region in (None, offer.region)]
+    elsewhere = {
+        offer.cloud: None for cloud in CLOUDS for offer in prices.offers(cloud)
+        if offer.count == count and name in (None, offer.accelerator) and cloud not in spec.cloud
+    }  # fmt: skip
+    would = dict.fromkeys(
+        f"{offer.accelerator}:{offer.count}" for offer in sorted(near, key=lambda offer: _price(offer, spec))
+        if _gpu_option(draft, offer.cloud, GPUS[str(offer.accelerator)], offer.count, offer).reason is None
+    )  # fmt: skip
+    where = (", ".join(spec.cloud) or "no cloud") + (f" in {spec.region}" if spec.region else "")
+    hints = [
+        f"{', '.join([*would][:4])} would fit there" if would else "",
+        f"it is sold on {', '.join(elsewhere)}" if elsewhere else "",
+    ]
+    return UserError(
+        f"{sourced.place(asked)}: {where} sells no {f'{name}:{count}' if name else f'machine with {count} GPUs'} in the snapshot"
+        + "".join(f"; {hint}" for hint in hints if hint),
+        Exit.NO_FIT,
+    )
 
 
 def _method(model: Model, spec: DeploymentSpec) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from mistral_contract.suggest import suggest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mistralctl import durations, images
+from mistralctl.fields import About
 from mistralctl.gpus import GPUS
 from mistralctl.models import DEFAULT_MODEL, MODELS
 
@@ -23,11 +24,16 @@ STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/
           "file": "/folder", "pypi": "package@version/file"}  # fmt: skip
 
 
+def _slug(value: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-0123456789")[:40].strip("-")
+    return f", for example {slug}" if slug else ""
+
+
 def _name(value: str) -> str:
     if not re.fullmatch(NAME_PATTERN, value) or "--" in value:
         raise ValueError(
             f"{value!r} is not a name that every cloud accepts; use 1 to 40 small letters, digits and single hyphens, "
-            "a letter first, no hyphen last"
+            f"a letter first, no hyphen last{_slug(value)}"
         )
     return value
 
@@ -73,16 +79,14 @@ def parse_accelerators(value: str) -> tuple[str, int]:
     >>> parse_accelerators("l4")
     ('L4', 1)
     """
-    import difflib
-
     match = re.fullmatch(r"([A-Za-z0-9-]+)(?::([0-9]{1,2}))?", value)
     if match is None:
         raise ValueError(f"{value!r} is not an accelerator; write NAME or NAME:COUNT, for example L4:1")
     spelt = {name.lower(): name for name in GPUS}
     name, count = spelt.get(match[1].lower()), int(match[2] or 1)
     if name is None:
-        near = difflib.get_close_matches(match[1].lower(), spelt, 1, 0.5)
-        hint = f"did you mean {spelt[near[0]]}?" if near else f"one of {', '.join(GPUS)}"
+        near = suggest(match[1], GPUS, 0.5)
+        hint = f"did you mean {near}?" if near else f"one of {', '.join(GPUS)}"
         raise ValueError(f"{match[1]!r} is not a GPU that mistralctl plans with; {hint} (mistralctl gpus lists them)")
     if count not in (1, 2, 4, 8):
         raise ValueError(f"{value!r} asks for {count} GPUs; 1, 2, 4 or 8 can share the 8 key-value heads of Mistral 7B")
@@ -108,15 +112,16 @@ def _accelerators(value: str) -> str:
     return f"{name}:{count}"
 
 
-def _unit(value: object) -> object:
-    """`value`, unless it is what YAML makes of `30`, `off` and `null`."""
-    if value is None or isinstance(value, bool | int | float):
-        durations.minutes("null" if value is None else "off" if value is False else str(value))
+def _duration(value: str) -> str:
+    durations.minutes(value)
     return value
 
 
-def _duration(value: str) -> str:
-    durations.minutes(value)
+def _one_by_one(value: object) -> object:
+    """`value`, unless it is a mapping, as vLLM's own file of options has them."""
+    if isinstance(value, dict):
+        written = [f"--{str(key).replace('_', '-')}" + ("" if it is True else f"={it}") for key, it in value.items()]
+        raise ValueError(f"should be a list of arguments; write [{', '.join(written)}]")
     return value
 
 
@@ -129,15 +134,13 @@ def _vllm_args(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _model(value: str) -> str:
-    import difflib
-
     if value in MODELS:
         return value
     if "://" in value:
         return check_uri(value)
     if value.startswith(("/", "./", "../", "~")):
         return value
-    near = difflib.get_close_matches(value.lower(), MODELS, 1, 0.4)
+    near = suggest(value, MODELS, 0.4)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value):
         row = next((model.name for model in MODELS.values() if model.weights.lower() == f"hf://{value}".lower()), None)
         raise ValueError(
@@ -145,7 +148,7 @@ def _model(value: str) -> str:
             + (f"{row}, or " if row else "")
             + f"hf://{value} (a folder of this machine: ./{value})"
         )
-    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MODELS)}, or a folder or URI"
+    hint = f"did you mean {near}?" if near else f"one of {', '.join(MODELS)}, or a folder or URI"
     raise ValueError(f"unknown model {value!r}; {hint} (mistralctl models lists them; a folder begins with ./ or /)")
 
 
@@ -163,25 +166,6 @@ def _allow(values: tuple[str, ...]) -> tuple[str, ...]:
         except ValueError:
             raise ValueError(f"{value!r} is not a network; write for example 203.0.113.0/24 or 198.51.100.7") from None
     return tuple(dict.fromkeys(found))
-
-
-def parse_images(values: Sequence[str]) -> str | dict[str, str]:
-    """`[CLOUD=]ID`, as it is given for each cloud, as the field `image` has it: one id, or one for each cloud.
-
-    >>> parse_images(["aws=ami-0123456789abcdef0"])
-    {'aws': 'ami-0123456789abcdef0'}
-    """
-    found: dict[str, str] = {}
-    for value in values:
-        cloud, separator, image = value.partition("=")
-        if not separator and len(values) == 1:
-            return value
-        if not separator:
-            raise ValueError(f"{value!r} does not say its cloud; write CLOUD=ID for each, for example aws=ami-0123456789abcdef0")
-        if cloud in found:
-            raise ValueError(f"{cloud} is given twice; keep one of them")
-        found[cloud] = image
-    return found
 
 
 def _image(value: object) -> object:
@@ -207,71 +191,96 @@ def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
     return tuple(dict.fromkeys(values))
 
 
-_Duration = Annotated[str, BeforeValidator(_unit), AfterValidator(_duration)]
+_Duration = Annotated[str, AfterValidator(_duration)]
 _Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,40}$")]
+MODEL, PLACE, MEMORY, SERVER, ACCESS, LIFE = "Model", "Place and price", "Memory", "Server", "Access", "Lifetime"
 
 
 class DeploymentSpec(BaseModel):
-    """Every option of a deployment, checked one by one; `mistralctl.yaml` has the same keys.
+    """Every option of a deployment, checked one by one. Flags, variables, `mistralctl.yaml`, its schema and docs/options.md follow from them.
 
     What the options mean together (a region of that cloud, a context that the model has) is checked by `plan`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, title="mistralctl.yaml")
 
-    model: Annotated[str, AfterValidator(_model)] = Field(
-        DEFAULT_MODEL, description="row of `mistralctl models`, or a folder or URI with a config.json"
+    model: Annotated[
+        str, AfterValidator(_model), About(MODEL, "mistral-7b-v0.3", "[MODEL]", flag="MODEL", known=lambda: MODELS)
+    ] = Field(DEFAULT_MODEL, description="row of `mistralctl models`, a folder, or a URI")
+    name: Annotated[Annotated[str, AfterValidator(_name)] | None, About(MODEL, "mine", otherwise="the model's")] = Field(
+        None, description="name of the deployment"
     )
-    name: Annotated[str, AfterValidator(_name)] | None = Field(
-        None, description="name of the deployment; the model's name if left out"
+    cloud: Annotated[
+        tuple[CloudName, ...], AfterValidator(_no_repeats), About(PLACE, "[aws, gcp]", otherwise="all but local")
+    ] = Field((), description="{}: the cheapest of them; local stands alone")
+    region: Annotated[_Region | None, About(PLACE, "us-east-1")] = Field(
+        None, description="region of the one cloud that is chosen"
     )
-    cloud: Annotated[tuple[CloudName, ...], AfterValidator(_no_repeats)] = Field(
-        (), description="clouds to choose from, cheapest first; none: all three; local stands alone"
+    zone: Annotated[_Region | None, About(PLACE, "us-east-1a")] = Field(None, description="zone of that region")
+    accelerators: Annotated[
+        Annotated[str, AfterValidator(_accelerators)] | None,
+        BeforeValidator(_one_accelerator),
+        About(PLACE, "L4:1", "NAME:COUNT", otherwise="the cheapest that fit"),
+    ] = Field(None, description="GPU, for example L4:1")
+    image: Annotated[
+        str | dict[str, str] | None,
+        BeforeValidator(_image),
+        About(PLACE, "{aws: ami-0123456789abcdef0}", "[CLOUD=]ID", otherwise="docs/gpu.md", noun="cloud"),
+    ] = Field(None, description="image of the machine, one a cloud")
+    disk_tier: Annotated[DiskTier | None, About(PLACE, "high", "T", otherwise="docs/gpu.md")] = Field(
+        None, description="speed of the disk: {}"
     )
-    region: _Region | None = Field(None, description="region of the one cloud that is chosen")
-    zone: _Region | None = Field(None, description="zone of that region")
-    accelerators: Annotated[Annotated[str, AfterValidator(_accelerators)] | None, BeforeValidator(_one_accelerator)] = Field(
-        None, description="GPU and count, for example L4:1"
+    spot: Annotated[bool, About(PLACE, "true")] = Field(False, description="a spot machine: cheaper, and it may be taken away")
+    max_price: Annotated[float | None, About(PLACE, "1.50", "USD")] = Field(
+        None, gt=0, le=1000, description="highest price, USD per hour"
     )
-    image: Annotated[str | dict[str, str] | None, BeforeValidator(_image)] = Field(
-        None, description="image of the machine, instead of the one in docs/gpu.md: its id, or a mapping of clouds to ids"
+    weights: Annotated[
+        Annotated[str, AfterValidator(check_uri)] | None,
+        About(MODEL, "s3://bucket/prefix", "URI", otherwise="the model's own place"),
+    ] = Field(None, description="pull the weights from here: hf:// s3:// gs:// az:// file://")
+    max_model_len: Annotated[int | None, About(MEMORY, "16384", "N", otherwise="the model's context")] = Field(
+        None, ge=16, le=1_048_576, description="longest prompt plus answer, tokens"
     )
-    disk_tier: DiskTier | None = Field(
-        None,
-        description="speed of the machine's disk, as SkyPilot has it; if left out: high on AWS and GCP with a GPU, else medium",
+    max_concurrency: Annotated[int | None, About(MEMORY, "8", "N")] = Field(
+        None, ge=1, le=1024, description="requests of full length that must fit at once"
     )
-    spot: bool = Field(False, description="use a spot machine: cheaper, and it may be taken away")
-    max_price: float | None = Field(None, gt=0, le=1000, description="highest price, USD per hour")
-    weights: Annotated[str, AfterValidator(check_uri)] | None = Field(
-        None, description="where the weights are pulled from, instead of the model's own place"
+    tensor_parallel: Annotated[int | None, About(MEMORY, "2", "N")] = Field(
+        None, ge=1, le=8, description="GPUs that share the model"
     )
-    max_model_len: int | None = Field(None, ge=16, le=1_048_576, description="longest prompt plus answer, tokens")
-    max_concurrency: int | None = Field(None, ge=1, le=1024, description="requests of full length that must fit at once")
-    tensor_parallel: int | None = Field(None, ge=1, le=8, description="GPUs that share the model")
-    dtype: Dtype = Field("auto", description="type of weights and cache; auto is bfloat16")
-    quantization: Quantization | None = Field(
-        None, description="how the weights are quantized; fp8 also quantizes others while it loads them"
+    dtype: Annotated[Dtype, About(MEMORY, "bfloat16", "D")] = Field("auto", description="type of weights and cache: {}")
+    quantization: Annotated[Quantization | None, About(MEMORY, "fp8", "Q")] = Field(
+        None, description="how the weights are quantized: {}; fp8 also quantizes others"
     )
-    lora: Annotated[dict[str, str], AfterValidator(_lora)] = Field({}, description="LoRA adapters: name to URI or folder")
-    served_model_name: Annotated[str, AfterValidator(_served_model_name)] | None = Field(
-        None, description="`model` in the API; the model's name if left out"
+    lora: Annotated[dict[str, str], AfterValidator(_lora), About(MODEL, "{sql: s3://bucket/sql}", "NAME=URI", noun="adapter")] = (
+        Field({}, description="a LoRA adapter: its name, and its URI or folder")
     )
-    port: int | None = Field(
-        None, ge=1024, le=65535, description="port of the endpoint: on this machine, or with public on the node"
+    served_model_name: Annotated[
+        Annotated[str, AfterValidator(_served_model_name)] | None,
+        About(SERVER, "mistral", "S", otherwise="the model's name"),
+    ] = Field(None, description="`model` in the API")
+    port: Annotated[int | None, About(ACCESS, "8001", "P")] = Field(
+        None, ge=1024, le=65535, description="port of the endpoint: on this machine, or with --public on the node"
     )
-    public: bool = Field(
-        False, description="open the node's port to the internet, with TLS; otherwise an SSH tunnel is the way in"
+    public: Annotated[bool, About(ACCESS, "true", otherwise="an SSH tunnel")] = Field(
+        False, description="open the port to the internet, with TLS"
     )
-    allow: Annotated[tuple[str, ...], AfterValidator(_allow)] = Field(
-        (), description="with public: networks that may ask, 203.0.113.0/24; none: every address may"
+    allow: Annotated[
+        tuple[str, ...], AfterValidator(_allow), About(ACCESS, "[203.0.113.0/24]", "CIDR", otherwise="every address")
+    ] = Field((), description="with --public: who may ask")
+    cert: Annotated[str | None, About(ACCESS, "server.pem", "FILE")] = Field(
+        None, min_length=1, description="with --public: your own certificate, PEM"
     )
-    cert: str | None = Field(None, min_length=1, description="with public: your own certificate and its chain, a PEM file")
-    key: str | None = Field(None, min_length=1, description="with public: the private key of cert, a PEM file")
-    vllm_args: Annotated[tuple[str, ...], AfterValidator(_vllm_args)] = Field(
-        (), description="further arguments of `vllm serve`, each in one piece: --seed=7"
+    key: Annotated[str | None, About(ACCESS, "server.key", "FILE")] = Field(
+        None, min_length=1, description="with --public: its private key, PEM"
     )
-    idle: _Duration = Field("30m", description="end after so long without a request: 30m, 2h, never")
-    ttl: _Duration = Field("12h", description="end after so long in any case")
+    vllm_args: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_one_by_one),
+        AfterValidator(_vllm_args),
+        About(SERVER, "[--seed=7]", "ARG", flag="--vllm-arg", separator=r"\s+(?=--)"),
+    ] = Field((), description="argument of vllm serve: --vllm-arg=--seed=7")
+    idle: Annotated[_Duration, About(LIFE, "2h", "30m|never")] = Field("30m", description="end after so long without a request")
+    ttl: Annotated[_Duration, About(LIFE, "2d", "12h|never")] = Field("12h", description="end after so long in any case")
 
     @property
     def images(self) -> dict[str, str]:
@@ -279,8 +288,3 @@ class DeploymentSpec(BaseModel):
         if isinstance(self.image, str):
             return dict.fromkeys(self.cloud, self.image)
         return self.image or {}
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of `mistralctl.yaml`, for editors."""
-    return DeploymentSpec.model_json_schema()

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mistral_contract.suggest import suggest
+
 from mistralctl.errors import Exit, UserError
 
 State = Literal["starting", "up", "down"]
@@ -153,12 +155,10 @@ def read(name: str) -> Record | None:
 
 def known(name: str) -> Record:
     """The record of a name; UserError if there never was one."""
-    import difflib
-
     record = read(name)
     if record is None:
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {near[0]}?" if near else "mistralctl status lists what there is"
+        near = suggest(name, names())
+        hint = f"did you mean {near}?" if near else "mistralctl status lists what there is"
         raise UserError(f"there is no deployment {name!r}; {hint}", Exit.NOT_FOUND)
     return record
 

@@ -16,7 +16,8 @@ from mistral_contract import vllm_options
 from mistralctl import checkpoints, plan, tasks
 from mistralctl.config import load, parse_yaml
 from mistralctl.errors import UserError
-from mistralctl.spec import DeploymentSpec, json_schema
+from mistralctl.fields import docs, dumped_schema, fields, json_schema
+from mistralctl.spec import DeploymentSpec
 from mistralctl.tasks import serve
 
 # Text of mistralctl.yaml, and how the error begins (after the file's path) and what it says to do.
@@ -30,7 +31,42 @@ BAD_FILES = [
     ("max_model_len: 99999999999", ": max_model_len: 99999999999 is out of range; it must be at most 1048576"),
     ("max_price: .nan", "a number"),
     ("max_price: 0", ": max_price: 0 is out of range; it must be more than 0"),
-    ("spot: 'yes'", ": spot: should be true or false, is text 'yes'"),
+    ("spot: 'maybe'", ": spot: should be true or false, is text 'maybe'; write for example true"),
+    ("spot: null", ":1: spot: should be true or false, is null; write for example true"),
+    ("spot: [true]", ":1: spot: should be true or false, is list [true]; write true"),
+    ("cloud: null", ":1: cloud: should be a list, is null; write for example [aws, gcp]"),
+    ("cloud:\n- aws\n- gpc", ":3: cloud[1]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
+    ("cloud: AWS", ":1: cloud[0]: 'AWS' is not one of aws, gcp, azure, local; did you mean aws?"),
+    ("Cloud: aws", ":1: Cloud: unknown key 'Cloud'; did you mean cloud?"),
+    ("\nmax_model_len: 16k", ":2: max_model_len: should be a whole number, is text '16k'; write 16384, or 16000"),
+    ("max_model_len: 32,768", "max_model_len: should be a whole number, is text '32,768'; write 32768"),
+    ("max_price: 1.50 USD", ":1: max_price: should be a number, is text '1.50 USD'; write 1.50"),
+    ("max_model_len: [4096]", ":1: max_model_len: should be a whole number, is list [4096]; write 4096"),
+    ("name: 123", ":1: name: '123' is not a name that every cloud accepts; use 1 to 40 small letters, digits and single hyphens"),
+    ("name: My Model", "a letter first, no hyphen last, for example my-model"),
+    ("region: [us-east-1]", ":1: region: should be text, is list ['us-east-1']; write us-east-1"),
+    ("region: {us-east-1: a}", ":1: region: should be text, is mapping {'us-east-1': 'a'}; write for example us-east-1"),
+    ("model: [a, b]", ":1: model: should be text, is list ['a', 'b']; write for example mistral-7b-v0.3"),
+    (
+        "vllm_args: {seed: 7, enforce_eager: true}",
+        ":1: vllm_args: should be a list of arguments; write [--seed=7, --enforce-eager]",
+    ),
+    ("vllm_args: 7", ":1: vllm_args: should be a list, is whole number 7; write for example [--seed=7]"),
+    ("vllm_args: seed=7", ":1: vllm_args: 'seed=7' is not an argument; write it in one piece, for example --seed=7"),
+    (
+        "vllm_args: ['-tp=2']",
+        "'-tp=2' is a short argument of --tensor-parallel-size, which mistralctl sets itself: use --tensor-parallel",
+    ),
+    ("vllm_args: -O3", "'-O3' is a short argument of --optimization-level; write --optimization-level=3"),
+    ("lora:\n- a=./x\n- a=./y", ": lora: the adapter 'a' is given twice; keep one of them"),
+    ("lora:\n  a: ./x\n  a: ./y", ":3:3: the key 'a' stands twice; keep one of them"),
+    ("lora: 7", ":1: lora: should be a mapping of names to URIs, is whole number 7; write for example {sql: s3://bucket/sql}"),
+    (
+        "image: [ami-1, ami-2]",
+        ": image: 'ami-1' does not say its cloud; write CLOUD=ID for each, for example aws=ami-0123456789abcdef0",
+    ),
+    ("ttl: 12H\n", ": ttl: '12H' is not a duration; write 12h"),
+    ("port: 010000_0", ": port: 010000_0 is out of range; it must be at most 65535"),
     ("cloud: gpc", ": cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
     ("cloud: 3", ": cloud: should be a list, is whole number 3"),
     ("cloud: [gpc]", ": cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
@@ -54,7 +90,7 @@ BAD_FILES = [
     ("ttl: null", ": ttl: 'null' is not a duration; write never to switch it off"),
     ("ttl:", ": ttl: 'null' is not a duration; write never to switch it off"),
     ("idle: off", ": idle: 'off' is not a duration; write never to switch it off"),
-    ("idle: on", ": idle: 'True' is not a duration; write for example 30m"),
+    ("idle: on", ": idle: 'on' is not a duration; write for example 30m"),
     ("idle: 0", ": idle: '0' is not a duration; write never to switch it off"),
     ("idle: 30 min", ": idle: '30 min' is not a duration; write 30m"),
     ("idle: 2Hours", ": idle: '2Hours' is not a duration; write 2h"),
@@ -84,7 +120,7 @@ BAD_FILES = [
     ('{"model_type": "mistral"}', ": this is a model's config.json"),
     ("idle: 30x", ": idle: '30x' is not a duration; write for example 30m, 12h, 2d or never"),
     ("ttl: 0m", "out of range"),
-    ("lora: [a]", ": lora: should be a mapping of names to URIs, is list"),
+    ("lora: [a]", ":1: lora: 'a' should be NAME=URI, for example sql=s3://bucket/sql"),
     ("lora: {a: 5}", ": lora.a: should be text, is whole number 5"),
     ("lora: {'../x': 's3://b/x'}", "is not an adapter's name"),
     ("lora: {x: 's3://b/../x'}", "contains '..'"),
@@ -147,8 +183,26 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("\ufeffcloud: [aws]", {"cloud": ("aws",)}),
     ("cloud: [aws]\r\nidle: 1h\r\n", {"cloud": ("aws",), "idle": "1h"}),
     ("region: null", {"region": None}),
+    ("max_price:", {"max_price": None}),
+    ("lora: a=./x", {"lora": {"a": "./x"}}),
+    ("lora: [a=./x, b=./y]", {"lora": {"a": "./x", "b": "./y"}}),
+    ("lora: a=./x, b=./y", {"lora": {"a": "./x", "b": "./y"}}),
+    ("image: [aws=ami-0123456789abcdef0]", {"image": {"aws": "ami-0123456789abcdef0"}}),
+    ("image: aws=ami-0123456789abcdef0", {"image": {"aws": "ami-0123456789abcdef0"}}),
+    ("image: [ami-0123456789abcdef0]", {"image": "ami-0123456789abcdef0"}),
+    ("spot: 'true'", {"spot": True}),
+    ("spot: 'yes'", {"spot": True}),
+    ("spot: yes", {"spot": True}),
+    ("spot: off", {"spot": False}),
+    ("spot: No", {"spot": False}),
+    ("spot: 1", {"spot": True}),
+    ("name: yes", {"name": "yes"}),
+    ("served_model_name: 7", {"served_model_name": "7"}),
+    ("allow: 203.0.113.0/24, 198.51.100.7", {"allow": ("203.0.113.0/24", "198.51.100.7/32")}),
+    ("port: '8_001'", {"port": 8001}),
     ("", {"idle": "30m"}),
 ]
+EXAMPLES = [f"{name}: {field.about.example}" for name, field in fields(DeploymentSpec).items()]
 BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"max_model_len": "40000"}, "--max-model-len: 40000 is beyond the context of mistral-7b-instruct-v0.1, 32768 tokens"),
     ({"max_model_len": "many"}, "--max-model-len: should be a whole number, is text 'many'"),
@@ -186,8 +240,22 @@ BAD_FLAGS: list[tuple[dict[str, Any], str]] = [
 BAD_VARIABLES = [
     ({"MISTRALCTL_PORT": "x"}, "MISTRALCTL_PORT: should be a whole number, is text 'x'"),
     ({"MISTRALCTL_CLOUD": "aws,gpc"}, "MISTRALCTL_CLOUD[1]: 'gpc' is not one of"),
-    ({"MISTRALCTL_LORA": "a=b"}, "MISTRALCTL_LORA: should be JSON"),
-    ({"MISTRALCTL_VLLM_ARGS": "--seed=7"}, "MISTRALCTL_VLLM_ARGS: should be JSON"),
+    ({"MISTRALCTL_LORA": "a"}, "MISTRALCTL_LORA: 'a' should be NAME=URI, for example sql=s3://bucket/sql"),
+    ({"MISTRALCTL_LORA": '{"a": 5}'}, "MISTRALCTL_LORA.a: should be text, is whole number 5"),
+    ({"MISTRALCTL_VLLM_ARGS": "seed=7"}, "MISTRALCTL_VLLM_ARGS: 'seed=7' is not an argument"),
+    ({"MISTRALCTL_VLLM_ARGS": '["--port=1"]'}, "MISTRALCTL_VLLM_ARGS: --port would set --port"),
+]
+
+
+TAKEN_VARIABLES = [
+    ({"MISTRALCTL_SPOT": "yes"}, {"spot": True}),
+    ({"MISTRALCTL_CLOUD": "aws, gcp"}, {"cloud": ("aws", "gcp")}),
+    ({"MISTRALCTL_ALLOW": "203.0.113.0/24"}, {"allow": ("203.0.113.0/24",)}),
+    ({"MISTRALCTL_LORA": "a=./x"}, {"lora": {"a": "./x"}}),
+    ({"MISTRALCTL_LORA": '{"a": "./x"}'}, {"lora": {"a": "./x"}}),
+    ({"MISTRALCTL_VLLM_ARGS": "--seed=7"}, {"vllm_args": ("--seed=7",)}),
+    ({"MISTRALCTL_VLLM_ARGS": '["--seed=7", "--enforce-eager"]'}, {"vllm_args": ("--seed=7", "--enforce-eager")}),
+    ({"MISTRALCTL_REGION": ""}, {"region": None}),
 ]
 
 
@@ -225,6 +293,12 @@ def test_what_a_file_says_in_another_form_is_taken(text: str, fields: dict[str, 
     (tmp_path / "m.yaml").write_bytes(text.encode())
     spec = load({}, {}, tmp_path / "m.yaml").spec
     assert {name: getattr(spec, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(("environ", "given"), TAKEN_VARIABLES, ids=str)
+def test_what_a_variable_says_is_taken(environ: dict[str, str], given: dict[str, Any], tmp_path: Path) -> None:
+    spec = load({}, environ, None, tmp_path).spec
+    assert {name: getattr(spec, name) for name in given} == given
 
 
 @pytest.mark.parametrize(("flags", "says"), BAD_FLAGS, ids=[str(flags) for flags, _ in BAD_FLAGS])
@@ -349,19 +423,37 @@ def test_flags_before_variables_before_the_file_before_defaults(tmp_path: Path) 
     got = load({"port": "9003", "spot": False}, environ, None, tmp_path)
     assert (got.spec.port, got.spec.idle, got.spec.ttl, got.spec.spot, got.spec.dtype) == (9003, "3h", "2h", False, "auto")
     assert (got.place("port"), got.place("idle"), got.place("ttl")) == (
-        "--port", "MISTRALCTL_IDLE", f"{tmp_path / 'mistralctl.yaml'}: ttl",
+        "--port", "MISTRALCTL_IDLE", f"{tmp_path / 'mistralctl.yaml'}:3: ttl",
     )  # fmt: skip
 
 
-def test_the_shipped_schema_is_that_of_the_spec_and_accepts_what_load_accepts(tmp_path: Path) -> None:
-    shipped = Path(__file__).parents[2] / "deploy" / "mistralctl" / "mistralctl.schema.json"
-    assert json.loads(shipped.read_text("utf-8")) == json_schema()
-    example = {"model": "mistral-7b-v0.3", "cloud": ["aws"], "max_price": 2, "lora": {"a": "s3://b/c"}}
-    jsonschema.validate(example, json_schema())
-    (tmp_path / "mistralctl.yaml").write_text(yaml.safe_dump(example))
-    assert load({}, {}, None, tmp_path).spec.max_price == 2
+def test_the_shipped_schema_and_page_are_those_of_the_spec() -> None:
+    root = Path(__file__).parents[2]
+    assert (root / "deploy" / "mistralctl" / "mistralctl.schema.json").read_text("utf-8") == dumped_schema(DeploymentSpec)
+    assert (root / "docs" / "options.md").read_text("utf-8") == docs(DeploymentSpec)
+
+
+def _as_an_editor_reads_it(text: str) -> Any:
+    """YAML without Python's own types of it."""
+    return yaml.safe_load(text.removeprefix("\ufeff")) or {}
+
+
+@pytest.mark.parametrize("text", [text for text, _ in TAKEN] + EXAMPLES, ids=repr)
+def test_the_schema_accepts_what_load_accepts(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mistralctl.yaml").write_text(text)
+    load({}, {}, None, tmp_path)
+    jsonschema.validate(_as_an_editor_reads_it(text), json_schema(DeploymentSpec))
+
+
+@pytest.mark.parametrize(
+    "text", ["modle: x", "cloud: gpc", "cloud: aws gcp", "spot: maybe", "port: 80", "lora: sql", "max_price: 2$"]
+)
+def test_the_schema_refuses_what_load_refuses(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mistralctl.yaml").write_text(text)
+    with pytest.raises(UserError):
+        load({}, {}, None, tmp_path)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"modle": "x"}, json_schema())
+        jsonschema.validate(_as_an_editor_reads_it(text), json_schema(DeploymentSpec))
 
 
 _words = st.text(string.ascii_letters + string.digits + "-._:/@%{}[]&*!|>#'\" \n\t\\~é\x00", max_size=30)

@@ -144,7 +144,10 @@ def test_an_image_is_named_for_each_cloud_and_changes_the_machine() -> None:
         ({"image": {"azure": "ubuntu-hpc:2204"}}, "is not an image of azure's; write for example PUBLISHER:OFFER:SKU:VERSION"),
         ({"image": {"ibm": "x"}}, "'ibm' is not one of aws, gcp, azure"),
         ({"image": {"aws": 7}}, "7 is no text"),
-        ({"image": ["x"]}, "is not an image"),
+        ({"image": ["x"]}, "'x' needs exactly one cloud beside it"),
+        ({"image": ["x", "y"]}, "'x' does not say its cloud; write CLOUD=ID for each, for example aws=ami-0123456789abcdef0"),
+        ({"image": [["x"]]}, "does not say its cloud"),
+        ({"image": 7}, "is not an image"),
         ({"image": ""}, "is not an image"),
     ],
 )  # fmt: skip

@@ -150,6 +150,32 @@ def test_tensor_parallel_alone_finds_a_machine_with_so_many_gpus(gpus: int) -> N
     assert got.chosen.label == f"L4:{gpus}"
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("cloud: [aws]\ntensor_parallel: 2", ":2: tensor_parallel: aws sells no machine with 2 GPUs in the snapshot; L4:1, A10G:1, L40S:1, L4:4 "
+         "would fit there; it is sold on gcp, azure"),
+        ("cloud: [aws]\naccelerators: L4:2", ":2: accelerators: aws sells no L4:2 in the snapshot; L4:1, A10G:1, L40S:1, L4:4 would fit "
+         "there; it is sold on gcp"),
+        ("max_price: 0.1", ":1: max_price 0.1 is below the cheapest that would fit, 0.70 USD/h"),
+    ],
+)  # fmt: skip
+def test_what_nobody_sells_is_said_with_what_is_sold_and_where_the_value_stands(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(text)
+    sourced = load({}, {}, tmp_path / "m.yaml")
+    with pytest.raises(UserError) as error:
+        plan.make(sourced, checkpoints.resolve(sourced), SMALL)
+    assert f"{tmp_path / 'm.yaml'}{says}" in str(error.value)
+    assert error.value.code is Exit.NO_FIT
+
+
+def test_a_limit_of_the_file_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("max_price: 3")
+    sourced = load({}, {}, tmp_path / "m.yaml")
+    got = plan.make(sourced, checkpoints.resolve(sourced), SMALL)
+    assert refused(got)["gcp H100:1"] == f"5.38 USD/h is above {tmp_path / 'm.yaml'}:1: max_price 3"
+
+
 def test_a_region_without_a_price_is_planned_with_an_unknown_price() -> None:
     got = make(cloud=["aws"], region="eu-central-1")
     assert got.chosen.region == "eu-central-1"

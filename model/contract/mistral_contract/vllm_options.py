@@ -6,13 +6,14 @@ Each of them is open, set by mistralctl itself, or closed for a reason; tests/pl
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from mistral_contract.suggest import suggest
 
 # What mistralctl sets itself, and what to use instead.
 SET = {
@@ -214,7 +215,7 @@ def _check(argument: str) -> tuple[str, bool]:
     if not re.fullmatch(r"--?[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise ValueError(f"{argument!r} is not an argument; write it in one piece, for example --seed=7")
     if not name.startswith("--"):
-        raise ValueError(f"{argument!r} is a short argument; write the long one, for example --seed=7")
+        raise ValueError(f"{argument!r} is a short argument{_long(name)}")
     # vLLM's parser takes underscores for hyphens, and --option.key=value for a key of a JSON object.
     head, dot, path = name.partition(".")
     spelling = _spelling(head.replace("_", "-"), name)
@@ -258,8 +259,22 @@ def _spelling(head: str, name: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"{name} could be any of {', '.join(found[:4])}; write the whole name")
-    near = difflib.get_close_matches(head, known, 1, 0.6)
-    raise ValueError(f"{name} is no option of vLLM {version}" + (f"; did you mean {near[0]}?" if near else ""))
+    near = suggest(head, known)
+    raise ValueError(f"{name} is no option of vLLM {version}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _long(name: str) -> str:
+    """What to write instead of a short argument: `-tp`, or `-O3` with its value behind it."""
+    level = re.fullmatch(r"-O([0-9])", name)
+    option = _names().get("--optimization-level" if level else name)
+    if option is None:
+        return "; write the long one, for example --seed=7"
+    own = next(found for found in option["names"] if found.startswith("--"))
+    if own in SET:
+        return f" of {own}, which mistralctl sets itself: {SET[own]}"
+    if own in _reasons():
+        return f" of {own}, which is closed in a deployment: {_reasons()[own]}"
+    return f" of {own}; write {own}={level[1] if level else 'VALUE'}"
 
 
 def _nested(path: str, value: str) -> str:
@@ -327,8 +342,8 @@ def _check_value(option: dict[str, Any], own: str, text: str) -> None:
         if key in CLOSED_KEYS.get(own, ()):
             raise ValueError(f"may not set {key} in a deployment: it loads other code or writes files")
         if key not in option["keys"]:
-            near = difflib.get_close_matches(key, option["keys"], 1, 0.6)
-            raise ValueError(f"has no key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = suggest(key, option["keys"])
+            raise ValueError(f"has no key {key!r}" + (f"; did you mean {near}?" if near else ""))
         wanted = option["keys"][key]
         if isinstance(wanted, list) and value[key] is not None and not _is_one_of(value[key], wanted):
             raise ValueError(f"should have one of {', '.join(map(str, wanted))} as {key}, not {str(value[key])[:60]!r}")
