@@ -97,7 +97,8 @@ def up(
         from mistralctl.commands import plan as plan_command
 
         planned = plan_command.run(sourced)
-        _say_task(plan_command.render_plan(planned), output)
+        task = plan_command.render_plan(planned)
+        _say_task(task | {"steps": plan_command.steps(planned)} if output is Form.json else task, output)
         _note_rights(planned.rights)
         return
     from mistralctl import progress
@@ -110,7 +111,7 @@ def up(
         sys.stderr.write(f"note: {text}\n")
 
     with progress.shown(quiet=output is not Form.text) as on_phase:
-        result = up_command.run(sourced, on_phase, confirm, note, offline=offline)
+        result = up_command.run(sourced, up_command.Talk(on_phase, confirm, note), offline=offline)
     _say(result, output, "up_text")
 
 
@@ -229,11 +230,9 @@ def receipt(name: DeployedName, output: Output = Form.text) -> None:
 @app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")
 def connect(name: DeployedName, output: Output = Form.text) -> None:
     """Open the tunnel to a deployment on a cloud again, on the same port."""
-    from mistralctl.commands import env as env_command
-    from mistralctl.commands import launch
+    from mistralctl.commands import connect as connect_command
 
-    launch.connect(name)
-    _say(env_command.run(name), output, "connect_text")
+    _say(connect_command.run(name), output, "connect_text")
 
 
 @app.command(context_settings={"ignore_unknown_options": True}, epilog="Example: mistralctl ssh mistral nvidia-smi")

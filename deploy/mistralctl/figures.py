@@ -9,9 +9,8 @@ from typing import Any
 
 from mistral_contract import figures
 
-from mistralctl import state
+from mistralctl import runtime, state
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime import rundir
 from mistralctl.state import Record
 
 
@@ -38,5 +37,5 @@ def keep(record: Record, canary: dict[str, Any] | None) -> None:
     if not figures.is_key(key) or (path := _folder() / f"{key}.json").exists():
         return
     with suppress(UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
-        text = rundir.read(record, f"{figures.FOLDER}/{key}.json")
+        text = runtime.of(record.cloud).read(record, f"{figures.FOLDER}/{key}.json")
         state.write_private(path, json.dumps(figures.read(text, str(key))) + "\n")

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import connection, readiness, state
+from mistralctl import connection, readiness, runtime, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime import rundir
 from mistralctl.state import Record
 
 Answers = tuple[int, int, int]
@@ -167,7 +166,7 @@ def look(record: Record, on_phase: OnPhase) -> Report:
     The whole table is in gate.txt beside the record.
     """
     on_phase(PhaseEvent("gate", "start", time.time()))
-    report = walk(record, rundir.read(record, f"run/{record.name}/shared/routes.json"))
+    report = walk(record, runtime.of(record.cloud).read(record, f"run/{record.name}/shared/routes.json"))
     state.write_private(state.folder(record.name) / "gate.txt", table(report.rows) + "\n")
     check(report)
     return replace(report, answer=readiness.complete(record))
@@ -175,7 +174,7 @@ def look(record: Record, on_phase: OnPhase) -> Report:
 
 def let_in(record: Record, report: Report, on_phase: OnPhase) -> Record:
     """Opens a server that was walked and has answered to all that its short list lets in; its record. UserError if it does not open."""
-    rundir.write(record, f"run/{record.name}/passed", "yes\n")
+    runtime.of(record.cloud).write(record, f"run/{record.name}/passed", "yes\n")
     deadline = time.monotonic() + OPEN_SECONDS
     while not readiness.answers(record):
         if time.monotonic() > deadline:
@@ -185,9 +184,3 @@ def let_in(record: Record, report: Report, on_phase: OnPhase) -> Record:
         time.sleep(0.1)
     on_phase(PhaseEvent("gate", "end", time.time()))
     return replace(record, gate=report.summary())
-
-
-def pass_through(record: Record, on_phase: OnPhase) -> tuple[Record, str]:
-    """Walks a server and lets the world in, `look`, then `let_in`: the record, and what it answered."""
-    report = look(record, on_phase)
-    return let_in(record, report, on_phase), report.answer

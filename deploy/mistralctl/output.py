@@ -115,7 +115,7 @@ def plan_text(plan: Plan) -> str:
     if plan.quotas:
         lines += ["", "quotas:", *(f"  {line}" for line in quotas.table(plan.quotas))]
         lines += [f"  ask for more: {page}" for page in dict.fromkeys(q.page for q in plan.quotas if q.enough is False)]
-    if plan.chosen.cloud != LOCAL:
+    if not plan.local:
         lines += [
             "",
             f"prices: a snapshot of {SNAPSHOT_DATE}, cheapest region; SkyPilot's own catalog decides at launch",

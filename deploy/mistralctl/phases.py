@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Literal
 
 MARK = "mistralctl-phase "
@@ -113,3 +114,38 @@ def durations(events: Iterable[PhaseEvent]) -> Iterator[Phase]:
             began[event.phase] = event.at
         elif event.event == "end" and event.phase in began:
             yield Phase(event.phase, round(event.at - began.pop(event.phase), 2))
+
+
+@dataclass
+class Progress:
+    """What was heard so far of a task, passed on as it comes."""
+
+    on_phase: Callable[[PhaseEvent], None]
+    milestones: Milestones = field(default_factory=Milestones)
+    events: list[PhaseEvent] = field(default_factory=list)
+    failure: str = ""
+    last: str = ""
+
+    def hear(self, event: PhaseEvent) -> None:
+        """Take an event."""
+        self.events.append(event)
+        if event.event == "fail":
+            self.failure = event.message
+        self.on_phase(event)
+
+    def line(self, line: str) -> None:
+        """Take a line of SkyPilot's or of the task's log."""
+        if parse(line) is None and line.strip():
+            self.last = line.strip()
+        self.failure = full_memory(line) or self.failure
+        for event in self.milestones.read(line, time.time()):
+            self.hear(event)
+
+    def begin(self) -> None:
+        """Note that SkyPilot begins."""
+        for event in self.milestones.begin(time.time()):
+            self.hear(event)
+
+    def ended(self, phase: str) -> bool:
+        """Return whether a phase has come to its end."""
+        return any(event.phase == phase and event.event == "end" for event in self.events)

@@ -108,6 +108,11 @@ class Plan:
             found.append(f"revision: main, not pinned: the hub may have other weights tomorrow; --weights {uri} pins them")
         return found
 
+    @property
+    def local(self) -> bool:
+        """Whether this machine serves, and none is rented."""
+        return self.chosen.cloud == LOCAL
+
 
 def deployment_name(spec: DeploymentSpec, model: Model) -> str:
     """The name of the deployment: the one given, or the model's with what clouds refuse replaced by hyphens."""

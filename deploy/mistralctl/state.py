@@ -34,7 +34,7 @@ class Record:
     id of a launch that nobody heard the end of, `setup_id` and
     `resources_id` are hashes of what its set-up and the machine itself were made from. `ends_at` (seconds since the epoch) is
     the end that `extend` gave it. Where it is `public`, `address` is the machine's and `host` the name in the user's own certificate.
-    `gate` is what the gate's probe found (`gate.Report`).
+    `gate` is what the gate's probe found (`gate.Report`), `kind` the name of the task's kind (`tasks.kinds`).
     """
 
     name: str
@@ -64,6 +64,7 @@ class Record:
     address: str = NOWHERE
     host: str = ""
     gate: dict[str, Any] = field(default_factory=dict)
+    kind: str = "serve"
 
     @property
     def run_dir(self) -> Path:

@@ -248,9 +248,15 @@ def test_a_row_with_weights_in_a_folder(tmp_path: Path) -> None:
 def test_a_row_whose_config_json_nobody_has_read_is_looked_at_before_anything_is_rented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sourced, asked = load({"model": "zephyr-7b-beta"}, {}, None), []
+    sourced = load({"model": "zephyr-7b-beta"}, {}, None)
+    asked: list[tuple[str, ...]] = []
     there = weights.described(f"file://{folder(tmp_path / 'x', {'config.json': CONFIG, 'model.safetensors': ''})}")
-    monkeypatch.setattr(weights, "described", lambda *given: asked.append(given) or there)
+
+    def described(*given: str) -> weights.Described | None:
+        asked.append(given)
+        return there
+
+    monkeypatch.setattr(weights, "described", described)
     assert checkpoints.resolve(sourced) is MODELS["zephyr-7b-beta"]
     assert asked == []
     with pytest.raises(UserError, match=r"is not zephyr-7b-beta: .*sliding_window None instead of 4096"):

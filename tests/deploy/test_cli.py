@@ -59,7 +59,15 @@ def test_dry_run_prints_the_task_alone_and_the_same_bytes_every_time(mistralctl:
     assert first.stderr == ""
     task = yaml.safe_load(first.stdout)
     assert [entry["infra"] for entry in task["resources"]["any_of"]] == ["gcp", "aws", "aws"]
-    assert json.loads(mistralctl("up", "--cloud", "gcp", "--cloud", "aws", "--dry-run", "-o", "json").stdout) == task
+    steps = [
+        {"do": "check", "text": "ask whether the quotas allow it and the weights may be read", "ask": ""},
+        {"do": "rent", "text": "rent the cheapest of gcp L4:1, aws L4:1, aws A10G:1, set it up, start its server", "ask": ""},
+        {"do": "connect", "text": "open the tunnel to it", "ask": ""},
+        {"do": "walk", "text": "walk every route of it", "ask": ""},
+        {"do": "let_in", "text": "let in what the short list has", "ask": ""},
+    ]
+    shown = json.loads(mistralctl("up", "--cloud", "gcp", "--cloud", "aws", "--dry-run", "-o", "json").stdout)
+    assert shown == task | {"steps": steps}
 
 
 def test_a_secret_of_the_environment_is_not_in_the_task(mistralctl: Run) -> None:

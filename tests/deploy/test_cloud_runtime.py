@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import state, tasks
+from mistralctl import state, sweep, tasks
 from mistralctl.clouds import CLOUDS, Listing, NotUsed, Part, listing
 from mistralctl.clouds.aws import api as aws
-from mistralctl.commands import extend, reap
-from mistralctl.commands.launch import Progress
+from mistralctl.commands import reap
 from mistralctl.errors import UserError
+from mistralctl.phases import Progress
 from mistralctl.runtime import ssh
 from mistralctl.runtime.sky import _sdk, configuration, own_identity
 from mistralctl.runtime.ssh import Address
@@ -160,10 +160,10 @@ def test_aws_lists_what_bears_our_labels(monkeypatch: pytest.MonkeyPatch) -> Non
         assert aws.machines("a1", ["us-east-1"]) == []
         [part] = aws.ours("a1", "one", within)
         assert part.created is not None
-        aws.relabel(part, {"mistralctl-ttl": extend.lifetime_label(part, part.created + 90)})
+        aws.relabel(part, {"mistralctl-ttl": sweep.lifetime_label(part, part.created + 90)})
         [part] = aws.ours("a1", "one", within)
         assert part.labels == {"mistralctl-owner": "a1", "mistralctl-name": "one", "mistralctl-ttl": "2"}
-        assert extend.lifetime_label(part, None) == "never"
+        assert sweep.lifetime_label(part, None) == "never"
         ec2.terminate_instances(InstanceIds=[made[0]])
         assert aws.ours("a1", "one", within) == []
         assert "us-west-2" in aws.regions()

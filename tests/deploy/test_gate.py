@@ -106,11 +106,12 @@ def through(record: Record, run_dir: Path) -> tuple[Record, str, list[PhaseEvent
     thread = threading.Thread(target=launcher)
     thread.start()
     try:
-        done, answer = gate.pass_through(record, events.append)
+        report = gate.look(record, events.append)
+        done = gate.let_in(record, report, events.append)
     finally:
         over.set()
         thread.join()
-    return done, answer, events
+    return done, report.answer, events
 
 
 def test_every_route_is_found_mounts_and_what_is_in_them_included() -> None:

@@ -22,9 +22,10 @@ TIERS: dict[str, tuple[str, ...]] = {
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "adapters", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
                 "figures", *(f"clouds.{cloud}.{file}" for cloud in CLOUDS for file in ("api", "quotas")), "runtime.local", "runtime.ssh",
-                "runtime.facts", "runtime.rundir", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following"),
-    "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.launch", "commands.up",
-                 "commands.down", "commands.reap", "commands.status", "commands.env", "commands.chat", "commands.tables",
+                "runtime", "runtime.facts", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.rented",
+                "lifecycle", "sweep", "apply"),
+    "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.up",
+                 "commands.down", "commands.reap", "commands.status", "commands.env", "commands.connect", "commands.chat", "commands.tables",
                  "commands.doctor", "commands.weights"),
     "cli": ("progress", "output", "flags", "cli"),
 }  # fmt: skip
@@ -52,7 +53,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if name not in ("__init__", "__main__", "commands", "runtime"):
+        if name not in ("__init__", "__main__", "commands"):
             found[name] = path
     return found
 

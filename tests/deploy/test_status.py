@@ -109,7 +109,7 @@ def test_what_the_launcher_says_on_its_machine(
     rent(ec2, "runs")
     monkeypatch.setattr(ssh, "read_status", lambda name, seconds, shared: said)
     kept: list[str] = []
-    monkeypatch.setattr("mistralctl.commands.logs.keep", lambda record: kept.append(record.name))
+    monkeypatch.setattr("mistralctl.runtime.rented.keep_log", lambda record: kept.append(record.name))
     [one] = status.run("runs")
     assert (one.state, one.why.startswith(why), bool(one.why)) == (now, True, bool(why))
     assert kept == (["runs"] if "ended" in why else [])

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from mistralctl import state
+from mistralctl import state, sweep
 from mistralctl.clouds import NotUsed, Part
 from mistralctl.clouds.aws import api as aws
 from mistralctl.clouds.azure import api as azure
 from mistralctl.clouds.gcp import api as gcp
-from mistralctl.commands import launch
 from mistralctl.errors import Exit, UserError
 from mistralctl.tasks import owner
 from test_status import ec2, remember, rent
@@ -31,14 +30,14 @@ def living(ec2: Any) -> list[str]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aws, "regions", lambda: ["us-west-2"])
-    monkeypatch.setattr("mistralctl.commands.down.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("mistralctl.sweep.time.sleep", lambda seconds: None)
 
 
 def test_what_an_attempt_left_is_deleted(ec2: Any) -> None:
     record = remember("one", state="starting")
     rent(ec2, "one", owner(os.environ))
     other = rent(ec2, "two", owner(os.environ))
-    launch._sweep(record, ["aws"], time.time(), REFUSED)
+    sweep.after_refusal(record, ["aws"], time.time(), REFUSED)
     assert living(ec2) == [other]
     assert state.known("one").state == "down"
 
@@ -46,7 +45,7 @@ def test_what_an_attempt_left_is_deleted(ec2: Any) -> None:
 def test_an_older_machine_stays_and_is_not_forgotten(ec2: Any) -> None:
     record = remember("one", state="starting")
     old = rent(ec2, "one", owner(os.environ))
-    launch._sweep(record, ["aws"], time.time() + 3600, REFUSED)
+    sweep.after_refusal(record, ["aws"], time.time() + 3600, REFUSED)
     assert living(ec2) == [old]
     assert state.known("one").state == "starting"
 
@@ -65,7 +64,7 @@ def test_a_cloud_that_cannot_be_asked_hides_neither_the_refusals_nor_the_others(
     record = remember("one", state="starting")
     rent(ec2, "one", owner(os.environ))
     with pytest.raises(UserError, match=r"^no cloud gave a machine; and GCP refused GET$") as caught:
-        launch._sweep(record, ["azure", "gcp", "aws"], time.time(), REFUSED)
+        sweep.after_refusal(record, ["azure", "gcp", "aws"], time.time(), REFUSED)
     assert (caught.value.code, caught.value.details) == (Exit.CLOUD, "  us-west-2a capacity")
     assert living(ec2) == []
     left = state.known("one")
@@ -78,5 +77,5 @@ def test_ctrl_c_says_that_something_may_be_left(ec2: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(aws, "ours", interrupted)
     with pytest.raises(UserError, match=r"^interrupted; something of one may be left: mistralctl down one takes it away$"):
-        launch._sweep(remember("one", state="starting"), ["aws"], time.time(), REFUSED)
+        sweep.after_refusal(remember("one", state="starting"), ["aws"], time.time(), REFUSED)
     assert state.known("one").state == "starting"

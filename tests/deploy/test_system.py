@@ -93,7 +93,7 @@ def test_on_windows_itself_nothing_is_rented_and_wsl_is_named(
     monkeypatch.setattr(sys, "platform", "win32")
     assert plan_command.run(sourced) == expected
     with pytest.raises(UserError, match=r"up does not run on Windows itself; run mistralctl in WSL2") as error:
-        up.run(sourced, lambda event: None, lambda question: True, lambda text: None)
+        up.run(sourced, up.Talk(lambda event: None, lambda question: True, lambda text: None))
     assert error.value.code == Exit.MACHINE
     with pytest.raises(UserError, match="local needs Linux, and this is Windows"):
         plan_command.run(load({"cloud": ["local"]}, {}, None, tmp_path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mistralctl import certificates, state
+from mistralctl import certificates, state, tasks
 from mistralctl.errors import Exit, UserError
 
 
@@ -23,6 +23,7 @@ class Client:
 def run(name: str) -> Client:
     """The client's side of a deployment; UserError if it is not up."""
     record = state.known(name)
+    tasks.kind(record.kind).require_endpoint(name)
     if record.state != "up":
         raise UserError(f"{name} is {record.state}; run mistralctl up {record.model} --name {name} first", Exit.NOT_FOUND)
     trust = str(certificates.bundle_file(name)) if record.public else ""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import durations, state
-from mistralctl.clouds import Part, listing
+from mistralctl import durations, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime import rundir
 from mistralctl.state import Record
-from mistralctl.tasks import owner
 
 HEARD_SECONDS = 10.0
 
@@ -29,21 +25,6 @@ class Extended:
     ttl_left: float
 
 
-def lifetime_label(part: Part, until: float | None) -> str:
-    """The machine's mistralctl-ttl: minutes from its start to the end of its life; `never` without one."""
-    return "never" if until is None else str(math.ceil((until - (part.created or time.time())) / 60))
-
-
-def tell_cloud(record: Record, until: float | None) -> int:
-    """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
-    module = listing(record.cloud)
-    found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
-    machines = [part for part in found if part.kind == "machine"]
-    for part in machines:
-        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, until)})
-    return len(machines)
-
-
 def _minutes(by: str) -> int:
     try:
         minutes = durations.minutes(by)
@@ -56,7 +37,7 @@ def _minutes(by: str) -> int:
 
 def _launcher(record: Record) -> dict[str, Any]:
     try:
-        found = json.loads(rundir.read(record, f"run/{record.name}/status.json") or "{}")
+        found = json.loads(runtime.of(record.cloud).read(record, f"run/{record.name}/status.json") or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -74,12 +55,9 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
     left = (until - time.time()) / 60
     if left > durations.LONGEST:
         raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
-    if record.cluster and not tell_cloud(record, until):
-        raise UserError(
-            f"{record.name}: {record.cloud} lists no machine of it whose label could be changed; mistralctl status {record.name}",
-            Exit.CLOUD,
-        )
-    rundir.write(record, f"run/{record.name}/ends_at", f"{until}\n")
+    where = runtime.of(record.cloud)
+    where.extend(record, until)
+    where.write(record, f"run/{record.name}/ends_at", f"{until}\n")
     deadline = time.monotonic() + HEARD_SECONDS
     while _launcher(record).get("ends_at") != until:
         if time.monotonic() > deadline:
@@ -96,7 +74,7 @@ def run(name: str, by: str) -> Extended:
     from filelock import FileLock, Timeout
 
     minutes = _minutes(by)
-    state.known(name)
+    tasks.kind(state.known(name).kind).require_endpoint(name)
     try:
         with FileLock(state.folder(name) / "lock", timeout=0):
             return _extend(state.known(name), by, minutes)

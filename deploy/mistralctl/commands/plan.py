@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from mistralctl import adapters, certificates, checkpoints, node, state, stores, system, tasks
+from mistralctl import adapters, certificates, checkpoints, lifecycle, node, runtime, state, stores, system, tasks
 from mistralctl import plan as planning
 from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
 from mistralctl.endpoint import FIRST_PORT
+from mistralctl.lifecycle import Do, Step
 from mistralctl.plan import Plan
 from mistralctl.state import Record
 from mistralctl.tasks import serve
@@ -40,7 +41,7 @@ def render(sourced: Sourced, port: int | None = None) -> tasks.Task:
 def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
     """The task of a plan. On this machine `port` is where the server listens; a node's port is reached by a tunnel."""
     owner = tasks.owner(os.environ)
-    if plan.chosen.cloud != LOCAL:
+    if not plan.local:
         return serve.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
     if port is None:
         record = state.read(plan.name)
@@ -58,30 +59,41 @@ def _drift(record: Record) -> str:
     return f"{now.state} ({now.why})" if now.why else now.state
 
 
+def steps(plan: Plan, *, refresh: bool = False) -> tuple[Step, ...]:
+    """What `up` would do: by this laptop's record alone; with `refresh` cloud and server are asked what is there."""
+    record, task = state.read(plan.name), render_plan(plan)
+    found = lifecycle.decide(record, task, lifecycle.remembered(record, task))
+    if not refresh or found[0].do is Do.REFUSE or record is None or record.state == "down":
+        return found
+    return lifecycle.decide(record, task, runtime.of(plan.chosen.cloud).observe(record, task))
+
+
 def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
     """What `up` would change of what is up under this name, by this laptop's record; empty if nothing is.
 
-    Asks nobody; with `refresh` its cloud and its server are asked whether it is still as it was.
+    Asks nobody; with `refresh` its cloud and its server are asked whether it is still as it was, and the steps go on from there.
     """
     record = state.read(plan.name)
     if record is None or record.state == "down":
         return []
     drift = _drift(record) if refresh else ""
-    wanted = render_plan(plan)
-    old, new = record.task.get("envs", {}), wanted["envs"]
+    old, new = record.task.get("envs", {}), render_plan(plan)["envs"]
     changed = [
         f"{key.removeprefix('MISTRALCTL_').lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
         for key in sorted({*old, *new} - {"MISTRALCTL_SERVING_ID", "MISTRALCTL_PORT", "MISTRALCTL_NODE_DIR", "MISTRALCTL_PYTHON"})
         if old.get(key, "") != new.get(key, "")
     ]
-    if (record.cloud == LOCAL) != (plan.chosen.cloud == LOCAL):
+    found = steps(plan, refresh=refresh)
+    done = {step.do for step in found}
+    if Do.REFUSE in done:
         what = f"it is up on {record.cloud}: run down first, or give another --name"
-    elif record.cluster and record.resources_id != tasks.resources_id(wanted):
+    elif Do.END_MACHINE in done:
         what = f"another machine is needed: {record.machine} in {record.region} would go, after a yes"
     elif changed or old.get("MISTRALCTL_SERVING_ID") != new["MISTRALCTL_SERVING_ID"]:
         what = "the server would be replaced on its machine"
     elif refresh:
-        what = "up would bring it back" if drift else "nothing would change, and it is as it was"
+        what = "nothing would change, and it is as it was" if done == {Do.KEEP} else "up would bring it back"
     else:
         what = "nothing would change; --refresh asks whether it is still as it was"
-    return [*([drift] if drift else []), what, *changed]
+    taken = [f"would {step.text}" for step in found if refresh and not done & {Do.REFUSE, Do.KEEP}]
+    return [*([drift] if drift else []), what, *changed, *taken]

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from mistralctl.clouds import LOCAL
 from mistralctl.errors import Exit, UserError, figure
 from mistralctl.plan import SMALLEST_CPU_NODE, Option, Plan
 from mistralctl.prices import offers
@@ -114,7 +113,7 @@ def _others(plan: Plan, asked: Sequence[Place], deadline: float) -> list[Quota]:
 
 def run(plan: Plan) -> tuple[Quota, ...]:
     """The quotas of a plan's places, within SECONDS: of the likely regions and, if none of those is enough, of all others."""
-    if plan.chosen.cloud == LOCAL:
+    if plan.local:
         return ()
     deadline = time.monotonic() + SECONDS
     first = _first(plan)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mistralctl
-from mistralctl import state
+from mistralctl import runtime, state
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime import facts, rundir
+from mistralctl.runtime import facts
 from mistralctl.state import Record
 
 SCHEMA = 1
@@ -81,7 +81,7 @@ def _version(package: str) -> str | None:
 def _read_json(record: Record, file: str) -> dict[str, Any]:
     """A JSON object of the node's folder; empty if it cannot be had, for which no `up` shall fail."""
     with suppress(UserError, ValueError):
-        found = json.loads(rundir.read(record, file))
+        found = json.loads(runtime.of(record.cloud).read(record, file))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -93,7 +93,7 @@ def write(record: Record) -> Receipt:
     manifest = _read_json(record, f"weights/{envs['MISTRALCTL_WEIGHTS_ID']}/{MANIFEST}")
     engine = launcher.get("engine") or {}
     versions = {
-        "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if record.cluster else None,
+        "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if "skypilot" in runtime.of(record.cloud).packages else None,
         "vllm": engine.get("vllm"), "torch": engine.get("torch"),
     }  # fmt: skip
     files = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mistralctl import readiness, state
+from mistralctl import readiness, runtime, state, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
-from mistralctl.commands import logs
 from mistralctl.errors import UserError
+from mistralctl.runtime import local, rented
 from mistralctl.state import Record
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
@@ -75,10 +75,7 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> 
     return _left(record.task.get("envs", {}).get("MISTRALCTL_TTL_MINUTES", ""), since)
 
 
-def _one(name: str) -> Status:
-    from mistralctl.runtime import local
-
-    record = state.known(name)
+def _here(record: Record) -> Status:
     launcher = local.read_status(record.run_dir)
     living = local.alive(record.pid, record.pid_started)
     now: str = record.state
@@ -93,7 +90,7 @@ def _one(name: str) -> Status:
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
     return Status(
-        name, now, record.cloud, record.model, record.base_url if up else None,
+        record.name, now, record.cloud, record.model, record.base_url if up else None,
         round((time.time() - record.created_at) / 60, 1) if up else None,
         _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
         _ttl_left(record, launcher, record.created_at) if up else None,
@@ -177,7 +174,7 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
-        logs.keep(record)
+        rented.keep_log(record)
         why = str(error.get("message") or f"its server ended ({(launcher or {}).get('ended_because', 'see logs')})")
     elif (launcher or {}).get("serving_id", record.serving_id) != record.serving_id:
         why = "another task than this laptop's last up runs on its machine; run up again, or from here on leave it to the other"
@@ -186,6 +183,8 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
         now = "starting"
+    elif not said and record.state == "starting" and not tasks.kind(record.kind).serves:
+        why = f"{tasks.kind(record.kind).what}: mistralctl logs {record.name} says how far it is"
     elif not said and record.state == "starting":
         why = "its machine is half made; run up again to go on, or down"
     elif unreachable:
@@ -226,8 +225,8 @@ def run(name: str | None) -> list[Status]:
             raise
 
         def one(record: Record) -> Status:
-            if not record.cluster:
-                return _one(record.name)
+            if not runtime.of(record.cloud).rents:
+                return _here(record)
             machine, node = machines.get(record.name), early.get(record.name)
             begun = node is not None and not node.cancel()
             if machine is None or machine.stopped:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import adapters, certificates, endpoint, figures, gate, phases, readiness, refusals, state, system
-from mistralctl.clouds import LOCAL
+from mistralctl import adapters, certificates, endpoint, figures, lifecycle, refusals, runtime, state, system
+from mistralctl.apply import Up
 from mistralctl.commands import plan as plan_command
-from mistralctl.commands import receipt
+from mistralctl.commands import preflight, receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.fit import disk_bytes
+from mistralctl.lifecycle import Do, Step
 from mistralctl.node import local_dir
 from mistralctl.phases import Phase, PhaseEvent
 from mistralctl.plan import Plan
+from mistralctl.runtime import Attempt, sky
+from mistralctl.runtime.local import alive
 from mistralctl.state import Record
+from mistralctl.tasks import resources_id, serving_name
+from mistralctl.tasks.serve import node_port
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def _check_hub(plan: Plan) -> None:
         return
     from mistralctl import weights
 
-    there = plan.chosen.cloud == LOCAL and weights.is_there(local_dir() / "weights" / plan.weights_id)
+    there = plan.local and weights.is_there(local_dir() / "weights" / plan.weights_id)
     weights.may_pull(plan.sources[1:] if there else plan.sources)
 
 
@@ -91,123 +96,118 @@ def _others_ports(name: str) -> set[int]:
     return {record.port for record in records if record is not None and record.state != "down" and not record.public}
 
 
-def _local(sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[PhaseEvent], None]) -> UpResult:
-    from mistralctl.runtime import local
+@dataclass(frozen=True)
+class Talk:
+    """How `up` speaks with the user: of its phases, a question before a machine goes, a note on what stops nobody."""
 
-    old = state.read(plan.name)
-    if old is not None and old.cluster and old.state != "down":
-        raise UserError(
-            f"{plan.name} runs on {old.cloud}; run mistralctl down {plan.name}, or give another --name", Exit.CONFLICT
-        )
-    running = old is not None and old.cloud == LOCAL and local.alive(old.pid, old.pid_started)
+    on_phase: Callable[[PhaseEvent], None]
+    confirm: Callable[[str], bool]
+    note: Callable[[str], None]
+
+
+def _port(sourced: Sourced, plan: Plan, old: Record | None) -> int:
+    """The port of the endpoint: the node's own where it is public, otherwise one of this machine."""
+    if plan.spec.public:
+        return node_port(plan)
+    held = old is not None and alive(old.pid, old.pid_started)  # by its server, or by the tunnel to it
+    remembered = old.port if old is not None and not old.public else None
     place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
-    port = endpoint.choose_port(plan.spec.port, old.port if old else None, _others_ports(plan.name), place=place, ours=running)
+    return endpoint.choose_port(plan.spec.port, remembered, _others_ports(plan.name), place=place, ours=held)
+
+
+def _wanted(plan: Plan, port: int, old: Record | None) -> Record:
+    """The record of the deployment as it will be; a machine that stays keeps its age and its set-up."""
     task = plan_command.render_plan(plan, port)
-    serving_id = task["envs"]["MISTRALCTL_SERVING_ID"]
-    if (
-        old is not None and running and old.state == "up" and old.serving_id == serving_id
-        and readiness.answers(old)
-    ):  # fmt: skip
-        return _result(old, plan, "unchanged", "")
-    shape = plan.model.shape
-    local.check_disk(task, disk_bytes(shape, plan.model.stored) if shape else 0)
-    if not offline:
-        _check_hub(plan)
-    serves = running and old is not None and old.state == "up"
-    if old is not None and old.pid is not None and running and not serves:
-        local.end(old.pid)  # what an `up` that was killed left: its set-up, or a server that nobody was let into
-    action = "replaced" if serves else "started"
-    log = local.Log(state.folder(plan.name) / "up.log")
-    events: list[PhaseEvent] = []
+    envs, cluster = task["envs"], runtime.of(plan.chosen.cloud).cluster(plan.name)
+    if cluster:
+        task["name"] = serving_name(task)
     record = Record(
-        plan.name, LOCAL, "starting", plan.model.name, plan.served_model_name, port, str(local_dir()), serving_id,
-        time.time(), plan.model.chat, task=task,
+        plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port, envs["MISTRALCTL_NODE_DIR"],
+        envs["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task, cluster=cluster,
+        resources_id=resources_id(task), public=plan.spec.public, host=certificates.own(plan.spec).host if plan.spec.cert else "",
     )  # fmt: skip
-
-    def hear(event: PhaseEvent) -> None:
-        events.append(event)
-        on_phase(event)
-
-    def remember(pid: int, started: float) -> None:
-        nonlocal record
-        record = replace(record, pid=pid, pid_started=started)
-        state.save(record)
-
-    if old is not None and serves and old.pid is not None:
-        local.set_up(task, _secrets(plan), log, hear, lambda pid, started: None)  # while the old server serves
-        local.end(old.pid)
-    state.save(record)
-    try:
-        if not serves:
-            local.set_up(task, _secrets(plan), log, hear, remember)
-        pid = local.serve(task, log, hear, remember)
-        try:
-            record, answer = gate.pass_through(record, hear)
-        except BaseException:
-            local.end(pid, drain=3)
-            raise
-    except BaseException:
-        local.remove_run(record.run_dir)
-        if old is None:
-            state.forget(plan.name)
-        else:
-            state.save(replace(old, state="down", pid=None, pid_started=None))
-        raise
-    record = replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(events)))
-    state.save(record)
-    figures.keep(record, receipt.write(record).canary)
-    return _result(record, plan, action, answer)
+    stays = old is not None and old.state != "down" and old.cluster and old.resources_id == record.resources_id
+    return replace(record, created_at=old.created_at, setup_id=old.setup_id) if old is not None and stays else record
 
 
-def _cloud(
-    sourced: Sourced, plan: Plan, offline: bool, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool],
-    note: Callable[[str], None],
-) -> UpResult:  # fmt: skip
-    from mistralctl.commands import launch, preflight
-    from mistralctl.runtime import sky
+def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Callable[[Sequence[Step]], None]:
+    """What is asked first: whether the weights may be read, which rights a rented machine's role lacks, the clouds' quotas."""
 
-    def check(machine_goes: bool) -> None:
+    def check(steps: Sequence[Step]) -> None:
+        if not offline:
+            _check_hub(plan)
+        if not any(step.do is Do.RENT for step in steps):
+            return
         for right in plan.rights:
             if right.has == "no" or (right.has == "grant" and not sky.own_identity(right.cloud)):
-                note(right.line)
-        if not offline:
-            preflight.check(plan, note, limits_only=machine_goes)
+                talk.note(right.line)
+        if not offline:  # what is in use may be our own machine, which goes or went
+            preflight.check(plan, talk.note, limits_only=old is not None and old.state != "down")
 
-    done = launch.run(sourced, plan, _secrets(plan), _others_ports(plan.name), on_phase, confirm, check)
-    record, action, answer = done
-    if action != "unchanged":
-        figures.keep(record, receipt.write(record).canary)
-    launched = action == "started" and any(phase["phase"] == "provision" for phase in record.phases)
-    if launched and (told := refusals.on_the_way(state.folder(record.name) / "up.log")):
-        note(told)
-    return _result(record, plan, action, answer)
+    return check
 
 
-def run(
-    sourced: Sourced, on_phase: Callable[[PhaseEvent], None], confirm: Callable[[str], bool], note: Callable[[str], None],
-    *, offline: bool = False,
-) -> UpResult:  # fmt: skip
-    """Brings the deployment up; UserError if that fails, and then on this machine nothing is left behind.
+def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpResult:
+    """Observe, decide, apply, until the steps end with a server that answers."""
+    where = runtime.of(plan.chosen.cloud)
+    began, shape = time.time(), plan.model.shape
+    while True:
+        old = state.read(plan.name)
+        record = _wanted(plan, _port(sourced, plan, old), old)
+        steps = lifecycle.decide(old, record.task, lifecycle.remembered(old, record.task))
+        if steps[0].do is Do.REFUSE:
+            raise UserError(steps[0].text, Exit.CONFLICT)
+        observed = where.observe(old, record.task)
+        steps = lifecycle.decide(
+            old, record.task, replace(observed, answers=observed.answers and old is not None and old.port == record.port)
+        )
+        if steps[0].do is Do.KEEP and old is not None:
+            return _result(old, plan, "unchanged", "")
+        for question in (step.ask for step in steps if step.ask):
+            if not talk.confirm(question):
+                raise UserError(f"{question}; say --yes to do that, or give the new one another --name", Exit.CONFLICT)
+        attempt = Attempt(
+            record,
+            _secrets(plan),
+            observed,
+            talk.on_phase,
+            state.save,
+            began,
+            old,
+            disk_bytes(shape, plan.model.stored) if shape else 0,
+        )
+        up = Up(where, attempt, _check(plan, old, talk, offline=offline))
+        up.run(steps)
+        if steps[-1].do is not Do.LOOK:
+            return _done(plan, up, steps, talk)
 
-    `confirm` is asked before a machine is replaced by another one, `note` is told of what stops nobody; `offline`: neither the hub
-    nor the clouds' quotas are asked before anything is rented.
+
+def _done(plan: Plan, up: Up, steps: Sequence[Step], talk: Talk) -> UpResult:
+    """The result of an `up` that came to its end, its receipt written."""
+    figures.keep(up.record, receipt.write(up.record).canary)
+    done = {step.do for step in steps}
+    if Do.RENT in done and (told := refusals.on_the_way(state.folder(plan.name) / "up.log")):
+        talk.note(told)
+    return _result(up.record, plan, "replaced" if done & {Do.STOP, Do.REPLACE} else "started", up.answer)
+
+
+def run(sourced: Sourced, talk: Talk, *, offline: bool = False) -> UpResult:
+    """Bring the deployment up; UserError if that fails, and then on this machine nothing is left behind.
+
+    `offline`: neither the hub nor the clouds' quotas are asked before anything is rented.
     """
     from filelock import FileLock, Timeout
 
     system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
     for line in plan.caveats:
-        note(line)
+        talk.note(line)
     if not offline:
-        plan = replace(plan, lora_versions=adapters.asked(plan, note))
-    if plan.chosen.cloud != LOCAL and not offline:
-        _check_hub(plan)
+        plan = replace(plan, lora_versions=adapters.asked(plan, talk.note))
     folder = state.folder(plan.name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with FileLock(folder / "lock", timeout=0):
-            if plan.chosen.cloud == LOCAL:
-                return _local(sourced, plan, offline, on_phase)
-            return _cloud(sourced, plan, offline, on_phase, confirm, note)
+            return _bring_up(sourced, plan, talk, offline=offline)
     except Timeout:
         raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

@@ -6,13 +6,14 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from mistralctl import node, phases, state, tasks, weights
+from mistralctl import node, phases, runtime, state, tasks, weights
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS
 from mistralctl.phases import PhaseEvent
+from mistralctl.runtime import Attempt
 from mistralctl.state import Record
 from mistralctl.tasks import mirror as mirrors
 from mistralctl.tasks.mirror import LIFETIME_MINUTES, MirrorSpec
@@ -75,33 +76,31 @@ def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) ->
 def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mirrored:
     """Mirrors on a machine of the target's cloud, which is gone afterwards; UserError, and the machine kept for a look, if that fails."""
     from mistralctl.commands import down
-    from mistralctl.commands.launch import Progress, SecretsSender, cluster_name
-    from mistralctl.runtime import sky
-    from mistralctl.runtime.following import Following
 
     task = render(spec)
     weights.may_pull([(spec.source, spec.revision)])
-    log = state.folder(spec.name) / "up.log"
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log.write_bytes(b"")
+    where = runtime.of(spec.cloud or "")
+    state.folder(spec.name).mkdir(parents=True, exist_ok=True, mode=0o700)
     record = Record(
         spec.name, spec.cloud or "", "starting", f"mirror of {spec.source}", "", 0, tasks.NODE_DIR, "", time.time(), False,
-        task=task, cluster=cluster_name(spec.name), resources_id=tasks.resources_id(task),
+        task=task, cluster=where.cluster(spec.name), resources_id=tasks.resources_id(task), kind=mirrors.KIND.name,
     )  # fmt: skip
-    state.save(record)
     token = weights.hub_token() if spec.source.startswith(weights.HUB) else None
-    progress, sender = Progress(on_phase), SecretsSender(record, {"hf_token": token} if token else {})
-    for event in progress.milestones.begin(time.time()):
-        progress.hear(event)
-    job = sky.launch(task, record.cluster, log, progress.line, lambda request: state.save(replace(record, request=request)))
-    state.save(sender.finish())
-    with contextlib.closing(Following(record.name, record.cluster, job, log, progress.line)) as following:
-        done = following.wait(MIRROR_SECONDS, lambda: progress.ended("weights"), lambda: bool(progress.failure))
-    if not done:
-        why = progress.failure or f"its job ended: {progress.last[:300]}"
-        raise UserError(f"{why} (log: {log}; its machine goes by itself, or with mistralctl down {spec.name})", Exit.WEIGHTS)
+    secrets = {"hf_token": token} if token else {}
+    attempt = Attempt(record, secrets, where.observe(None, task), on_phase, state.save, record.created_at)
+    try:
+        job = where.start(attempt)
+    except UserError as error:
+        where.give_up(attempt, error)
+        raise
+    state.save(job.record)
+    with contextlib.closing(job):
+        try:
+            job.wait("weights", MIRROR_SECONDS)
+        except UserError as error:
+            raise UserError(str(error), Exit.WEIGHTS, error.details) from error
     down.run([spec.name], everything=False)
-    [seconds] = [phase.seconds for phase in phases.durations(progress.events) if phase.phase == "weights"]
+    [seconds] = [phase.seconds for phase in phases.durations(job.events) if phase.phase == "weights"]
     return Mirrored(spec.source, spec.target, record.cloud, seconds)
 
 

@@ -11,21 +11,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mistralctl import phases, state
+from mistralctl import endpoint, readiness, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
-from mistralctl.phases import PhaseEvent
+from mistralctl.lifecycle import Observed
+from mistralctl.phases import PhaseEvent, Progress
+from mistralctl.runtime import Attempt, Server
+from mistralctl.state import Record
 from mistralctl.tasks import Task
-
-OnPhase = Callable[[PhaseEvent], None]
 
 SETUP_SECONDS = 7200.0
 START_SECONDS = 1800.0
+WORDS_SECONDS = 3.0  # for a launcher that ends its server to say why
+BLOCK = 1 << 16
 DRAIN_SECONDS = 40.0
 ENVIRONMENT_BYTES = 8 * GIB  # vLLM for the CPU: 3.1 GB unpacked, and as much for the downloads in uv's cache
 # What belongs to the laptop's own Python and would mislead the node's.
@@ -90,60 +94,77 @@ def end(session: int, *, drain: float = DRAIN_SECONDS) -> None:
             return
 
 
-class Log:
-    """The log of one `up`: the scripts write to it, and the events in it are read as they come."""
+def _spawn(script: str, task: Task, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            ["bash", "-c", script], env=environment(task, os.environ), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
+        )  # fmt: skip
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_bytes(b"")
-        self._offset = 0
 
-    def new_events(self) -> Iterator[PhaseEvent]:
-        """The events of whole lines that were written since the last call."""
-        with self.path.open("rb") as file:
+class Session:
+    """A script of a task that runs here in a session of its own; what it writes to the log is heard while somebody waits."""
+
+    def __init__(self, record: Record, script: str, log: Path, progress: Progress) -> None:
+        self._log, self._progress, self._offset = log, progress, log.stat().st_size
+        self._process = _spawn(script, record.task, log)
+        started = psutil.Process(self._process.pid).create_time()
+        self.record = replace(record, pid=self._process.pid, pid_started=started)
+
+    @property
+    def events(self) -> list[PhaseEvent]:
+        """What was heard so far, of earlier sessions of the attempt, too."""
+        return self._progress.events
+
+    def _hear(self) -> None:
+        """Take the whole lines that were written since the last call."""
+        with self._log.open("rb") as file:
             file.seek(self._offset)
             block = file.read()
         whole = block.rfind(b"\n") + 1
         self._offset += whole
         for line in block[:whole].decode("utf-8", "replace").splitlines():
-            event = phases.parse(line)
-            if event is not None:
-                yield event
+            self._progress.line(line)
 
-    def last_line(self) -> str:
-        """The last line that is not a phase's."""
-        lines = self.path.read_text("utf-8", "replace").splitlines()[-200:]
-        return next((line.strip() for line in reversed(lines) if line.strip() and not phases.parse(line)), "")
+    def _follow(self, until: Callable[[], bool], seconds: float) -> int | None:
+        """Wait until `until` says so, None, or the script has ended, its exit code; UserError after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            code = self._process.poll()
+            self._hear()
+            if until() or code is not None:
+                return None if until() else code
+            if time.monotonic() > deadline:
+                raise UserError(f"not done after {seconds / 60:.0f} minutes; see the log {self._log}", Exit.SERVER)
+            time.sleep(0.1)
 
+    def finish(self) -> None:
+        """Wait until the script has done its work; UserError with its own words if it fails. Whatever goes wrong, nothing of it is left."""
+        try:
+            if code := self._follow(lambda: False, SETUP_SECONDS):
+                raise self._ended(code)
+        except BaseException:
+            end(self._process.pid, drain=3)
+            raise
 
-def _start(script: str, env: dict[str, str], log: Log) -> subprocess.Popen[bytes]:
-    with log.path.open("ab") as output:
-        return subprocess.Popen(
-            ["bash", "-c", script], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, cwd="/",
-        )  # fmt: skip
-
-
-def _watch(process: subprocess.Popen[bytes], log: Log, on_phase: OnPhase, seconds: float, until: str | None) -> None:
-    """Passes events on until the process ends (or the phase `until` came); UserError with the node's own words if it fails."""
-    deadline = time.monotonic() + seconds
-    failure = ""
-    while True:
-        code = process.poll()
-        for event in log.new_events():
-            on_phase(event)
-            failure = event.message if event.event == "fail" else failure
-            if until is not None and event.phase == until:
-                return
+    def wait(self, phase: str, seconds: float | None = None) -> None:
+        """Wait until the server has ended a phase; UserError, in its own words, if it ends before that."""
+        code = self._follow(lambda: self._progress.ended(phase), seconds or START_SECONDS)
         if code is not None:
-            if code == 0 and until is None:
-                return
-            why = failure or f"it ended with code {code}: {log.last_line()[:300]}"
-            raise UserError(f"{why} (log: {log.path})", Exit.SERVER)
-        if time.monotonic() > deadline:
-            raise UserError(f"not done after {seconds / 60:.0f} minutes; see the log {log.path}", Exit.SERVER)
-        time.sleep(0.1)
+            raise self._ended(code)
+
+    def _ended(self, code: int) -> UserError:
+        why = self._progress.failure or f"it ended with code {code}: {self._progress.last[:300]}"
+        return UserError(f"{why} (log: {self._log})", Exit.SERVER)
+
+    def explained(self, error: UserError) -> UserError:
+        """Return the error that says why the server failed, if it says so itself; otherwise the same one."""
+        with contextlib.suppress(UserError):
+            self._follow(lambda: bool(self._progress.failure), WORDS_SECONDS)
+        return UserError(f"{self._progress.failure} (log: {self._log})", Exit.SERVER) if self._progress.failure else error
+
+    def close(self) -> None:
+        """Do nothing: a log here is read while somebody waits, and at no other time."""
 
 
 def _target(destination: str, node_dir: str) -> Path:
@@ -180,42 +201,6 @@ def check_disk(task: Task, weights_bytes: int) -> None:
         )
 
 
-def _run(
-    script: str,
-    seconds: float,
-    until: str | None,
-    task: Task,
-    log: Log,
-    on_phase: OnPhase,
-    on_process: Callable[[int, float], None],
-) -> int:
-    """Runs a script of the task to its end, or until a phase; the id of its session's leader. Whatever goes wrong, nothing of it is left."""
-    process = _start(script, environment(task, os.environ), log)
-    try:
-        on_process(process.pid, psutil.Process(process.pid).create_time())
-        _watch(process, log, on_phase, seconds, until)
-    except BaseException:
-        end(process.pid, drain=3)
-        raise
-    return process.pid
-
-
-def set_up(task: Task, secrets: Mapping[str, str], log: Log, on_phase: OnPhase, on_process: Callable[[int, float], None]) -> None:
-    """Sets the node up, beside a server of the deployment that may still run: what that one has read stays as it was.
-
-    `on_process` is told each session as soon as it exists, so that whoever comes later can end it.
-    """
-    place_files(task)
-    state.write_private(_run_dir(task) / "secrets.json", json.dumps(dict(secrets)))
-    _run(task["setup"], SETUP_SECONDS, None, task, log, on_phase, on_process)
-
-
-def serve(task: Task, log: Log, on_phase: OnPhase, on_process: Callable[[int, float], None]) -> int:
-    """Starts the server; the id of its session's leader once it said ready."""
-    (_run_dir(task) / "status.json").unlink(missing_ok=True)
-    return _run(task["run"], START_SECONDS, "ready", task, log, on_phase, on_process)
-
-
 def _run_dir(task: Task) -> Path:
     return Path(task["envs"]["MISTRALCTL_NODE_DIR"]) / "run" / str(task["envs"]["MISTRALCTL_NAME"])
 
@@ -232,3 +217,157 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None
+
+
+class Local:
+    """This machine: the task's own `setup` in the foreground, its own `run` as a background process of its own session."""
+
+    rents = False
+    packages: tuple[str, ...] = ()
+
+    def cluster(self, name: str) -> str:
+        """Return nothing: this machine has no name."""
+        return ""
+
+    def observe(self, record: Record | None, task: Task | None) -> Observed:
+        """Return what is there. A server that does not answer has no name: it is replaced, and not gone on with."""
+        if record is None or record.state == "down" or record.pid is None:
+            return Observed("up", {}, beside=True)
+        living = alive(record.pid, record.pid_started)
+        jobs = {"": record.pid} if living or members(record.pid) else {}
+        answers = living and record.state == "up" and readiness.answers(record)
+        return Observed("up", jobs, answers, interrupted=bool(jobs) and not (living and record.state == "up"), beside=True)
+
+    def check(self, attempt: Attempt) -> None:
+        """UserError when the disk cannot hold what is still missing."""
+        check_disk(attempt.record.task, attempt.disk_bytes)
+
+    def start(self, attempt: Attempt) -> Session:
+        """Set this machine up and start the server."""
+        attempt.keep(attempt.record)
+        return self._serve(attempt, self._set_up(attempt, attempt.keep))
+
+    def replace(self, attempt: Attempt) -> Session:
+        """Set up beside the server that serves (what that one has read stays as it was), then start the next in its place."""
+        progress = self._set_up(attempt, lambda record: None)
+        if attempt.old is not None:
+            self.stop(attempt.old)
+        attempt.keep(attempt.record)
+        return self._serve(attempt, progress)
+
+    def _set_up(self, attempt: Attempt, keep: Callable[[Record], None]) -> Progress:
+        """Bring environment and weights; `keep` is told the session as soon as it exists, so that whoever comes later can end it."""
+        log, progress, task = _log(attempt.record.name), Progress(attempt.on_phase), attempt.record.task
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log.write_bytes(b"")
+        place_files(task)
+        state.write_private(_run_dir(task) / "secrets.json", json.dumps(dict(attempt.secrets)))
+        session = Session(attempt.record, task["setup"], log, progress)
+        keep(session.record)
+        session.finish()
+        return progress
+
+    def _serve(self, attempt: Attempt, progress: Progress) -> Session:
+        task = attempt.record.task
+        (_run_dir(task) / "status.json").unlink(missing_ok=True)
+        server = Session(attempt.record, task["run"], _log(attempt.record.name), progress)
+        attempt.keep(server.record)
+        return server
+
+    def connect(self, attempt: Attempt, server: Server) -> Record:
+        """Return the record: a server here is reached as it is."""
+        return server.record
+
+    def reconnect(self, record: Record) -> Record:
+        """UserError: no way to a server here can be lost."""
+        raise UserError(f"{record.name} runs on this machine: {record.base_url} needs no tunnel", Exit.CONFLICT)
+
+    def cancel(self, record: Record) -> Record:
+        """End what an `up` that was killed left: its set-up, or a server that nobody was let into."""
+        self.stop(record)
+        return replace(record, pid=None, pid_started=None)
+
+    def stop(self, record: Record, *, drain: float = DRAIN_SECONDS) -> None:
+        """End the server and all that it started; UserError if something of it stays."""
+        if record.pid is None:
+            return
+        living = alive(record.pid, record.pid_started)
+        end(record.pid, drain=drain)
+        left = members(record.pid)
+        if left or (living and not endpoint.is_free(record.port)):
+            raise UserError(
+                f"{record.name}: processes {', '.join(str(p.pid) for p in left) or '?'} still hold port {record.port}; end them by hand",
+                Exit.MACHINE,
+            )
+
+    def remove(self, record: Record) -> bool:
+        """Return False: this machine stays."""
+        return False
+
+    def sweep(self, record: Record, *, promised: bool) -> None:
+        """Do nothing: no cloud lists this machine."""
+
+    def forget(self, record: Record) -> Record:
+        """Remove sources, secrets and adapters. Environments and weights stay for the next."""
+        remove_run(record.run_dir)
+        return replace(record, state="down", pid=None, pid_started=None)
+
+    def give_up(self, attempt: Attempt, error: BaseException) -> None:
+        """End what the attempt started and forget it, unless the server that it was to replace serves still."""
+        old, now = attempt.old, state.read(attempt.record.name)
+        if old is not None and now == old and alive(old.pid, old.pid_started):
+            return
+        if now is not None and now.pid is not None and alive(now.pid, now.pid_started):
+            end(now.pid, drain=3)
+        gone = self.forget(attempt.record if old is None else old)
+        if old is None:
+            state.forget(gone.name)
+        else:
+            attempt.keep(gone)
+
+    def logs(self, record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
+        """Return pieces of the log's text: the last `lines` lines (None: all); with `follow` also what comes."""
+        path = _log(record.name)
+        if not path.exists():
+            raise UserError(f"{record.name} has no log yet; run mistralctl up first", Exit.NOT_FOUND)
+        with path.open("rb") as file:
+            if lines is not None:
+                position, block = file.seek(0, 2), b""
+                while position > 0 and block.count(b"\n") <= lines:
+                    position = max(0, position - BLOCK)
+                    file.seek(position)
+                    block = file.read()
+                kept = block.splitlines(keepends=True)[-lines:] if lines else []
+                yield b"".join(kept).decode("utf-8", "replace")
+            while True:
+                block = file.read(BLOCK)
+                if block:
+                    yield block.decode("utf-8", "replace")
+                elif not follow:
+                    return
+                else:
+                    record = state.known(record.name)
+                    if record.state == "down" or not alive(record.pid, record.pid_started):
+                        return
+                    time.sleep(0.2)
+
+    def read(self, record: Record, file: str) -> str:
+        """Return the text of a file below the node's folder, empty where it is not there."""
+        try:
+            return (Path(record.node_dir) / file).read_text("utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def write(self, record: Record, file: str, text: str) -> None:
+        """Replace a file below the node's folder as a whole."""
+        path = Path(record.node_dir) / file
+        temporary = path.with_suffix(".new")
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+
+    def extend(self, record: Record, until: float) -> None:
+        """Do nothing: no cloud ends this machine."""
+
+
+def _log(name: str) -> Path:
+    return state.folder(name) / "up.log"

@@ -7,17 +7,53 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import yaml
 
 from mistralctl import package_dir
-from mistralctl.errors import figure
+from mistralctl.errors import Exit, UserError, figure
 from mistralctl.rights import BUCKETS
 
 Task = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of task: what its file here is called, and so its template and `Record.kind`; `what` is one of it, for people.
+
+    `serves`: it has an endpoint that answers.
+    """
+
+    name: str
+    what: str
+    serves: bool
+
+    def require_endpoint(self, name: str) -> None:
+        """UserError unless a task of this kind answers: for commands that ask it."""
+        if not self.serves:
+            raise UserError(
+                f"{name} is {self.what}, so there is no endpoint to ask; mistralctl status {name} says how far it is",
+                Exit.CONFLICT,
+            )
+
+
+def kinds() -> dict[str, Kind]:
+    """Return every kind of task, by name: the files beside this one."""
+    every = (import_module(f"{__name__}.{one.name}").KIND for one in iter_modules(__path__))
+    return {kind.name: kind for kind in every}
+
+
+def kind(name: str) -> Kind:
+    """Return a kind by the name that a record has."""
+    found: Kind = import_module(f"{__name__}.{name}").KIND
+    return found
+
 
 NODE_DIR = "~/.mistralctl"
 NODE_PORT = 8000
@@ -86,6 +122,11 @@ def setup_id(task: Task) -> str:
     """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
     endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
     return digest([*(task["envs"][name] for name in _SETUP), *endpoints, tree(package_dir("model"))])
+
+
+def serving_name(task: Task) -> str:
+    """Return the name of the job that serves a task on a rented machine: another task, another name."""
+    return f"{task['envs']['MISTRALCTL_NAME']}-{task['envs']['MISTRALCTL_SERVING_ID']}"
 
 
 def resources_id(task: Task) -> str:

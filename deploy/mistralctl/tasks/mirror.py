@@ -15,8 +15,9 @@ from mistralctl.models import MODELS
 from mistralctl.plan import SMALLEST_CPU_NODE
 from mistralctl.rights import BUCKETS, Right, right
 from mistralctl.spec import check_uri
-from mistralctl.tasks import NODE_DIR, NODE_PYTHON, Task, digest, environment_id
+from mistralctl.tasks import NODE_DIR, NODE_PYTHON, Kind, Task, digest, environment_id
 
+KIND = Kind("mirror", "a mirror job", serves=False)
 LIFETIME_MINUTES = 240
 DISK_GIB = 128  # the system, and one set of weights on its way; 7B in bf16 is 14.5 GB
 # CPUs and GiB for the canary's figures: of 7B they take 4 GiB (benchmarks/streamed_canary.py), and the weights lie in the page cache.

@@ -10,12 +10,13 @@ from urllib.parse import unquote
 import yaml
 
 from mistralctl import images, package_dir
-from mistralctl.clouds import DISK_TIERS, LOCAL
+from mistralctl.clouds import DISK_TIERS
 from mistralctl.fit import MEMORY_UTILIZATION, disk_bytes
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
-from mistralctl.tasks import NODE_DIR, NODE_PORT, NODE_PYTHON, Task, digest, environment_id, tree
+from mistralctl.tasks import NODE_DIR, NODE_PORT, NODE_PYTHON, Kind, Task, digest, environment_id, tree
 
+KIND = Kind("serve", "a server", serves=True)
 SERVE_USER = "mistralctl-serve"
 AUTOSTOP_MINUTES = 5
 # The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
@@ -104,7 +105,7 @@ def _envs(
         "MISTRALCTL_TLS": _tls(plan, certificate_id),
         "MISTRALCTL_ALLOW": json.dumps(list(spec.allow)),
         "MISTRALCTL_GATE": "probe",
-        "MISTRALCTL_SERVE_USER": "" if plan.chosen.cloud == LOCAL else SERVE_USER,
+        "MISTRALCTL_SERVE_USER": "" if plan.local else SERVE_USER,
         "MISTRALCTL_MAX_MODEL_LEN": str(plan.max_model_len),
         "MISTRALCTL_MAX_NUM_SEQS": str(plan.max_num_seqs),
         "MISTRALCTL_MAX_BATCHED_TOKENS": str(plan.max_batched_tokens),
@@ -142,7 +143,7 @@ def render(
     `certificate_id` is a hash of the user's own certificate, where there is one.
     """
     task: Task = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
-    local = plan.chosen.cloud == LOCAL
+    local = plan.local
     run_dir = f"{node_dir}/run/{plan.name}"
     weights, mounts = plan.weights, {f"{run_dir}/model": str(package_dir("model"))}
     if weights.startswith("file://") and not local:  # a folder of this machine travels with the task

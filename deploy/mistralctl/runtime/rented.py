@@ -1,0 +1,375 @@
+"""The task on a machine that is rented through SkyPilot: convergent, so that it goes on wherever an earlier `up` was left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mistralctl import certificates, endpoint, readiness, state, sweep
+from mistralctl.clouds import NotUsed, listing
+from mistralctl.errors import Exit, UserError
+from mistralctl.lifecycle import Machine, Observed, places, serves
+from mistralctl.phases import PhaseEvent, Progress
+from mistralctl.runtime import Attempt, Server, sky, ssh
+from mistralctl.runtime.following import Following
+from mistralctl.state import NOWHERE, Record
+from mistralctl.tasks import Task, owner, serving_name
+
+START_SECONDS = 2400.0
+TUNNEL_SECONDS = 60.0
+PUBLIC_SECONDS = 60.0
+SECRETS_SECONDS = 120.0
+WORDS_SECONDS = 3.0  # for a launcher that ends its server to say why
+MACHINES: dict[str, Machine] = {"UP": "up", "STOPPED": "stopped"}
+
+
+def learn(record: Record) -> Record:
+    """Return the record with what SkyPilot knows of the machine by now; its SSH address is kept for later."""
+    found = sky.clusters([record.cluster], refresh=False).get(record.cluster)
+    if found is None:
+        return record
+    if found.address is not None:
+        ssh.remember(record.name, found.address)
+    return replace(
+        record, cloud=found.cloud or record.cloud, region=found.region, machine=found.instance_type, spot=found.spot,
+        price=found.price, address=found.address.host if record.public and found.address is not None else record.address,
+    )  # fmt: skip
+
+
+def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
+    """Write the secrets to the node, and the address by which the world knows it, for its certificate."""
+    if record.public and record.address == NOWHERE:
+        raise UserError(f"{record.name}: SkyPilot does not know its machine's address yet; run mistralctl up again", Exit.CLOUD)
+    ssh.write_secrets(record.name, {**secrets, **({"address": record.address} if record.public else {})})
+
+
+class SecretsSender:
+    """Writes the secrets to the node as soon as its machine is there; `finish` says whether that went well."""
+
+    def __init__(self, record: Record, secrets: Mapping[str, str]) -> None:
+        self._record, self._secrets = record, secrets
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        """Start to write them, if that was not begun yet."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._send, daemon=True)
+            self._thread.start()
+
+    def _send(self) -> None:
+        deadline = time.monotonic() + SECRETS_SECONDS
+        while True:
+            try:
+                self._record = learn(self._record)
+                _send_secrets(self._record, self._secrets)
+                self._error = None
+                return
+            except UserError as error:
+                self._error = error
+            if time.monotonic() > deadline:
+                return
+            time.sleep(1)
+
+    def finish(self) -> Record:
+        """Return the record as it was learnt, once the secrets are there; UserError if they could not be written."""
+        self.begin()
+        if self._thread is not None:
+            self._thread.join(SECRETS_SECONDS + 10)
+        if self._error is not None:
+            raise self._error
+        return self._record
+
+
+@dataclass
+class Job:
+    """A job of SkyPilot's on the machine; its log is followed in the background."""
+
+    record: Record
+    progress: Progress
+    following: Following
+    log: Path
+
+    @property
+    def events(self) -> list[PhaseEvent]:
+        """What was heard so far."""
+        return self.progress.events
+
+    def wait(self, phase: str, seconds: float | None = None) -> None:
+        """Wait until the job has ended a phase; UserError, in its own words, if it ends before that."""
+        if not self.following.wait(
+            seconds or START_SECONDS, lambda: self.progress.ended(phase), lambda: bool(self.progress.failure)
+        ):
+            raise self._ended(self.progress.failure or f"its job ended: {self.progress.last[:300]}")
+
+    def explained(self, error: UserError) -> UserError:
+        """Return the error that says why the server failed, if it says so itself; otherwise the same one."""
+        with contextlib.suppress(UserError):
+            self.following.wait(WORDS_SECONDS, lambda: bool(self.progress.failure), lambda: False)
+        return self._ended(self.progress.failure) if self.progress.failure else error
+
+    def _ended(self, why: str) -> UserError:
+        return UserError(
+            f"{why} (log: {self.log}; the machine goes by itself in a few minutes, or at once with mistralctl down {self.record.name})",
+            Exit.SERVER,
+        )
+
+    def close(self) -> None:
+        """Stop following its log."""
+        self.following.close()
+
+
+def open_tunnel(record: Record, keep: Callable[[Record], None]) -> Record:
+    """Return the record with a tunnel, which dials until there is a machine and lets through what its server answers."""
+    ssh.end_tunnel(record.pid, record.pid_started)
+    record = replace(record, pid=None, pid_started=None)
+    keep(record)  # the tunnel reads its port there
+    pid, started = ssh.start_tunnel(record.name)
+    return replace(record, pid=pid, pid_started=started)
+
+
+def reach(record: Record) -> None:
+    """Wait until the server answers through the tunnel; UserError if it does not."""
+    deadline = time.monotonic() + TUNNEL_SECONDS
+    while not readiness.answers(record, probing=True):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{record.name}: its server cannot be reached through SSH at 127.0.0.1:{record.port} (log: "
+                f"{state.folder(record.name) / 'tunnel.log'}); mistralctl status {record.name} says whether it runs",
+                Exit.NETWORK,
+            )
+        time.sleep(0.1)
+
+
+def publish(record: Record, text: str) -> None:
+    """Pin the certificate of a public server, open the cloud's firewall to those who may ask, and wait until that is so."""
+    allowed = json.loads(record.task["envs"]["MISTRALCTL_ALLOW"])
+    certificates.pin(record.name, text)
+    listing(record.cloud).narrow(owner(os.environ), record.name, record.region, record.port, allowed or ["0.0.0.0/0"])
+    deadline = time.monotonic() + PUBLIC_SECONDS
+    while not readiness.answers(record, probing=True):
+        if why := readiness.refusal(record):
+            raise UserError(f"{record.name}: its server refuses this machine ({why}); add its address with --allow", Exit.NETWORK)
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{record.name}: its server cannot be reached at {record.address}:{record.port}; if --allow is given, it must hold "
+                "this machine's address; a firewall between here and there may forbid it, too",
+                Exit.NETWORK,
+            )
+        time.sleep(0.5)
+
+
+class Rented:
+    """A machine that SkyPilot rents."""
+
+    rents = True
+    packages: tuple[str, ...] = ("skypilot",)
+
+    def cluster(self, name: str) -> str:
+        """Return SkyPilot's name of a deployment's machine, apart from the user's own clusters."""
+        return f"mctl-{name}"
+
+    def observe(self, record: Record | None, task: Task | None) -> Observed:
+        """Return what is there. While an interrupted launch may be at work nobody is asked: its end comes first."""
+        if task is None:
+            return Observed("none" if record is None or not sky.clusters([record.cluster], refresh=False) else "up")
+        if serves(record, task) and record is not None and readiness.answers(record):
+            return Observed("up", {serving_name(task): 0}, answers=True)
+        if record is not None and record.request:
+            return Observed("half made", interrupted=True)
+        cluster = self.cluster(task["envs"]["MISTRALCTL_NAME"])
+        refresh = record is not None and record.state != "down"
+        there = sky.clusters([cluster], refresh=refresh).get(cluster)
+        if there is None:
+            return Observed()
+        machine = MACHINES.get(there.status, "half made")
+        jobs = sky.running_jobs(cluster) if machine == "up" else None
+        named = None if jobs is None else {name: job for job, name in jobs.items()}
+        return Observed(machine, named, cloud=there.cloud, region=there.region)
+
+    def check(self, attempt: Attempt) -> None:
+        """Do nothing: the disk of a rented machine is as large as the task says."""
+
+    def start(self, attempt: Attempt) -> Job:
+        """Rent the machine, as far as it is not there, set it up and start the job."""
+        progress, observed = self._begin(attempt), attempt.observed
+        record = replace(attempt.record, setup_id="")
+        log = _log(record.name)
+        log.write_bytes(b"")
+        sender = SecretsSender(record, attempt.secrets)
+
+        def line(text: str) -> None:
+            progress.line(text)
+            if any(event.phase == "files" for event in progress.events):  # its set-up comes next, and wants them
+                sender.begin()
+
+        progress.begin()
+        try:
+            job = sky.launch(
+                record.task, record.cluster, log, line, lambda request: attempt.keep(replace(record, request=request))
+            )
+            if observed.machine != "none":  # a launch that was interrupted may have come to a job of its own
+                sky.cancel_jobs(record.cluster, but=job)
+        except UserError as error:
+            if progress.failure:
+                raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error
+            raise
+        return self._follow(sender.finish(), job, progress)
+
+    def replace(self, attempt: Attempt) -> Job:
+        """Start the job on a machine that is set up, after those that run there; or go on with the one that is the same."""
+        progress = self._begin(attempt)
+        record = learn(attempt.record)
+        _send_secrets(record, attempt.secrets)
+        same = (attempt.observed.jobs or {}).get(serving_name(record.task))
+        job = same if same is not None else sky.replace_job(record.task, record.cluster, _log(record.name), progress.line)
+        return self._follow(record, job, progress)
+
+    def _begin(self, attempt: Attempt) -> Progress:
+        """Keep what the last server said, and give the machine that is there its new lifetime."""
+        record, observed = attempt.record, attempt.observed
+        served = _log(record.name).with_name("serve.log")
+        served.touch()
+        attempt.keep(record)
+        if observed.jobs == {}:  # its server has ended: what it said last stays beside the next one's log
+            keep_log(record)
+            served.replace(served.with_name("serve.before.log"))
+        if observed.machine != "none" and serving_name(record.task) not in (observed.jobs or {}):
+            # SkyPilot does not change a machine's labels, and its life begins anew
+            ttl = record.task["envs"].get("MISTRALCTL_TTL_MINUTES")
+            until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
+            sweep.tell_cloud(replace(record, cloud=observed.cloud, region=observed.region), until)
+        return Progress(attempt.on_phase)
+
+    def _follow(self, record: Record, job: int, progress: Progress) -> Job:
+        log = _log(record.name).with_name("serve.log")
+        log.write_bytes(b"")
+        return Job(record, progress, Following(record.name, record.cluster, job, log, progress.line), log)
+
+    def connect(self, attempt: Attempt, server: Server) -> Record:
+        """Open the tunnel while the engine starts, or the firewall when it has started; wait until the server answers."""
+        record = server.record
+        if record.public:
+            server.wait("engine")
+            publish(record, self.read(record, f"run/{record.name}/shared/tls.crt"))
+            return record
+        record = open_tunnel(record, attempt.keep)
+        attempt.keep(record)
+        server.wait("engine")
+        reach(record)
+        return record
+
+    def reconnect(self, record: Record) -> Record:
+        """Return the record with a new tunnel on the same port, once the server answers through it; UserError if it needs none."""
+        name = record.name
+        if record.state == "down":
+            raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
+        if record.public:
+            raise UserError(f"{name} is public: {record.base_url} needs no tunnel", Exit.CONFLICT)
+        ssh.end_tunnel(record.pid, record.pid_started)
+        deadline = time.monotonic() + 5
+        while not endpoint.is_free(record.port) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not endpoint.is_free(record.port):
+            raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
+        record = open_tunnel(learn(record), state.save)
+        reach(record)
+        return record
+
+    def cancel(self, record: Record) -> Record:
+        """End the request of a launch that nobody heard the end of."""
+        sky.cancel_request(record.request)
+        return replace(record, request="")
+
+    def stop(self, record: Record) -> None:
+        """End the jobs; their machine stays."""
+        sky.cancel_jobs(record.cluster)
+
+    def remove(self, record: Record) -> bool:
+        """Take the machine away; False if SkyPilot knew of none."""
+        ssh.end_tunnel(record.pid, record.pid_started)
+        return sky.down(record.cluster, state.folder(record.name) / "down.log")
+
+    def sweep(self, record: Record, *, promised: bool) -> None:
+        """Wait until the cloud lists nothing of the deployment, and delete what outlives its machine."""
+        sweep.wait_until_gone(record, promised=promised)
+
+    def forget(self, record: Record) -> Record:
+        """Remove the way to the machine."""
+        ssh.end_tunnel(record.pid, record.pid_started)
+        ssh.config_file(record.name).unlink(missing_ok=True)
+        return replace(record, state="down", pid=None, pid_started=None, request="")
+
+    def give_up(self, attempt: Attempt, error: BaseException) -> None:
+        """End the tunnel; after a refusal make sure that the launch has left nothing on the clouds that were asked."""
+        name = attempt.record.name
+        if isinstance(error, KeyboardInterrupt):
+            raise UserError(
+                f"interrupted; {name} may have a machine by now: mistralctl up goes on with it, mistralctl down {name} takes it away",
+                Exit.INTERRUPTED,
+            ) from None
+        if not isinstance(error, UserError):
+            return
+        left = state.known(name)
+        ssh.end_tunnel(left.pid, left.pid_started)
+        if error.code != Exit.CLOUD:
+            return
+        record = attempt.record
+        clouds = list(dict.fromkeys(place.split()[0].partition("/")[0] for place in places(record.task)))
+        nothing = not sky.clusters([record.cluster], refresh=False)
+        if len(clouds) == 1:
+            # Of credentials that are refused SkyPilot says all kinds of things; this says it plainly.
+            try:
+                listing(record.cloud).identity()
+            except NotUsed:
+                attempt.keep(replace(record, state="down") if nothing else record)
+                raise
+        if nothing:
+            sweep.after_refusal(record, clouds, attempt.began, error)
+
+    def logs(self, record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
+        """Return what SkyPilot and set-up wrote, then the server's log from the machine; what is left here of it when that is gone."""
+        up, served = _log(record.name), _log(record.name).with_name("serve.log")
+        if lines is None and up.exists():
+            yield up.read_text("utf-8", "replace")
+        try:
+            yield from sky.job_log(record.cluster, follow=follow, lines=lines)
+        except UserError:
+            if not served.exists():
+                raise
+            kept = served.read_text("utf-8", "replace").splitlines(keepends=True)
+            yield "".join(kept[-lines:] if lines else kept)
+
+    def read(self, record: Record, file: str) -> str:
+        """Return the text of a file below the node's folder, empty where it is not there; UserError if the node cannot be reached."""
+        return ssh.run(record.name, f'cat "$HOME/.mistralctl/{file}" 2> /dev/null || true', seconds=30)
+
+    def write(self, record: Record, file: str, text: str) -> None:
+        """Replace a file below the node's folder as a whole."""
+        ssh.run(record.name, f'cd "$HOME/.mistralctl" && cat > "{file}.new" && mv "{file}.new" "{file}"', given=text, seconds=30)
+
+    def extend(self, record: Record, until: float) -> None:
+        """Write the machine's new end to its label, so that `reap` lets it be; UserError if it has no machine."""
+        if not sweep.tell_cloud(record, until):
+            raise UserError(
+                f"{record.name}: {record.cloud} lists no machine of it whose label could be changed; mistralctl status {record.name}",
+                Exit.CLOUD,
+            )
+
+
+def keep_log(record: Record) -> None:
+    """Fetch what a machine's last server wrote, as far as it can be had, so that it is here when the machine goes."""
+    with contextlib.suppress(UserError):
+        text = "".join(sky.job_log(record.cluster, follow=False, lines=None))
+        if text:
+            state.write_private(_log(record.name).with_name("serve.log"), text)
+
+
+def _log(name: str) -> Path:
+    return state.folder(name) / "up.log"

@@ -1,0 +1,92 @@
+"""What the clouds list of a deployment: its machine's lifetime, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mistralctl import state
+from mistralctl.clouds import GOING, NotUsed, Part, listing
+from mistralctl.errors import Exit, UserError
+from mistralctl.state import Record
+from mistralctl.tasks import owner
+
+GONE_SECONDS = 300.0
+CLOCKS_SECONDS = 120.0  # by which a cloud's clock may differ from this machine's
+PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was not taken away by SkyPilot
+
+
+def lifetime_label(part: Part, until: float | None) -> str:
+    """The machine's mistralctl-ttl: minutes from its start to the end of its life; `never` without one."""
+    return "never" if until is None else str(math.ceil((until - (part.created or time.time())) / 60))
+
+
+def tell_cloud(record: Record, until: float | None) -> int:
+    """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
+    module = listing(record.cloud)
+    found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
+    machines = [part for part in found if part.kind == "machine"]
+    for part in machines:
+        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, until)})
+    return len(machines)
+
+
+def wait_until_gone(record: Record, *, promised: bool, since: float = 0.0) -> list[Part]:
+    """Waits until the cloud's own listing has nothing of this deployment any more (`since`: nothing that was made since then), and says
+    what stays of it; UserError with the list if that does not come.
+
+    What SkyPilot does not take away is deleted here: what outlived its machine, and the machine too if SkyPilot has not
+    `promised` to delete it or has promised what does not come.
+    """
+    module = listing(record.cloud)
+    began, asked = time.monotonic(), set[str]()
+    while True:
+        found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
+        left = [part for part in found if not since or (part.created or 0.0) > since - CLOCKS_SECONDS]
+        if not left:
+            return found
+        rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
+        waited = time.monotonic() - began
+        if waited > GONE_SECONDS:
+            raise UserError(
+                f"{record.name}: {record.cloud} still lists {len(left)} of it after {GONE_SECONDS / 60:.0f} minutes; run down again, "
+                "or delete them by hand",
+                Exit.CLOUD, rows,
+            )  # fmt: skip
+        others = "machine" if promised and waited < PROMISE_SECONDS else ""
+        alone = [part for part in left if part.id not in asked and part.kind != others and part.state.lower() not in GOING]
+        try:
+            module.delete(alone)
+        except UserError as error:
+            raise UserError(f"{record.name}: {len(left)} of it stay on {record.cloud}: {error}", Exit.CLOUD, rows) from error
+        asked |= {part.id for part in alone}
+        time.sleep(2)
+
+
+def after_refusal(record: Record, clouds: Sequence[str], since: float, refused: UserError) -> None:
+    """Makes sure that a launch since then which came to no machine has left nothing on these clouds; the record says how that went.
+
+    What is older stays, though nobody here knows it. UserError with both reasons and tables if something of the launch stays as well, or
+    a cloud cannot be asked.
+    """
+    unsure: list[tuple[str, UserError | None]] = []
+    try:
+        for cloud in clouds:
+            try:
+                if wait_until_gone(replace(record, cloud=cloud, region=""), promised=False, since=since):
+                    unsure.append((cloud, None))
+            except NotUsed:
+                continue
+            except UserError as error:
+                unsure.append((cloud, error))
+    except KeyboardInterrupt:
+        raise UserError(
+            f"interrupted; something of {record.name} may be left: mistralctl down {record.name} takes it away", Exit.INTERRUPTED
+        ) from None
+    state.save(replace(record, cloud=unsure[0][0]) if unsure else replace(record, state="down"))
+    if errors := [error for _, error in unsure if error is not None]:
+        every = [refused, *errors]
+        raise UserError("; and ".join(map(str, every)), refused.code, "\n".join(filter(None, (one.details for one in every))))
