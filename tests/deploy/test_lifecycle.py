@@ -447,7 +447,7 @@ def test_a_kind_of_task_is_a_file_and_a_template(tmp_path: Path, monkeypatch: py
     state.save(record(kind="bake"))
     for ask in (lambda: env.run("m"), lambda: connect.run("m"), lambda: extend.run("m", "1h")):
         with pytest.raises(
-            UserError, match="^m is a baking job, so there is no endpoint to ask; mistralctl status m says how far it is$"
+            UserError, match=r"^m is a baking job, so there is no endpoint to ask; mistralctl status m says how far it is$"
         ):
             ask()
 
