@@ -7,6 +7,7 @@ tests/deploy/test_imports.py holds. The same source gives the same bytes.
 from __future__ import annotations
 
 import ast
+import runpy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,8 @@ def graph() -> Graph:
 
 def tiers() -> dict[str, str]:
     """Return the tier of each of the laptop's modules, by the table of tests/deploy/test_imports.py."""
-    tree = ast.parse((ROOT / "tests" / "deploy" / "test_imports.py").read_text("utf-8"))
-    [table] = [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "TIERS" and node.value
-    ]
-    return {f"mistralctl.{module}": tier for tier, names in ast.literal_eval(table).items() for module in names}
+    table = runpy.run_path(str(ROOT / "tests" / "deploy" / "test_imports.py"))["TIERS"]
+    return {f"mistralctl.{module}": tier for tier, names in table.items() for module in names}
 
 
 def reachable(edges: Graph, start: str) -> set[str]:

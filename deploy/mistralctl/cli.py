@@ -55,7 +55,7 @@ def _known_names(incomplete: str) -> list[str]:
 DeployedName = Annotated[str, typer.Argument(metavar="NAME", help="name of a deployment", autocompletion=_known_names)]
 
 
-def _say(result: Any, form: Form, text: str) -> None:
+def _say(result: Any, form: Form, text: str = "fields_text") -> None:
     """Prints a result in the form that was asked for; `text` names the function of `output` that makes the text."""
     from mistralctl import output
 

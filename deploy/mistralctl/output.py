@@ -262,6 +262,11 @@ def _rows(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
 
 
+def fields_text(result: Any) -> str:
+    """A row for each field of a result: what a command prints that has no text of its own."""
+    return _rows([[name, str(value)] for name, value in plain(result).items()])
+
+
 def receipt_text(result: Receipt) -> str:
     """What matters most; `-o json` has it all."""
     where = " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part)

@@ -24,9 +24,7 @@ TIERS: dict[str, tuple[str, ...]] = {
                 "figures", *(f"clouds.{cloud}.{file}" for cloud in CLOUDS for file in ("api", "quotas")), "runtime.local", "runtime.ssh",
                 "runtime", "runtime.facts", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.rented",
                 "lifecycle", "sweep", "apply"),
-    "commands": ("commands.plan", "commands.preflight", "commands.extend", "commands.receipt", "commands.logs", "commands.up",
-                 "commands.down", "commands.reap", "commands.status", "commands.env", "commands.connect", "commands.chat", "commands.tables",
-                 "commands.doctor", "commands.weights"),
+    "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
     "cli": ("progress", "output", "flags", "cli"),
 }  # fmt: skip
 RANK = {module: rank for rank, modules in enumerate(TIERS.values()) for module in modules}

@@ -37,7 +37,7 @@ def index(*shards: str) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": {f"layer.{n}": name for n, name in enumerate(shards)}}).encode()
 
 
-@pytest.fixture(params=["hf", "s3", "gs", "az", "file"])
+@pytest.fixture(params=[*(pytest.param(kind, marks=pytest.mark.servers) for kind in ("hf", "s3", "gs", "az")), "file"])
 def put(request: pytest.FixtureRequest, tmp_path: Path) -> Put:
     """Puts a set into a store of each kind, or a folder; its URI."""
 
