@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema house lines vllm-options cuda-environment bench real gpu-check clean
+.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -140,6 +140,10 @@ lines: .venv/.made
 # For a machine with an NVIDIA GPU and a Python that has torch (PYTHON=...): installs nothing, asks no network.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
+
+# The tables of docs/contract.md and the envs of the templates, after a change of mistral_contract.
+docs-contract: .venv/.made
+	$(BIN)/python docs/write_contract.py
 
 # What vLLM's own parser says of the options of `vllm serve`, after a change of vLLM.
 vllm-options: .venv-node/.made

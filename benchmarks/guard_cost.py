@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import files
 from mistral_node import flags, tls
 from mistral_node.contract import read
 from mistral_node.guard import PROBE_HEADER, probe_token
@@ -128,7 +129,7 @@ def both(folder: Path) -> Iterator[dict[str, Server]]:
         while len(servers) < 2 or not all(server.healthy() for server in servers.values()):
             if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
                 raise RuntimeError((folder / "log").read_text()[-3000:])
-            certificate = run_dir / "shared" / tls.CERTIFICATE_FILE
+            certificate = run_dir / "shared" / files.CERTIFICATE.name
             if len(servers) < 2 and certificate.exists():
                 servers["guarded"] = Server(ports[0], tls.trusting(certificate.read_text()))
             time.sleep(0.5)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import figures
+from mistral_contract import figures, files
 
 from mistralctl import runtime, state
 from mistralctl.errors import Exit, UserError
@@ -15,7 +15,7 @@ from mistralctl.state import Record
 
 
 def _folder() -> Path:
-    return state.home() / figures.FOLDER
+    return state.home() / files.CANARIES.name
 
 
 def known(model: str) -> list[dict[str, Any]]:
@@ -37,5 +37,5 @@ def keep(record: Record, canary: dict[str, Any] | None) -> None:
     if not figures.is_key(key) or (path := _folder() / f"{key}.json").exists():
         return
     with suppress(UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
-        text = runtime.of(record.cloud).read(record, f"{figures.FOLDER}/{key}.json")
+        text = runtime.of(record.cloud).read(record, f"{files.CANARIES.name}/{key}.json")
         state.write_private(path, json.dumps(figures.read(text, str(key))) + "\n")

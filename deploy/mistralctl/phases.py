@@ -1,15 +1,16 @@
-"""The lines by which a node says how far it is: `mistralctl-phase {...}`, in a log of anything else."""
+"""How far an `up` is: what the lines of its log say, of the node (mistral_contract.phases) and of SkyPilot."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
-MARK = "mistralctl-phase "
+from mistral_contract.phases import PhaseEvent, parse
+
+__all__ = ["Milestones", "Phase", "PhaseEvent", "durations", "full_memory", "parse"]
+
 WORDS = {
     "optimize": "choice of machine",
     "provision": "machine",
@@ -25,34 +26,11 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class PhaseEvent:
-    """A phase started, ended or failed, at a time in seconds since the epoch; `message` says why it failed."""
-
-    phase: str
-    event: Literal["start", "end", "fail"]
-    at: float
-    message: str = ""
-
-
-@dataclass(frozen=True)
 class Phase:
     """A phase that ended, and its seconds."""
 
     phase: str
     seconds: float
-
-
-def parse(line: str) -> PhaseEvent | None:
-    """The event that a line of the log carries, None for any other line."""
-    start = line.find(MARK)
-    if start < 0:
-        return None
-    try:
-        data = json.loads(line[start + len(MARK) :])
-        event = PhaseEvent(str(data["phase"]), data["event"], float(data["at"]), str(data.get("message", "")))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return event if event.event in ("start", "end", "fail") else None
 
 
 # What SkyPilot prints when it comes to each of these. Where a version says it otherwise, the phases before it are one.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Run
 from mistral_contract import figures as judged
+from mistral_contract import files
 from mistralctl import figures
 from mistralctl.errors import UserError
 from mistralctl.state import Record
@@ -28,14 +29,14 @@ def record(home: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     """A deployment of this machine whose node has kept figures."""
     monkeypatch.setenv("MISTRALCTL_HOME", str(home))
     node_dir = home / "node"
-    path = node_dir / judged.FOLDER / f"{KEY}.json"
+    path = node_dir / files.CANARIES.name / f"{KEY}.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(MADE))
     return Record("mine", "local", "up", "mistral-7b-instruct-v0.1", "m", 8000, str(node_dir), "1", 0.0)
 
 
 def copy_of(home: Path) -> Path:
-    return home / judged.FOLDER / f"{KEY}.json"
+    return home / files.CANARIES.name / f"{KEY}.json"
 
 
 def test_the_first_figures_are_kept_and_sent_for_their_model_only(record: Record, home: Path) -> None:
@@ -48,7 +49,7 @@ def test_the_first_figures_are_kept_and_sent_for_their_model_only(record: Record
 
 def test_the_first_figures_stay_the_first(record: Record, home: Path) -> None:
     figures.keep(record, CANARY)
-    (Path(record.node_dir) / judged.FOLDER / f"{KEY}.json").write_text(json.dumps(MADE | {"logprobs": [-9.0, -9.0]}))
+    (Path(record.node_dir) / files.CANARIES.name / f"{KEY}.json").write_text(json.dumps(MADE | {"logprobs": [-9.0, -9.0]}))
     figures.keep(record, CANARY | {"state": "verified"})
     assert figures.known(record.model) == [MADE]
 
@@ -57,7 +58,7 @@ def test_the_first_figures_stay_the_first(record: Record, home: Path) -> None:
     "changed", [{"weights": "c" * 64}, {"logprobs": [-0.5, math.nan]}, {"logprobs": [-0.5]}, {"source": "\x1b[2J"}, {"source": 7}]
 )
 def test_a_nodes_figures_that_are_none_are_not_kept(record: Record, home: Path, changed: dict[str, Any]) -> None:
-    (Path(record.node_dir) / judged.FOLDER / f"{KEY}.json").write_text(json.dumps(MADE | changed))
+    (Path(record.node_dir) / files.CANARIES.name / f"{KEY}.json").write_text(json.dumps(MADE | changed))
     figures.keep(record, CANARY)
     assert not copy_of(home).exists()
 
@@ -65,7 +66,7 @@ def test_a_nodes_figures_that_are_none_are_not_kept(record: Record, home: Path, 
 @pytest.mark.parametrize("canary", [None, {}, {"weights": None}, {"weights": "../../x"}, {"weights": 7}, {"weights": "c" * 64}])
 def test_what_names_no_figures_keeps_none(record: Record, home: Path, canary: dict[str, Any] | None) -> None:
     figures.keep(record, canary)
-    assert not (home / judged.FOLDER).exists()
+    assert not (home / files.CANARIES.name).exists()
 
 
 def test_a_damaged_copy_is_named_before_anything_starts(record: Record, home: Path, mistralctl: Run) -> None:

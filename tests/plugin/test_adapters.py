@@ -302,7 +302,7 @@ def test_what_we_refuse_vllm_refuses_ignores_or_gets_wrong(kind: str, tmp_path: 
 
 def checked(asked: Asked, folders: dict[str, Path], judged: dict[str, Adapter]) -> dict[str, adapters.Answer]:
     """What the launcher's check says of the engine with these adapters, named in its API."""
-    wanted = dataclasses.replace(contract.read(variables(Path("/node"))), lora=tuple(folders.items()))
+    wanted = dataclasses.replace(contract.read(variables(Path("/node"))), adapters=tuple(folders.items()))
     requests = {}
     for name, folder in folders.items():
         asked.number += 1
@@ -331,7 +331,7 @@ def test_the_check_fails_for_an_adapter_that_vllm_loads_and_ignores(tmp_path: Pa
 
 def test_the_launcher_names_the_adapter_that_cannot_be_served(tmp_path: Path, model: Path) -> None:
     folders = {"good": adapter(tmp_path / "good"), "sql": adapter(tmp_path / "sql", use_dora=True)}
-    wanted = dataclasses.replace(contract.read(variables(tmp_path)), lora=tuple(folders.items()))
+    wanted = dataclasses.replace(contract.read(variables(tmp_path)), adapters=tuple(folders.items()))
     with pytest.raises(LaunchError, match="the adapter sql: it uses DoRA") as error:
         adapters.judged(wanted, model)
     assert error.value.code == Code.WEIGHTS

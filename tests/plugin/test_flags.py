@@ -131,7 +131,7 @@ def test_a_method_that_the_weights_do_not_have_ends_the_launcher(
 
 
 def test_adapters_come_with_the_rank_that_takes_them(tmp_path: Path) -> None:
-    wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), lora=(("sql", tmp_path),))
+    wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), adapters=(("sql", tmp_path),))
     got = parsed(flags.arguments(wanted, MODEL, 16))
     assert got.enable_lora is True
     assert got.max_lora_rank == 16

@@ -23,15 +23,15 @@ import pytest
 import torch
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
+from mistral_contract import files
 from mistral_contract.figures import FILE
-from mistral_node import contract, engine, lifetime, serve
+from mistral_node import contract, engine, serve
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 from mistral_node.phases import Status
 from mistral_node.traffic import Traffic
 from nodes import KEY, Launcher, launched, variables, write_secrets
 from safetensors.torch import load_file, save_file
-from vllm_mistral import inspection
 
 POPEN = subprocess.Popen
 
@@ -321,7 +321,7 @@ def test_secrets_that_come_late_and_in_two_pieces(tmp_path: Path, monkeypatch: p
 def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:
     wanted = contract.read(variables(tmp_path))
     facts = {"class": "vllm_mistral.model.MistralSWAForCausalLM", "architecture": "MistralSWAForCausalLM", "sliding_window": 128}
-    file = tmp_path / inspection.FILE
+    file = tmp_path / files.ENGINE.name
 
     def refused(**changed: Any) -> str:
         file.write_text(json.dumps(facts | changed))
@@ -392,7 +392,7 @@ def test_its_lifetime_ends_also_with_requests(ready: Any) -> None:
 
 
 def test_a_later_end_in_the_file_counts_and_what_is_no_time_does_not(ready: Any, tmp_path: Path) -> None:
-    file = tmp_path / "run" / "test" / lifetime.FILE
+    file = tmp_path / "run" / "test" / files.ENDS_AT.name
     file.parent.mkdir(parents=True)
     end = int(time.time()) + 2
     file.write_text(f"{end}\n")

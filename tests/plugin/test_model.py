@@ -19,6 +19,7 @@ from checkpoints import (
     write,
 )
 from engines import BLOCK, engine, generated, prompt_logprobs, run, runner, scheduler
+from mistral_contract import files
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -177,7 +178,7 @@ def test_an_engine_that_samples_in_parts_says_what_it_is(tmp_path: Path, monkeyp
     with engine(tmp_path / "model") as llm:
         run(llm, prompts([8]))
         model = runner(llm).model
-        (tmp_path / inspection.FILE).unlink()
+        (tmp_path / files.ENGINE.name).unlink()
         model.report = inspection.EngineReport(model, runner(llm).vllm_config)
         hidden = torch.ones(2, model.config.hidden_size)
         parts = model.compute_logits_local(hidden)

@@ -15,6 +15,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import yaml
+from mistral_contract.envs import variable
 
 from mistralctl import package_dir
 from mistralctl.errors import Exit, UserError, figure
@@ -112,16 +113,13 @@ def environment_id(engine: str, python: str) -> str:
 
 
 # What a node's set-up is made from; everything else is the server's alone.
-_SETUP = (
-    "MISTRALCTL_NODE_DIR", "MISTRALCTL_ENV_ID", "MISTRALCTL_WEIGHTS", "MISTRALCTL_REVISION", "MISTRALCTL_WEIGHTS_ID",
-    "MISTRALCTL_LORA", "MISTRALCTL_LORA_VERSIONS",
-)  # fmt: skip
+_SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lora_versions")
 
 
 def setup_id(task: Task) -> str:
     """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
     endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
-    return digest([*(task["envs"][name] for name in _SETUP), *endpoints, tree(package_dir("model"))])
+    return digest([*(task["envs"][variable(name)] for name in _SETUP), *endpoints, tree(package_dir("model"))])
 
 
 def serving_name(task: Task) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
+from mistral_contract import envs, files
+from mistral_contract.envs import Mirror
 
 from mistralctl import package_dir
 from mistralctl.clouds import CLOUDS
@@ -115,16 +118,16 @@ def render(spec: MirrorSpec, *, owner: str) -> Task:
     }
     task["name"] = spec.name
     task["resources"] = wanted | {"labels": labels}
-    task["envs"] = {
-        "MISTRALCTL_NAME": spec.name,
-        "MISTRALCTL_NODE_DIR": NODE_DIR,
-        "MISTRALCTL_PYTHON": NODE_PYTHON,
-        "MISTRALCTL_ENV_ID": environment_id("cpu", NODE_PYTHON) if spec.canary else "",
-        "MISTRALCTL_MIRROR_SOURCE": spec.source,
-        "MISTRALCTL_MIRROR_TARGET": spec.target,
-        "MISTRALCTL_REVISION": spec.revision,
-        "MISTRALCTL_TTL_MINUTES": str(LIFETIME_MINUTES),
-        **spec.endpoints,
-    }
-    task["file_mounts"] = {f"{NODE_DIR}/run/{spec.name}/model": str(package_dir("model"))}
+    mirror = Mirror(
+        name=spec.name,
+        node_dir=Path(NODE_DIR),
+        python=NODE_PYTHON,
+        env_id=environment_id("cpu", NODE_PYTHON) if spec.canary else "",
+        mirror_source=spec.source,
+        mirror_target=spec.target,
+        revision=spec.revision,
+        ttl_minutes=LIFETIME_MINUTES,
+    )
+    task["envs"] = {**envs.write(mirror), **spec.endpoints}
+    task["file_mounts"] = {f"{NODE_DIR}/{files.MODEL.of(spec.name)}": str(package_dir("model"))}
     return task

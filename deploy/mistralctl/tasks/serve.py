@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import yaml
+from mistral_contract import envs, files
+from mistral_contract.envs import Serve
 
 from mistralctl import images, package_dir
 from mistralctl.clouds import DISK_TIERS
+from mistralctl.errors import UserError
 from mistralctl.fit import MEMORY_UTILIZATION, disk_bytes
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
@@ -22,10 +25,6 @@ AUTOSTOP_MINUTES = 5
 # The system's image, vLLM's environment with CUDA (about 12 GB) and twice the weights: pulled, and room to convert.
 DISK_BASE_GIB = 64
 UNKNOWN_GIB = 16
-
-
-def _text_or_empty(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def node_port(plan: Plan) -> int:
@@ -78,10 +77,10 @@ def _labels(plan: Plan, wanted: dict[str, Any], owner: str) -> dict[str, str]:
     }
 
 
-def _tls(plan: Plan, certificate_id: str) -> str:
-    """How the server comes by its certificate; empty where it speaks plain HTTP on its loopback."""
+def _tls(plan: Plan, certificate_id: str) -> str | None:
+    """How the server comes by its certificate; None where it speaks plain HTTP on its loopback."""
     if not plan.spec.public:
-        return ""
+        return None
     return f"own-{certificate_id}" if plan.spec.cert else "self-signed"
 
 
@@ -89,44 +88,46 @@ def _envs(
     plan: Plan, node_dir: str, port: int, python: str, weights: str, lora: Mapping[str, str], certificate_id: str
 ) -> dict[str, str]:
     spec, model = plan.spec, plan.model
-    envs = {
-        "MISTRALCTL_NAME": plan.name,
-        "MISTRALCTL_NODE_DIR": node_dir,
-        "MISTRALCTL_DEVICE": plan.engine,
-        "MISTRALCTL_PYTHON": python,
-        "MISTRALCTL_ENV_ID": environment_id(plan.engine, python),
-        "MISTRALCTL_MODEL": model.name if model.shape else "custom",
-        "MISTRALCTL_WEIGHTS": weights,
-        "MISTRALCTL_REVISION": plan.revision,
-        "MISTRALCTL_WEIGHTS_ID": plan.weights_id,
-        "MISTRALCTL_SERVED_NAME": plan.served_model_name,
-        "MISTRALCTL_HOST": "0.0.0.0" if spec.public else "127.0.0.1",  # noqa: S104 - asked for, with TLS
-        "MISTRALCTL_PORT": str(port),
-        "MISTRALCTL_TLS": _tls(plan, certificate_id),
-        "MISTRALCTL_ALLOW": json.dumps(list(spec.allow)),
-        "MISTRALCTL_GATE": "probe",
-        "MISTRALCTL_SERVE_USER": "" if plan.local else SERVE_USER,
-        "MISTRALCTL_MAX_MODEL_LEN": str(plan.max_model_len),
-        "MISTRALCTL_MAX_NUM_SEQS": str(plan.max_num_seqs),
-        "MISTRALCTL_MAX_BATCHED_TOKENS": str(plan.max_batched_tokens),
-        "MISTRALCTL_SLIDING_WINDOW": _text_or_empty(plan.sliding_window),
-        "MISTRALCTL_TENSOR_PARALLEL": str(plan.tensor_parallel),
-        "MISTRALCTL_DTYPE": plan.dtype,
-        "MISTRALCTL_QUANTIZATION": _text_or_empty(spec.quantization),
-        "MISTRALCTL_MEMORY_UTILIZATION": str(MEMORY_UTILIZATION) if plan.engine == "cuda" else "",
-        "MISTRALCTL_KV_CACHE_GIB": str(plan.kv_cache_gib) if plan.engine == "cpu" else "",
-        "MISTRALCTL_TOKENIZER_MODE": model.tokenizer_mode,
-        "MISTRALCTL_TOOL_PARSER": _text_or_empty(model.tool_parser),
-        "MISTRALCTL_CHAT_TEMPLATE": "own" if model.chat else "none",
-        "MISTRALCTL_LORA": json.dumps(lora),
-        "MISTRALCTL_LORA_VERSIONS": json.dumps(dict(plan.lora_versions)),
-        "MISTRALCTL_VLLM_ARGS": json.dumps(list(spec.vllm_args)),
-        "MISTRALCTL_IDLE_MINUTES": _text_or_empty(plan.idle_minutes),
-        "MISTRALCTL_TTL_MINUTES": _text_or_empty(plan.ttl_minutes),
-    }
-    envs |= plan.endpoints
-    sources = tree(package_dir("model"))
-    return envs | {"MISTRALCTL_SERVING_ID": digest([envs, sources])}
+    serve = Serve(
+        name=plan.name,
+        node_dir=Path(node_dir),
+        device=plan.engine,
+        python=python,
+        env_id=environment_id(plan.engine, python),
+        model=model.name if model.shape else "custom",
+        weights=weights,
+        revision=plan.revision,
+        weights_id=plan.weights_id,
+        served_name=plan.served_model_name,
+        host="0.0.0.0" if spec.public else "127.0.0.1",  # noqa: S104 - asked for, with TLS
+        port=port,
+        tls=_tls(plan, certificate_id),
+        allow=tuple(spec.allow),
+        gate="probe",
+        serve_user=None if plan.local else SERVE_USER,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_batched_tokens=plan.max_batched_tokens,
+        sliding_window=plan.sliding_window,
+        tensor_parallel=plan.tensor_parallel,
+        dtype=plan.dtype,
+        quantization=spec.quantization,
+        memory_utilization=MEMORY_UTILIZATION if plan.engine == "cuda" else None,
+        kv_cache_gib=plan.kv_cache_gib if plan.engine == "cpu" else None,
+        tokenizer_mode=model.tokenizer_mode,
+        tool_parser=model.tool_parser,
+        chat_template="own" if model.chat else "none",
+        lora=dict(lora),
+        lora_versions=dict(plan.lora_versions),
+        vllm_args=tuple(spec.vllm_args),
+        idle_minutes=plan.idle_minutes,
+        ttl_minutes=plan.ttl_minutes,
+    )
+    try:
+        options = {**envs.write(serve), **plan.endpoints}
+    except ValueError as error:
+        raise UserError(f"{plan.name}: the node would refuse {error}; change the option that it comes from") from error
+    return options | {envs.variable("serving_id"): digest([options, tree(package_dir("model"))])}
 
 
 def render(
@@ -144,18 +145,20 @@ def render(
     """
     task: Task = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
     local = plan.local
-    run_dir = f"{node_dir}/run/{plan.name}"
-    weights, mounts = plan.weights, {f"{run_dir}/model": str(package_dir("model"))}
+    run_dir = f"{node_dir}/{files.RUN.of(plan.name)}"
+    weights, mounts = plan.weights, {f"{run_dir}/{files.MODEL.name}": str(package_dir("model"))}
     if weights.startswith("file://") and not local:  # a folder of this machine travels with the task
         folder, one = unquote(weights.removeprefix("file://")), weights.rpartition("/")[2] if weights.endswith(".gguf") else ""
-        files = dict(plan.model.stored.links) or ({one: folder} if one else {})
-        mounts |= {f"{run_dir}/upload/{name}": path for name, path in files.items()} or {f"{run_dir}/upload": folder}
-        weights = f"file://{run_dir}/upload" + (f"/{one}" if one else "")
+        links = dict(plan.model.stored.links) or ({one: folder} if one else {})
+        upload = f"{run_dir}/{files.UPLOAD.name}"
+        mounts |= {f"{upload}/{name}": path for name, path in links.items()} or {upload: folder}
+        weights = f"file://{upload}" + (f"/{one}" if one else "")
     lora = dict(plan.spec.lora)
     for adapter, uri in plan.spec.lora.items():
         if uri.startswith("file://") and not local:
-            mounts[f"{run_dir}/adapters/{adapter}"] = unquote(uri.removeprefix("file://"))
-            lora[adapter] = f"file://{run_dir}/adapters/{adapter}"
+            target = f"{run_dir}/{files.ADAPTERS.name}/{adapter}"
+            mounts[target] = unquote(uri.removeprefix("file://"))
+            lora[adapter] = f"file://{target}"
     wanted = {} if local else _resources(plan)
     task["name"] = plan.name
     task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}

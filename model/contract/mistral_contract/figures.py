@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any
 
 FILE = "mistralctl-canary.json"
-FOLDER = "canaries"  # of those made here, on the node and on the laptop: KEY.json
 # Largest difference of a log-probability that rounding explains, by the engine's dtype, against exact figures.
 TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
 _WEIGHTS = (".safetensors", ".gguf")

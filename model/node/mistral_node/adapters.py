@@ -29,8 +29,8 @@ def judged(wanted: Contract, model_dir: Path) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     place = f"the configuration in {model_dir}"
     try:
-        base = adapters.base_of(model_dir) if wanted.lora else None
-        for name, folder in wanted.lora:
+        base = adapters.base_of(model_dir) if wanted.adapters else None
+        for name, folder in wanted.adapters:
             place = f"the adapter {name}"
             found[name] = adapters.read(folder, base)
     except ValueError as error:
@@ -53,7 +53,7 @@ def check(client: Client, wanted: Contract, found: dict[str, Adapter]) -> dict[s
         return answers
     bare = ask(wanted.served_name)
     noise = max(abs(a - b) for a, b in zip(bare, ask(wanted.served_name), strict=True))
-    for name, folder in wanted.lora:
+    for name, folder in wanted.adapters:
         got = ask(name)
         if not all(map(math.isfinite, got)):
             raise LaunchError(

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mistral_contract import figures
+from mistral_contract import figures, files
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.weights import CONVERTED
 from vllm_mistral.canary_prompt import CANARY_TOKENS, canary_prompt
 
-MANIFEST = "mistral-weights.json"
 SHIPPED = Path(__file__).parent / "canaries"  # the same figures and `weights_sha256`, the hash of the model's file
 PROMPT = "The capital of France is"
 # Prompts that a first engine is asked, and their length (None: longer than the window). A CPU takes a second for 320 tokens of a small model.
@@ -58,7 +57,7 @@ def forced_logprobs(client: Client, model: str, prompt: list[int], forced: list[
 def _manifest(folder: Path) -> list[tuple[str, str]]:
     """Name and sha256 of each file of a set of weights, by its manifest; empty without one."""
     try:
-        manifest = json.loads((folder.with_name(folder.name.removesuffix(CONVERTED)) / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((folder.with_name(folder.name.removesuffix(CONVERTED)) / files.MANIFEST.name).read_text("utf-8"))
         return [(str(file["name"]), str(file["sha256"])) for file in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -82,7 +81,7 @@ def stored_figures(folder: Path) -> dict[str, Any] | None:
 
 def known_figures(node_dir: Path, key: str, sent: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the first engine with these weights computed: as the laptop sent it, or else as this node kept it."""
-    path = node_dir / figures.FOLDER / f"{key}.json"
+    path = node_dir / files.CANARIES.name / f"{key}.json"
     try:
         for one in sent:
             if one.get("weights") == key:
@@ -108,7 +107,7 @@ def compare(client: Client, model: str, stored: dict[str, Any] | None, dtype: st
     if difference > allowed:
         what, why = "what the weights say", "the weights, the window or the rotary base are not those of the model"
         if key:
-            file = f"{figures.FOLDER}/{key}.json"
+            file = f"{files.CANARIES.name}/{key}.json"
             what, why = "what the first engine with these weights did", f"one of the two is wrong; if it was the first, delete {file} " \
                 "in the node's folder and in the laptop's MISTRALCTL_HOME, and the next start makes them anew"  # fmt: skip
         raise LaunchError(
@@ -165,7 +164,7 @@ def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> d
 
 def keep(node_dir: Path, made: dict[str, Any]) -> None:
     """Keeps figures on this node for its later starts; the laptop takes a copy."""
-    path = node_dir / figures.FOLDER / f"{made['weights']}.json"
+    path = node_dir / files.CANARIES.name / f"{made['weights']}.json"
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         text = json.dumps(made) + "\n"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_node import tls
+from mistral_contract import envs, files
 from mistral_node.contract import Contract
 from mistral_node.weights import is_consolidated, quantization
 from vllm_mistral import ARCHITECTURE
@@ -64,7 +64,7 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
     ]  # fmt: skip
     if contract.tls:
         shared = contract.shared_dir
-        found += ["--ssl-keyfile", str(shared / tls.KEY_FILE), "--ssl-certfile", str(shared / tls.CERTIFICATE_FILE)]
+        found += ["--ssl-keyfile", str(shared / files.PRIVATE_KEY.name), "--ssl-certfile", str(shared / files.CERTIFICATE.name)]
         found += ["--ssl-ciphers", CIPHERS]
     if method := quantization(contract.quantization, model_dir):
         found += ["--quantization", method]
@@ -75,9 +75,16 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
-    if contract.lora:
-        found += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(len(contract.lora)), "--lora-modules"]
-        found += [f"{adapter}={folder}" for adapter, folder in contract.lora]
+    if contract.adapters:
+        found += [
+            "--enable-lora",
+            "--max-lora-rank",
+            str(lora_rank),
+            "--max-loras",
+            str(len(contract.adapters)),
+            "--lora-modules",
+        ]
+        found += [f"{adapter}={folder}" for adapter, folder in contract.adapters]
     return found + list(contract.vllm_args)
 
 
@@ -85,7 +92,7 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
     """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU, nothing built with nvcc on a GPU."""
     found = dict(environ)
     found |= {
-        "MISTRALCTL_RUN_DIR": str(contract.shared_dir),
+        envs.RUN_DIR: str(contract.shared_dir),
         "FORWARDED_ALLOW_IPS": "",  # no proxy stands in front of it, whose word on a client's address would count
         "VLLM_PLUGINS": "mistral_swa",
         "HF_HUB_OFFLINE": "1",

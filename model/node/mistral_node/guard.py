@@ -22,7 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mistral_node.contract import networks
+from mistral_contract import envs, files
+from mistral_contract.envs import Serve
 from mistral_node.traffic import Traffic
 
 Scope = MutableMapping[str, Any]
@@ -37,7 +38,6 @@ OPEN = {("GET", "/health")}
 CHAT = ("POST", "/v1/chat/completions")
 WITH_KEY = {("GET", "/v1/models"), CHAT, ("POST", "/v1/completions")}
 PROBE_HEADER = b"x-mistralctl-probe"
-ROUTES = "routes.json"
 LARGEST_BODY = 32 << 20
 BODY_SECONDS = 60.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
@@ -49,9 +49,9 @@ class _Ended(Exception):
 
 def read_key(run_dir: Path) -> bytes:
     """The key in the 0600 file."""
-    key = json.loads((run_dir / "secrets.json").read_text("utf-8"))["api_key"]
+    key = json.loads((run_dir / files.SECRETS.name).read_text("utf-8"))["api_key"]
     if not isinstance(key, str) or len(key) < 16:
-        raise ValueError(f"{run_dir / 'secrets.json'}: api_key should be text of at least 16 characters")
+        raise ValueError(f"{run_dir / files.SECRETS.name}: api_key should be text of at least 16 characters")
     return key.encode()
 
 
@@ -110,16 +110,16 @@ class Guard:
     """
 
     def __init__(self, app: App, run_dir: Path | None = None) -> None:
-        self.folder = run_dir or Path(os.environ["MISTRALCTL_RUN_DIR"])
+        self.folder = run_dir or Path(os.environ[envs.RUN_DIR])
         self.app = app
-        pipe = os.environ.get("MISTRALCTL_KEY_FD") if run_dir is None else None
+        pipe = os.environ.get(envs.KEY_FD) if run_dir is None else None
         key = _handed_over(int(pipe)) if pipe else read_key(self.folder)
         self.key = key
         self.token = probe_token(key.decode()).encode()
         self.traffic = Traffic(self.folder)
-        self.chat = os.environ.get("MISTRALCTL_CHAT_TEMPLATE") != "none"
-        self.gated = os.environ.get("MISTRALCTL_GATE") == "probe"
-        self.allowed = [ipaddress.ip_network(one) for one in networks(os.environ.get("MISTRALCTL_ALLOW") or "[]")]
+        self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
+        self.gated = envs.value(Serve, "gate", os.environ) is not None
+        self.allowed = [ipaddress.ip_network(one) for one in envs.value(Serve, "allow", os.environ)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -133,7 +133,7 @@ class Guard:
         async def started_send(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 text = json.dumps(list(routes_of(scope.get("app"))), indent=1)
-                (self.folder / ROUTES).write_text(text + "\n", "utf-8")
+                (self.folder / files.ROUTES.name).write_text(text + "\n", "utf-8")
             await send(message)
 
         await self.app(scope, receive, started_send)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_contract import files
 from mistral_node.contract import Contract
 
 PREPARE_SECONDS = 300
@@ -57,7 +58,7 @@ def prepare(wanted: Contract) -> Isolation:
     """
     if wanted.serve_user is None:
         return Isolation()
-    script = str(wanted.run_dir / "model" / "node" / "sealed.sh")
+    script = str(wanted.run_dir / files.MODEL.name / "node" / "sealed.sh")
     try:
         done = _sealed(script, "prepare", wanted.serve_user, str(os.getgid()), str(wanted.shared_dir))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -66,6 +67,6 @@ def prepare(wanted: Contract) -> Isolation:
     if done.returncode and not (wanted.shared_dir.is_dir() and wanted.shared_dir.stat().st_uid != os.getuid()):
         return Isolation(why=f"no user of its own: {said}")
     python = Path(sys.base_prefix).parent  # of uv's own, in our home folder: links to versions lie beside each other there
-    paths = [str(path) for path in (Path(sys.prefix), python, wanted.run_dir / "site", wanted.run_dir / "lora")]
+    paths = [str(path) for path in (Path(sys.prefix), python, wanted.run_dir / files.SITE.name, wanted.run_dir / files.LORA.name)]
     front = ("sudo", "-n", "bash", script, "run", wanted.serve_user, str(Path.home()), str(wanted.shared_dir), *paths)
     return Isolation(wanted.serve_user, f"the metadata service is not shut to it: {said}" if done.returncode else "", front)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FILE = "ends_at"
+from mistral_contract import files
 
 
 def ends_at(run_dir: Path, started: float, ttl_minutes: float | None) -> float | None:
@@ -12,6 +12,6 @@ def ends_at(run_dir: Path, started: float, ttl_minutes: float | None) -> float |
     if ttl_minutes is None:
         return None
     try:
-        return float(int((run_dir / FILE).read_text("utf-8")))
+        return float(int((run_dir / files.ENDS_AT.name).read_text("utf-8")))
     except (OSError, ValueError):
         return started + ttl_minutes * 60

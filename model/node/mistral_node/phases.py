@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mistral_contract.phases import Kind, PhaseEvent
 
-def say(phase: str, event: str, message: str = "") -> float:
+
+def say(phase: str, event: Kind, message: str = "") -> float:
     """Prints one event of the contract; its time in seconds since the epoch."""
     at = round(time.time(), 3)
-    data = {"phase": phase, "event": event, "at": at} | ({"message": message} if message else {})
-    sys.stdout.write(f"mistralctl-phase {json.dumps(data)}\n")
+    sys.stdout.write(PhaseEvent(phase, event, at, message).line() + "\n")
     sys.stdout.flush()
     return at
 

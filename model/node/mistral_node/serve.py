@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mistral_contract import envs, files
 from mistral_contract.adapters import served_rank
 from mistral_node import adapters, canary, contract, flags, lifetime, tls, weights
 from mistral_node.client import Client
@@ -31,7 +32,6 @@ from mistral_node.phases import Status, say
 from mistral_node.traffic import Traffic
 from vllm_mistral import ARCHITECTURE, inspection
 
-PASSED = "passed"  # the laptop writes it when the gate was passed
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
 POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
@@ -72,7 +72,7 @@ class _Asked(Exception):
 
 def wait_for_key(run_dir: Path, asked: threading.Event, seconds: float = SECRETS_SECONDS) -> str:
     """The API key, once the laptop has written it; LaunchError if it does not come or others can read it."""
-    file, deadline, problem = run_dir / "secrets.json", time.monotonic() + seconds, "no secrets came"
+    file, deadline, problem = run_dir / files.SECRETS.name, time.monotonic() + seconds, "no secrets came"
     while True:
         try:
             if file.stat().st_mode & 0o077:
@@ -108,7 +108,7 @@ def predecessors(name: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             ours = process.pid != os.getpid() and process.uids().real == os.getuid() and "mistral_node.serve" in process.cmdline()
-            if ours and process.environ().get("MISTRALCTL_NAME") == name:
+            if ours and process.environ().get(envs.variable("name")) == name:
                 found.append(process)
     return found
 
@@ -144,7 +144,7 @@ def gpu_holders(wanted: Contract) -> list[int]:
     for word in filter(str.isdecimal, said.split()):
         with suppress(psutil.Error):  # it is gone, or another user's
             process = psutil.Process(int(word))
-            if process.username() == wanted.serve_user or process.environ().get("MISTRALCTL_NAME") == wanted.name:
+            if process.username() == wanted.serve_user or process.environ().get(envs.variable("name")) == wanted.name:
                 found.add(process.pid)
     return sorted(found)
 
@@ -179,7 +179,7 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
 def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, asked: threading.Event) -> str:
     """Waits until the end is due; why it is."""
     ready = time.time()
-    passed = wanted.run_dir / PASSED
+    passed = wanted.run_dir / files.PASSED.name
     started = float(status.fields["started_at"])
     while not asked.wait(POLL_SECONDS if traffic.is_open else SOON_SECONDS):
         engine.raise_if_dead()
@@ -211,7 +211,7 @@ def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
 
 def _certificate(wanted: Contract) -> tuple[str, str]:
     """Private key and certificate: what the laptop sent, or made here for the address by which the laptop knows this machine."""
-    sent = json.loads((wanted.run_dir / "secrets.json").read_text("utf-8"))
+    sent = json.loads((wanted.run_dir / files.SECRETS.name).read_text("utf-8"))
     if wanted.tls == "self-signed":
         return tls.self_signed([sent["address"], "127.0.0.1", "localhost"])
     return sent["tls_key"], sent["tls_certificate"]
@@ -220,9 +220,9 @@ def _certificate(wanted: Contract) -> tuple[str, str]:
 def _sent_figures(run_dir: Path) -> list[dict[str, Any]]:
     """The figures that the laptop knows of this model's weights; LaunchError if they are none."""
     try:
-        sent = json.loads(json.loads((run_dir / "secrets.json").read_text("utf-8")).get("figures", "[]"))
+        sent = json.loads(json.loads((run_dir / files.SECRETS.name).read_text("utf-8")).get("figures", "[]"))
     except (OSError, ValueError, TypeError) as error:
-        raise LaunchError(Code.SECRETS, f"{run_dir / 'secrets.json'} has figures that are no JSON ({error})") from error
+        raise LaunchError(Code.SECRETS, f"{run_dir / files.SECRETS.name} has figures that are no JSON ({error})") from error
     return [one for one in sent if isinstance(one, dict)]
 
 
@@ -235,19 +235,19 @@ def _failed(status: Status, error: LaunchError) -> None:
 
 def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     run_dir, shared = wanted.run_dir, wanted.shared_dir
-    (run_dir / PASSED).unlink(missing_ok=True)
+    (run_dir / files.PASSED.name).unlink(missing_ok=True)
     shutil.rmtree(shared, ignore_errors=True)
     isolation = prepare(wanted)
     shared.mkdir(exist_ok=True)
     traffic = Traffic(shared, fresh=True)
     status.set(isolation={"user": isolation.user, "why": isolation.why})
     key = wait_for_key(run_dir, signals.asked)
-    url, context, files = f"http://127.0.0.1:{wanted.port}", None, {}
+    url, context, private_files = f"http://127.0.0.1:{wanted.port}", None, {}
     if wanted.tls:
         private, certificate = _certificate(wanted)
         url, context = f"https://127.0.0.1:{wanted.port}", tls.trusting(certificate)
-        files = {str(shared / tls.KEY_FILE): private}
-        (shared / tls.CERTIFICATE_FILE).write_text(certificate, "ascii")
+        private_files = {str(shared / files.PRIVATE_KEY.name): private}
+        (shared / files.CERTIFICATE.name).write_text(certificate, "ascii")
     client = Client(url, key, context)
     engine: Engine | None = None
     end_by: float | None = None
@@ -265,7 +265,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             loras = adapters.judged(wanted, model_dir)
             arguments = flags.arguments(wanted, model_dir, served_rank(loras.values()))
             status.set(flags=arguments)
-            engine = Engine(arguments, environ, client, files=files, prefix=isolation.prefix(wanted.weights_dir, model_dir))
+            engine = Engine(
+                arguments, environ, client, files=private_files, prefix=isolation.prefix(wanted.weights_dir, model_dir)
+            )
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):
@@ -275,9 +277,9 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             answers = adapters.check(client, wanted, loras)
             engine.raise_if_dead()
             status.set(canary=asdict(verdict), engine=facts, adapters={name: asdict(answer) for name, answer in answers.items()})
-        if not wanted.gated:
+        if not wanted.gate:
             traffic.open()
-        status.set(ready_at=say("ready", "end"), state="ready", phase="ready", open=not wanted.gated)
+        status.set(ready_at=say("ready", "end"), state="ready", phase="ready", open=not wanted.gate)
         why = _serve(wanted, engine, traffic, status, signals.asked)
         sys.stdout.write(f"ends because {why}\n")
         status.set(state="draining")
@@ -302,7 +304,7 @@ def main() -> int:
         return error.code
     wanted.run_dir.mkdir(parents=True, exist_ok=True)
     status = Status(
-        wanted.run_dir / "status.json", name=wanted.name, host=wanted.host, port=wanted.port,
+        wanted.run_dir / files.STATUS.name, name=wanted.name, host=wanted.host, port=wanted.port,
         served_model_name=wanted.served_name, serving_id=wanted.serving_id,
     )  # fmt: skip
     try:

@@ -6,7 +6,6 @@ import datetime
 import ipaddress
 import ssl
 
-KEY_FILE, CERTIFICATE_FILE = "tls.key", "tls.crt"
 DAYS = 365
 
 

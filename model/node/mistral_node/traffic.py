@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = "traffic"
+from mistral_contract import files
+
 LAYOUT = struct.Struct("<QQd")
 DRAINING, OPEN = (
     LAYOUT.size,
@@ -34,7 +35,7 @@ class Traffic:
     """The counter in a folder; made empty with `fresh`."""
 
     def __init__(self, run_dir: Path, *, fresh: bool = False) -> None:
-        path = run_dir / FILE
+        path = run_dir / files.TRAFFIC.name
         if fresh or not path.exists():
             path.write_bytes(bytes(SIZE))
             path.chmod(0o666)  # for the two users that can enter the folder

