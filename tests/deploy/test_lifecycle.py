@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import apply, gate, package_dir, runtime, state, tasks
+from mistralctl import apply, gate, package_dir, readiness, runtime, state, tasks
 from mistralctl.commands import connect, env, extend
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Do, Observed, Step, decide, remembered, take_down
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime import Attempt
+from mistralctl.runtime import Attempt, sky
 from mistralctl.runtime.local import Local
 from mistralctl.runtime.rented import Rented
 from mistralctl.state import Record
@@ -65,7 +65,7 @@ IDLE = Observed("up", {}, beside=True)
 UP: dict[str, tuple[Task, Record | None, Observed, list[Do]]] = {
     "nothing is there": (WANTED, None, NEW, [Do.CHECK, Do.RENT, *OPEN]),
     "it was taken down": (WANTED, record(state="down"), NEW, [Do.CHECK, Do.RENT, *OPEN]),
-    "the same task answers": (WANTED, record(), Observed("up", job(), answers=True), [Do.KEEP]),
+    "the same task answers": (WANTED, record(), Observed("up", answers=True), [Do.KEEP]),
     "the same task runs, its tunnel is gone": (WANTED, record(), Observed("up", job()), [Do.CHECK, Do.ADOPT, *OPEN]),
     "an up that was killed left its engine starting": (
         WANTED, record(state="starting"), Observed("up", job()), [Do.CHECK, Do.ADOPT, *OPEN],
@@ -211,7 +211,7 @@ class Fake:
     def cluster(self, name: str) -> str:
         return f"fake-{name}"
 
-    def observe(self, record: Record | None, task: Task | None) -> Observed:
+    def observe(self, record: Record | None, wanted: Record | None) -> Observed:
         return NEW
 
     def check(self, attempt: Attempt) -> None:
@@ -436,6 +436,25 @@ def test_only_the_runtimes_the_plan_and_its_table_know_which_is_this_machine() -
         names = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
         known |= {str(path.relative_to(PACKAGE))} if "LOCAL" in names else set()
     assert known <= allowed
+
+
+def test_where_the_server_answers_no_cloud_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "answers", lambda record: True)
+    asked: list[str] = []
+
+    def clusters(names: list[str], refresh: bool) -> dict[str, sky.Cluster]:
+        asked.extend(names)
+        return {}
+
+    monkeypatch.setattr(sky, "clusters", clusters)
+    wanted = dataclasses.replace(record(), state="starting")
+    assert decide(record(), WANTED, Rented().observe(record(), wanted))[0].do is Do.KEEP
+    assert asked == []
+    moved = dataclasses.replace(wanted, port=8001)  # what was up at 8000 does not answer for 8001
+    assert decide(record(), WANTED, Rented().observe(record(), moved))[1].do is Do.RENT
+    assert asked == ["mctl-m"]
+    assert Rented().observe(record(state="starting", request="r"), wanted).interrupted
+    assert asked == ["mctl-m"]  # an interrupted launch is ended first
 
 
 def test_a_kind_of_task_is_a_file_and_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

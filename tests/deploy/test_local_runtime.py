@@ -53,12 +53,12 @@ def test_set_up_then_a_server_whose_phases_are_heard(home: Path) -> None:
     assert record.pid == server.record.pid
     assert alive(record.pid, record.pid_started)
     assert json.loads((record.run_dir / "secrets.json").read_text()) == {"api_key": "k"}
-    observed = Local().observe(dataclasses.replace(record, state="up"), record.task)
+    observed = Local().observe(dataclasses.replace(record, state="up"), record)
     assert observed == Observed("up", {"": record.pid or 0}, beside=True)
-    assert Local().observe(record, record.task).interrupted
+    assert Local().observe(record, record).interrupted
     Local().stop(record)
     assert members(record.pid or 0) == []
-    assert Local().observe(record, record.task) == IDLE
+    assert Local().observe(record, record) == IDLE
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def steps(plan: Plan, *, refresh: bool = False) -> tuple[Step, ...]:
     found = lifecycle.decide(record, task, lifecycle.remembered(record, task))
     if not refresh or found[0].do is Do.REFUSE or record is None or record.state == "down":
         return found
-    return lifecycle.decide(record, task, runtime.of(plan.chosen.cloud).observe(record, task))
+    return lifecycle.decide(record, task, runtime.of(plan.chosen.cloud).observe(record, replace(record, task=task)))
 
 
 def difference(plan: Plan, *, refresh: bool = False) -> list[str]:

@@ -157,10 +157,8 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
         steps = lifecycle.decide(old, record.task, lifecycle.remembered(old, record.task))
         if steps[0].do is Do.REFUSE:
             raise UserError(steps[0].text, Exit.CONFLICT)
-        observed = where.observe(old, record.task)
-        steps = lifecycle.decide(
-            old, record.task, replace(observed, answers=observed.answers and old is not None and old.port == record.port)
-        )
+        observed = where.observe(old, record)
+        steps = lifecycle.decide(old, record.task, observed)
         if steps[0].do is Do.KEEP and old is not None:
             return _result(old, plan, "unchanged", "")
         for question in (step.ask for step in steps if step.ask):
@@ -186,7 +184,8 @@ def _done(plan: Plan, up: Up, steps: Sequence[Step], talk: Talk) -> UpResult:
     """The result of an `up` that came to its end, its receipt written."""
     figures.keep(up.record, receipt.write(up.record).canary)
     done = {step.do for step in steps}
-    if Do.RENT in done and (told := refusals.on_the_way(state.folder(plan.name) / "up.log")):
+    launched = any(phase["phase"] == "provision" for phase in up.record.phases)
+    if launched and (told := refusals.on_the_way(state.folder(plan.name) / "up.log")):
         talk.note(told)
     return _result(up.record, plan, "replaced" if done & {Do.STOP, Do.REPLACE} else "started", up.answer)
 

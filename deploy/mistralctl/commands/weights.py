@@ -87,21 +87,33 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     )  # fmt: skip
     token = weights.hub_token() if spec.source.startswith(weights.HUB) else None
     secrets = {"hf_token": token} if token else {}
-    attempt = Attempt(record, secrets, where.observe(None, task), on_phase, state.save, record.created_at)
+    attempt = Attempt(record, secrets, where.observe(None, record), on_phase, state.save, record.created_at)
     try:
         job = where.start(attempt)
+        state.save(job.record)
     except UserError as error:
         where.give_up(attempt, error)
         raise
-    state.save(job.record)
+    except KeyboardInterrupt:
+        raise _interrupted(spec.name) from None
     with contextlib.closing(job):
         try:
             job.wait("weights", MIRROR_SECONDS)
         except UserError as error:
             raise UserError(str(error), Exit.WEIGHTS, error.details) from error
+        except KeyboardInterrupt:
+            raise _interrupted(spec.name) from None
     down.run([spec.name], everything=False)
     [seconds] = [phase.seconds for phase in phases.durations(job.events) if phase.phase == "weights"]
     return Mirrored(spec.source, spec.target, record.cloud, seconds)
+
+
+def _interrupted(name: str) -> UserError:
+    return UserError(
+        f"interrupted; the mirror may go on on its machine, which goes by itself: mistralctl logs {name} says how far it is, mistralctl "
+        f"down {name} ends it",
+        Exit.INTERRUPTED,
+    )
 
 
 def check(result: weights.Verified) -> None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mistralctl.lifecycle import Observed
     from mistralctl.phases import PhaseEvent
     from mistralctl.state import Record
-    from mistralctl.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Runtime(Protocol):
     def cluster(self, name: str) -> str:
         """Return SkyPilot's name of a deployment's machine; empty where none is rented."""
 
-    def observe(self, record: Record | None, task: Task | None) -> Observed:
-        """Return what is there for a task, or for `down` without one; asks nobody else where the server itself answers."""
+    def observe(self, record: Record | None, wanted: Record | None) -> Observed:
+        """Return what is there for what is wanted, or for `down` without that; asks nobody else where the server itself answers."""
 
     def check(self, attempt: Attempt) -> None:
         """UserError if there is no room for the task where it is to run."""

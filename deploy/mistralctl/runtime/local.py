@@ -229,7 +229,7 @@ class Local:
         """Return nothing: this machine has no name."""
         return ""
 
-    def observe(self, record: Record | None, task: Task | None) -> Observed:
+    def observe(self, record: Record | None, wanted: Record | None) -> Observed:
         """Return what is there. A server that does not answer has no name: it is replaced, and not gone on with."""
         if record is None or record.state == "down" or record.pid is None:
             return Observed("up", {}, beside=True)

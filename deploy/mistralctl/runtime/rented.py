@@ -19,7 +19,7 @@ from mistralctl.phases import PhaseEvent, Progress
 from mistralctl.runtime import Attempt, Server, sky, ssh
 from mistralctl.runtime.following import Following
 from mistralctl.state import NOWHERE, Record
-from mistralctl.tasks import Task, owner, serving_name
+from mistralctl.tasks import owner, serving_name
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -175,15 +175,15 @@ class Rented:
         """Return SkyPilot's name of a deployment's machine, apart from the user's own clusters."""
         return f"mctl-{name}"
 
-    def observe(self, record: Record | None, task: Task | None) -> Observed:
+    def observe(self, record: Record | None, wanted: Record | None) -> Observed:
         """Return what is there. While an interrupted launch may be at work nobody is asked: its end comes first."""
-        if task is None:
+        if wanted is None:
             return Observed("none" if record is None or not sky.clusters([record.cluster], refresh=False) else "up")
-        if serves(record, task) and record is not None and readiness.answers(record):
-            return Observed("up", {serving_name(task): 0}, answers=True)
+        if record is not None and serves(record, wanted.task) and record.port == wanted.port and readiness.answers(record):
+            return Observed("up", answers=True)
         if record is not None and record.request:
             return Observed("half made", interrupted=True)
-        cluster = self.cluster(task["envs"]["MISTRALCTL_NAME"])
+        cluster = self.cluster(wanted.name)
         refresh = record is not None and record.state != "down"
         there = sky.clusters([cluster], refresh=refresh).get(cluster)
         if there is None:

@@ -123,8 +123,9 @@ def setup_id(task: Task) -> str:
 
 
 def serving_name(task: Task) -> str:
-    """Return the name of the job that serves a task on a rented machine: another task, another name."""
-    return f"{task['envs']['MISTRALCTL_NAME']}-{task['envs']['MISTRALCTL_SERVING_ID']}"
+    """Return the name of a task's job on a rented machine: another server, another name."""
+    envs = task["envs"]
+    return f"{envs['MISTRALCTL_NAME']}-{envs['MISTRALCTL_SERVING_ID']}" if "MISTRALCTL_SERVING_ID" in envs else str(task["name"])
 
 
 def resources_id(task: Task) -> str:
