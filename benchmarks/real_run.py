@@ -176,7 +176,7 @@ def chat(run: Run) -> str:
 
 
 def long_prompt(run: Run) -> str:
-    [status] = json.loads(cli("status", run.name, "-o", "json"))
+    [status] = json.loads(cli("status", run.name, "-o", "json"))["items"]
     room = status["launcher"]["engine"]["max_model_len"] - 200
     wanted = min(run.options.prompt_tokens, room)
     ask = "\nHow many different words are above this line?"
@@ -200,7 +200,7 @@ def eight(run: Run) -> str:
 
 def tools(run: Run) -> str:
     model = run.options.tools_model
-    if not any(row["name"] == model and row["tool_parser"] for row in json.loads(cli("models", "-o", "json"))):
+    if not any(row["name"] == model and row["tool_parser"] for row in json.loads(cli("models", "-o", "json"))["items"]):
         raise LeftOut(f"{model} calls no tools")
     began = time.monotonic()
     cli(*up_words(run, model, "30m"), seconds=UP_SECONDS)
@@ -217,7 +217,7 @@ def tools(run: Run) -> str:
 
 
 def idle(run: Run) -> str:
-    [status] = json.loads(cli("status", run.name, "-o", "json"))
+    [status] = json.loads(cli("status", run.name, "-o", "json"))["items"]
     cli(*up_words(run, status["model"], "1m"), seconds=UP_SECONDS)
     began = time.monotonic()
     while time.monotonic() - began < IDLE_SECONDS:

@@ -69,7 +69,7 @@ STATUS = """
 import json, subprocess, sys, time
 began = time.monotonic()
 done = subprocess.run(["mistralctl", "status", *sys.argv[1:], "-o", "json"], stdout=subprocess.PIPE, check=True)
-print(json.dumps([time.monotonic() - began, json.loads(done.stdout)]))
+print(json.dumps([time.monotonic() - began, json.loads(done.stdout)["items"]]))
 """
 
 

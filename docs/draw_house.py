@@ -158,7 +158,8 @@ def rows(band: Band, edges: Graph, across: Mapping[str, float]) -> list[list[str
                 found.append(row)
                 row = []
             row.append(name)
-        found.append(row)
+        if row:  # in a circle of imports a depth may stay empty
+            found.append(row)
     return found
 
 

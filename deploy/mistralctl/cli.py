@@ -14,6 +14,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
+from mistralctl import documents
 from mistralctl.errors import Exit, UserError
 from mistralctl.flags import with_spec
 from mistralctl.heavy import uncollected
@@ -63,22 +64,25 @@ def _say(result: Any, form: Form, text: str = "fields_text") -> None:
 
 
 def _say_task(task: dict[str, Any], form: Form) -> None:
-    """Prints a SkyPilot task as YAML, or as JSON."""
+    """Prints a SkyPilot task alone, as YAML, or with what JSON has beside it."""
     if form is Form.json:
-        from mistralctl.output import as_json
-
-        typer.echo(as_json(task))
+        typer.echo(documents.as_json(task))
         return
     from mistralctl.tasks import dump
 
     typer.echo(dump(task), nl=False)
 
 
+def _note(text: str, mark: str = "note: ") -> None:
+    """Says on standard error what ends nothing; a line of JSON under -o json."""
+    sys.stderr.write((documents.note(text) if documents.asked_for(sys.argv[1:]) else mark + text) + "\n")
+
+
 def _note_rights(rights: Sequence[Right]) -> None:
     """Says on standard error which right a node lacks to use a bucket; the task itself stays alone on standard output."""
     for right in rights:
         if right.has != "yes":
-            sys.stderr.write(f"note: {right.line}\n")
+            _note(right.line)
 
 
 @app.command(epilog="Examples: mistralctl up --cloud gcp --dry-run; mistralctl up smollm2-135m-instruct --cloud local")
@@ -107,11 +111,8 @@ def up(
     def confirm(question: str) -> bool:
         return yes or (sys.stdin.isatty() and typer.confirm(f"{question}. Do it?", err=True))
 
-    def note(text: str) -> None:
-        sys.stderr.write(f"note: {text}\n")
-
     with progress.shown(quiet=output is not Form.text) as on_phase:
-        result = up_command.run(sourced, up_command.Talk(on_phase, confirm, note), offline=offline)
+        result = up_command.run(sourced, up_command.Talk(on_phase, confirm, _note), offline=offline)
     _say(result, output, "up_text")
 
 
@@ -137,7 +138,7 @@ def plan(
         planned = replace(planned, quotas=preflight.run(planned))
     _say(planned, output, "plan_text")
     for line in plan_command.difference(planned, refresh=refresh):
-        sys.stderr.write(f"{planned.name} is up: {line}\n")
+        _note(f"{planned.name} is up: {line}", mark="")
 
 
 @app.command(epilog="Examples: mistralctl down mistral-7b-instruct-v0-1; mistralctl down --all")
@@ -469,7 +470,11 @@ def _options(
 
 
 def _end(message: str, code: int, details: str = "") -> NoReturn:
-    sys.stderr.write(f"mistralctl: {' '.join(message.split())}\n{details}{chr(10) if details else ''}")
+    message = " ".join(message.split())
+    if documents.asked_for(sys.argv[1:]):
+        sys.stderr.write(documents.error(message, code, details) + "\n")
+    else:
+        sys.stderr.write(f"mistralctl: {message}\n{details}{chr(10) if details else ''}")
     raise SystemExit(code)
 
 

@@ -6,7 +6,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
 from typing import Any
 
 from mistralctl import quotas
@@ -21,43 +20,14 @@ from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
 from mistralctl.commands.weights import Mirrored
+from mistralctl.documents import as_json, as_yaml, line, plain
 from mistralctl.fit import origin
 from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
 from mistralctl.prices import SNAPSHOT_DATE
-
-
-def plain(result: Any) -> Any:
-    """A result as plain data: dataclasses as mappings, pydantic models as theirs, tuples as lists."""
-    if isinstance(result, list | tuple):
-        return [plain(item) for item in result]
-    if hasattr(result, "model_dump"):
-        return result.model_dump(mode="json")
-    if is_dataclass(result) and not isinstance(result, type):
-        return {key: plain(getattr(result, key)) for key in result.__dataclass_fields__}
-    if isinstance(result, dict):
-        return {str(key): plain(value) for key, value in result.items()}
-    return result
-
-
-def as_json(result: Any) -> str:
-    """JSON with the fields of the result, in their order."""
-    return json.dumps(plain(result), indent=1, ensure_ascii=False)
-
-
-def as_yaml(result: Any) -> str:
-    """YAML with the fields of the result, in their order."""
-    import yaml
-
-    return yaml.safe_dump(plain(result), sort_keys=False, allow_unicode=True, width=120).rstrip("\n")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the last one is not padded."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows])
-    return "\n".join(line.rstrip() for line in lines)
+from mistralctl.tables import lines as aligned
+from mistralctl.tables import table
 
 
 def _dollars(price: float | None) -> str:
@@ -259,7 +229,7 @@ def node_text(node: dict[str, Any]) -> str:
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"{head:10}  {text}".rstrip() for head, text in rows)
+    return "\n".join(aligned(rows, least=[10]))
 
 
 def fields_text(result: Any) -> str:
@@ -360,7 +330,7 @@ def weights_text(result: Any) -> str:
 
 def event(result: Any) -> str:
     """The last of the JSON lines of a command that told its progress in such lines."""
-    return json.dumps({"event": "result", **plain(result)}, ensure_ascii=False)
+    return line({"event": "result", **plain(result)})
 
 
 Render = Callable[[Any], str]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, cast
 
+from mistralctl import tables
 from mistralctl.errors import figure
 
 
@@ -122,5 +123,4 @@ def table(quotas: Iterable[Quota]) -> list[str]:
     for same, regions in rows.items():
         more = f" and {len(regions) - 3} more" if len(regions) > 3 else ""
         cells.append((*same, ", ".join(regions[:3]) + more))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return tables.lines(cells)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mistralctl import tables
 from mistralctl.errors import Exit, UserError, figure
 
 Kind = Literal["capacity", "quota", "permission", "registration", "credentials", "other"]
@@ -176,7 +177,6 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
     kinds = [kind for kind in ADVICE if any(row.kind == kind for row in rows)]
     commands = registering(f"Resource provider '{row.detail}'" for row in rows if row.kind == "registration")
     advice = "; ".join(f"{kind}: {commands if kind == 'registration' and commands else ADVICE[kind]}" for kind in kinds)
-    table = "\n".join(
-        f"  {row.place or '?':18} {row.kind:10} {row.code}{': ' + row.detail if row.detail else ''}" for row in rows
-    )
-    return UserError(f"no cloud gave a machine, {len(rows)} refused; {advice} (log: {log})", Exit.CLOUD, details=table)
+    cells = [[f"  {row.place or '?'}", row.kind, f"{row.code}{': ' + row.detail if row.detail else ''}"] for row in rows]
+    details = "\n".join(tables.lines(cells))
+    return UserError(f"no cloud gave a machine, {len(rows)} refused; {advice} (log: {log})", Exit.CLOUD, details=details)

@@ -67,7 +67,7 @@ def test_dry_run_prints_the_task_alone_and_the_same_bytes_every_time(mistralctl:
         {"do": "let_in", "text": "let in what the short list has", "ask": ""},
     ]
     shown = json.loads(mistralctl("up", "--cloud", "gcp", "--cloud", "aws", "--dry-run", "-o", "json").stdout)
-    assert shown == task | {"steps": steps}
+    assert shown == {"version": 1} | task | {"steps": steps}
 
 
 def test_a_secret_of_the_environment_is_not_in_the_task(mistralctl: Run) -> None:
@@ -106,24 +106,24 @@ FIT_KEYS = ["weight_bytes", "kv_bytes_per_token", "cache_bytes", "cache_tokens",
 
 def test_the_json_of_results_is_a_contract(mistralctl: Run, home: Path) -> None:
     plan = json.loads(mistralctl("plan", "-o", "json").stdout)
-    assert list(plan) == PLAN_KEYS
+    assert list(plan) == ["version", *PLAN_KEYS]
     assert list(plan["options"][0]) == OPTION_KEYS
     assert list(plan["options"][0]["fit"]) == FIT_KEYS
     doctor = json.loads(mistralctl("doctor", "-o", "json").stdout)
-    assert list(doctor) == ["home", "laptop", "node", "checks"]
+    assert list(doctor) == ["version", "home", "laptop", "node", "checks"]
     assert doctor["node"]["python"].startswith(f"{home}/.mistralctl/node/envs/cpu-")
     assert doctor["node"]["exists"] is False
     assert Path(doctor["laptop"]["python"]).exists()
     assert list(doctor["checks"][0]) == ["name", "ok", "found", "needed_for", "mend"]
     gpus = json.loads(mistralctl("gpus", "-o", "json").stdout)
-    assert list(gpus) == ["date", "source", "rows"]
-    models = json.loads(mistralctl("models", "-o", "json").stdout)
+    assert list(gpus) == ["version", "date", "source", "rows"]
+    models = json.loads(mistralctl("models", "-o", "json").stdout)["items"]
     assert models[0]["name"] == "mistral-7b-instruct-v0.1"
     assert models[0]["shape"] == {
         "parameters": 7241732096, "tables": 262144000, "layers": 32, "kv_heads": 8, "head_dim": 128, "sliding_window": 4096, "context": 32768,
         "heads": 32, "hidden": 4096, "intermediate": 14336, "vocabulary": 32000, "rope_type": "default", "windows": [4096] * 32,
     }  # fmt: skip
-    assert mistralctl("status", "-o", "json").stdout == "[]\n"
+    assert mistralctl("status", "-o", "json").stdout == '{\n "version": 1,\n "items": []\n}\n'
 
 
 def test_tables_name_their_source(mistralctl: Run) -> None:

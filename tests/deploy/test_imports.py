@@ -17,7 +17,7 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 CLOUDS = ("aws", "gcp", "azure")
 # Top to bottom; a module imports its own tier and the tiers above.
 TIERS: dict[str, tuple[str, ...]] = {
-    "facts": ("errors", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas",
+    "facts": ("errors", "tables", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas",
               *(f"clouds.{cloud}" for cloud in CLOUDS)),
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
     "outside": ("state", "stores", "node", "checkpoints", "adapters", "endpoint", "certificates", "connection", "readiness", "gate", "weights",
@@ -25,7 +25,7 @@ TIERS: dict[str, tuple[str, ...]] = {
                 "runtime", "runtime.facts", "runtime.tunnel", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.rented",
                 "lifecycle", "sweep", "apply"),
     "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
-    "cli": ("progress", "output", "flags", "cli"),
+    "cli": ("progress", "documents", "output", "flags", "cli"),
 }  # fmt: skip
 RANK = {module: rank for rank, modules in enumerate(TIERS.values()) for module in modules}
 HEAVY = (

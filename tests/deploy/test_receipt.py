@@ -50,7 +50,7 @@ def test_the_json_of_a_receipt_is_a_contract(record: Record, mistralctl: Run, ho
     receipt.write(record)
     assert stat.S_IMODE(receipt.path("mine").stat().st_mode) == 0o600
     found = json.loads(mistralctl("receipt", "mine", "-o", "json").stdout)
-    assert list(found) == KEYS
+    assert list(found) == ["version", *KEYS]
     assert found["versions"] == {"mistralctl": __version__, "skypilot": None, "vllm": "0.32.0", "torch": "2.13.0+cpu"}
     assert (found["files"], found["flags"], found["engine"], found["canary"]) == ([FILE], *(STATUS[k] for k in list(STATUS)))
     assert (found["weights"], found["down_at"]) == (record.task["envs"]["MISTRALCTL_WEIGHTS"], None)

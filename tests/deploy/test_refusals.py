@@ -94,7 +94,7 @@ def test_the_error_is_one_line_and_a_table(tmp_path: Path) -> None:
         "--no-spot; quota: ask the cloud for a larger quota, or use another --region; permission: give the identity the right that "
         f"is named (log: {log})"
     )
-    assert error.details.splitlines()[0] == "  us-east-1a         capacity   InsufficientInstanceCapacity"
+    assert error.details.splitlines()[0] == "  us-east-1a  capacity    InsufficientInstanceCapacity"
     assert len(error.details.splitlines()) == 3
 
 
@@ -130,7 +130,7 @@ def test_what_azures_libraries_cannot_register_is_a_refusal_and_what_they_can_is
     log.write_text(LIBRARY.format("Registration failed. Please register manually."), "utf-8")
     error = refused("Failed to provision all possible launchable resources.", [], log)
     assert "registration: run az provider register -n Microsoft.Compute --wait (log: " in str(error)
-    assert error.details == "  eastus             registration MissingSubscriptionRegistration: Microsoft.Compute"
+    assert error.details == "  eastus  registration  MissingSubscriptionRegistration: Microsoft.Compute"
     log.write_text(LIBRARY.format("Registration succeeded."), "utf-8")
     assert refusals.on_the_way(log) == ""
 

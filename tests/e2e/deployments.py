@@ -120,7 +120,7 @@ def up(sim: SimCloud, place: Place, name: str, *options: str, env: dict[str, str
 
 def status(sim: SimCloud, name: str) -> dict[str, Any]:
     """What `status` says of one deployment."""
-    [one] = json.loads(sim.run(["mistralctl", "status", name, "-o", "json"], timeout=120).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", name, "-o", "json"], timeout=120).stdout)["items"]
     return dict(one)
 
 

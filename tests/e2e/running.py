@@ -39,8 +39,10 @@ class Cli:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def json(self, *arguments: str) -> Any:
-        """The JSON result of a command."""
-        return json.loads(self(*arguments, "-o", "json").stdout)
+        """The JSON result of a command, without its envelope."""
+        found = json.loads(self(*arguments, "-o", "json").stdout)
+        assert found.pop("version") == 1
+        return found.get("items", found)
 
     def json_lines(self, *arguments: str) -> list[Any]:
         """The JSON lines of a command that tells its progress in them."""

@@ -76,7 +76,7 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     assert "Paris" in answer
     [instance] = sim.instances("aws")
     assert outside(sim, "ports", str(instance.address)) == [22]
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert (one["state"], one["region"], one["machine"]) == ("up", instance.zone, instance.type)
     assert one["launcher"]["engine"]["class"] == CLASS
     assert one["launcher"]["canary"]["state"] == "verified"
@@ -97,9 +97,9 @@ def test_the_same_again_asks_no_cloud(sim: SimCloud, served: dict[str, Any]) -> 
 
 
 def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
-    [before] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [before] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     longer = json.loads(sim.run(["mistralctl", "extend", "served", "2h", "-o", "json"], timeout=60).stdout)
-    [after] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [after] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert after["launcher"]["ends_at"] == longer["ends_at"] == before["launcher"]["ends_at"] + 7200
     assert after["ttl_left"] == pytest.approx(before["ttl_left"] + 120, abs=1)
     [instance] = sim.instances("aws")
@@ -122,14 +122,14 @@ def test_commands_go_over_the_tunnels_connection_and_over_their_own_where_that_h
     text = config.read_text()
     config.write_text(text.replace("  Port 22\n", "  Port 9\n"))  # where nobody answers
     try:
-        [shared] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+        [shared] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     finally:
         config.write_text(text)
     assert "Port 22" in text
     assert (shared["state"], shared["why"], shared["launcher"]["state"]) == ("up", "", "ready")
     sim.run(["pkill", "-STOP", "-f", TUNNEL])
     try:
-        [alone] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+        [alone] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     finally:
         sim.run(["pkill", "-CONT", "-f", TUNNEL])
     assert (alone["state"], alone["launcher"]["state"]) == ("up", "ready")
@@ -144,7 +144,7 @@ def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: d
     sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
     sim.run(["pkill", "-f", "mistralctl.runtime.tunnel"])
     time.sleep(1)
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert "mistralctl connect served" in one["why"]
     assert served["base_url"] in sim.run(["mistralctl", "connect", "served"]).stdout
     sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
@@ -159,7 +159,7 @@ def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, se
     [after] = sim.instances("aws")
     assert after.id == before.id
     assert int(after.tags["mistralctl-ttl"]) > 720  # its life began anew
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert one["launcher"]["engine"]["max_model_len"] == 2048
 
 
@@ -169,7 +169,7 @@ def test_another_machine_is_only_made_after_a_yes(sim: SimCloud, served: dict[st
     assert refused.returncode == 5
     assert "needs another machine; m6i.large in us-east-1" in refused.stderr
     assert "--yes" in refused.stderr
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert (one["state"], one["why"]) == ("up", "")  # it is served as before, tunnel and all
     assert [one.id for one in sim.instances("aws")] == [before.id]
 
@@ -185,7 +185,7 @@ def test_a_machine_that_is_taken_is_said_plainly_and_brought_back(sim: SimCloud,
     [before] = sim.instances("aws")
     sim.kill_node(before.id)
     sim.run(["aws", "ec2", "terminate-instances", "--instance-ids", before.id])
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"], timeout=120).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"], timeout=120).stdout)["items"]
     assert one["state"] == "lost"
     assert "its machine is gone" in one["why"]
     back = up(sim, "--name", "served")
@@ -231,7 +231,7 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     assert "VcpuLimitExceeded" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert sim.instances("aws") == []
-    [one] = json.loads(sim.run(["mistralctl", "status", "refused", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "refused", "-o", "json"]).stdout)["items"]
     assert one["state"] == "down"
 
 

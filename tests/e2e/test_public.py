@@ -61,7 +61,7 @@ def test_clients_reach_it_with_what_env_says_and_nothing_else(
     assert json.loads(sim.run(asked, env=variables).stdout)["data"]
     assert sim.run(asked, check=False).returncode == 60  # who does not trust its certificate
     assert sim.run(["mistralctl", "connect", "public"], check=False).returncode == 5
-    [one] = json.loads(sim.run(["mistralctl", "status", "public", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "public", "-o", "json"]).stdout)["items"]
     assert (one["state"], one["why"]) == ("up", "")
     assert up(sim, "--name", "public", "--public", "--allow", "127.0.0.0/24")["action"] == "unchanged"
 
@@ -98,7 +98,7 @@ def test_only_who_is_allowed_may_ask(sim: SimCloud, public: dict[str, Any], vari
 def test_vllm_is_a_user_of_its_own_who_reaches_neither_the_metadata_service_nor_others_files(
     sim: SimCloud, public: dict[str, Any]  # noqa: F811
 ) -> None:  # fmt: skip
-    [one] = json.loads(sim.run(["mistralctl", "status", "public", "-o", "json"]).stdout)
+    [one] = json.loads(sim.run(["mistralctl", "status", "public", "-o", "json"]).stdout)["items"]
     assert one["launcher"]["isolation"] == {"user": SERVE_USER, "why": ""}
     [pid] = on_node(sim, "public", f"pgrep -u {SERVE_USER} -f ward.py").split()
     users = on_node(sim, "public", "ps -eo user:20,args | grep '[c]li.main serve\\|[V]LLM'").splitlines()

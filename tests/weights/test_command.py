@@ -65,6 +65,7 @@ def test_json_events_end_in_one_result(tmp_path: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     events = [json.loads(line) for line in out.splitlines()]
     kinds = [event["event"] for event in events]
+    assert {event["version"] for event in events} == {1}
     assert (kinds[0], kinds[-1], kinds.count("file"), kinds.count("progress")) == ("begun", "result", 2, 1)
     result = events[-1]
     assert err == ""
@@ -75,6 +76,7 @@ def test_json_events_end_in_one_result(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["pull", "s3://", str(folder), "-o", "json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out) == {
+        "version": 1,
         "event": "error",
         "kind": "usage",
         "message": "'s3://' cannot be read; write it as s3://BUCKET[/PREFIX][/FILE.gguf]",

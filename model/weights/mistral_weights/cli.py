@@ -16,7 +16,7 @@ from .events import Report
 from .ls import Listed, Ls, ls
 from .mirror import Mirror, Mirrored, mirror
 from .names import FORMATS
-from .progress import progress
+from .progress import VERSION, progress
 from .pull import Pull, Pulled, pull
 from .secrets import Secrets
 from .verify import Verified, Verify, verify
@@ -148,7 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error.kind, str(error), options.output)
     except KeyboardInterrupt:
         return _failed(Kind.INTERRUPTED, "interrupted; run the same command again: it continues where it was", options.output)
-    _say(json.dumps({"event": "result", **asdict(result)}) if options.output == "json" else text(result), sys.stdout)
+    _say(
+        json.dumps({"version": VERSION, "event": "result", **asdict(result)}) if options.output == "json" else text(result),
+        sys.stdout,
+    )
     if isinstance(result, Verified) and result.damages:
         message = f"{result.where} is damaged in {len(result.damages)} files; pull or mirror it again"
         return _failed(Kind.DAMAGED, message, options.output)
@@ -157,6 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(kind: Kind, message: str, output: str) -> int:
     if output == "json":
-        _say(json.dumps({"event": "error", "kind": kind.value, "message": message}), sys.stdout)
+        _say(json.dumps({"version": VERSION, "event": "error", "kind": kind.value, "message": message}), sys.stdout)
     _say(f"mistral_weights: {message}", sys.stderr)
     return EXIT_CODES[kind]

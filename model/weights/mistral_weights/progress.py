@@ -13,6 +13,7 @@ from typing import TextIO
 
 from .events import Advanced, Begun, Event, FileFinished, FileRestarted, Kept, Report, Retrying, Waiting
 
+VERSION = 1  # of the lines of JSON
 LINE_SECONDS = 5.0
 EVENT_SECONDS = 0.5
 
@@ -141,7 +142,7 @@ class _Events:
         self._print({"event": names[type(event)], **asdict(event)})
 
     def _print(self, entry: dict[str, object]) -> None:
-        _say(json.dumps(entry), self._out)
+        _say(json.dumps({"version": VERSION, **entry}), self._out)
 
     def close(self) -> None:
         """Nothing to tidy."""
