@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from mistralctl import gate, phases, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Do, Observed, Step
-from mistralctl.runtime import Attempt, Runtime, Server
+from mistralctl.runtime.protocol import Attempt, Runtime, Server
 from mistralctl.state import Record
 from mistralctl.tasks import setup_id
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistralctl import apply, gate, package_dir, readiness, runtime, state, tasks
+from mistralctl import apply, gate, package_dir, readiness, state, tasks
 from mistralctl.commands import connect, env, extend
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Do, Observed, Step, decide, remembered, take_down
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime import Attempt, sky
+from mistralctl.runtime import protocol, sky
 from mistralctl.runtime.local import Local
+from mistralctl.runtime.protocol import Attempt
 from mistralctl.runtime.rented import Rented
 from mistralctl.state import Record
 from mistralctl.tasks import Task, resources_id, serving_name, setup_id
@@ -226,7 +227,7 @@ class Fake:
         self.note("replace")
         return FakeServer(attempt.record, self)
 
-    def connect(self, attempt: Attempt, server: runtime.Server) -> Record:
+    def connect(self, attempt: Attempt, server: protocol.Server) -> Record:
         self.note("connect")
         return dataclasses.replace(server.record, pid=7)
 
@@ -383,7 +384,7 @@ def test_down_runs_its_steps() -> None:
 
 @pytest.mark.parametrize("implementation", [Local, Rented, Fake])
 def test_every_runtime_has_the_protocol(implementation: type) -> None:
-    wanted = {name: member for name, member in vars(runtime.Runtime).items() if inspect.isfunction(member) and name[0] != "_"}
+    wanted = {name: member for name, member in vars(protocol.Runtime).items() if inspect.isfunction(member) and name[0] != "_"}
     for name, member in wanted.items():
         given = inspect.signature(getattr(implementation, name)).parameters
         assert list(given)[: len(inspect.signature(member).parameters)] == list(inspect.signature(member).parameters), name
@@ -480,5 +481,5 @@ def test_an_old_record_is_a_servers() -> None:
     assert state.known("m").kind == "serve"
 
 
-def _mypy_checks_that_the_fake_has_the_protocol(fake: Fake) -> runtime.Runtime:
+def _mypy_checks_that_the_fake_has_the_protocol(fake: Fake) -> protocol.Runtime:
     return fake

@@ -13,8 +13,8 @@ from mistralctl import state
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Observed
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime import Attempt
 from mistralctl.runtime.local import Local, alive, members
+from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
 
 EVENT = """echo 'mistralctl-phase {"phase": "%s", "event": "%s", "at": 1.0, "message": "%s"}'\n"""

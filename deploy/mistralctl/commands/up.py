@@ -19,8 +19,9 @@ from mistralctl.lifecycle import Do, Step
 from mistralctl.node import local_dir
 from mistralctl.phases import Phase, PhaseEvent
 from mistralctl.plan import Plan
-from mistralctl.runtime import Attempt, sky
+from mistralctl.runtime import sky
 from mistralctl.runtime.local import alive
+from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
 from mistralctl.tasks import resources_id, serving_name
 from mistralctl.tasks.serve import node_port

@@ -13,7 +13,7 @@ from mistralctl import node, phases, runtime, state, tasks, weights
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime import Attempt
+from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
 from mistralctl.tasks import mirror as mirrors
 from mistralctl.tasks.mirror import LIFETIME_MINUTES, MirrorSpec

@@ -22,7 +22,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.lifecycle import Observed
 from mistralctl.phases import PhaseEvent, Progress
-from mistralctl.runtime import Attempt, Server
+from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import Record
 from mistralctl.tasks import Task
 

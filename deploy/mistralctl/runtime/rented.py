@@ -16,8 +16,9 @@ from mistralctl.clouds import NotUsed, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Machine, Observed, places, serves
 from mistralctl.phases import PhaseEvent, Progress
-from mistralctl.runtime import Attempt, Server, sky, ssh
+from mistralctl.runtime import sky, ssh
 from mistralctl.runtime.following import Following
+from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import NOWHERE, Record
 from mistralctl.tasks import owner, serving_name
 
