@@ -1,5 +1,6 @@
 # make up     sets everything up and runs the main job: a local server, a question, its answer
 # make test   sets everything up and runs the tests
+# make test-fast  the tests that need neither root nor vLLM, under three minutes, on Linux and macOS
 # make check  lint and tests: what CI runs
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,10 +22,10 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
+.PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 3
+	@sed -n 's/^# //p' Makefile | head -n 4
 
 setup: .venv/.made
 
@@ -87,6 +88,11 @@ test-others: .venv/.made
 	@$(MAKE) --no-print-directory test-plugin
 	@$(MAKE) --no-print-directory test-deploy
 	@$(MAKE) --no-print-directory test-weights
+
+# What needs neither root nor vLLM nor a server of another project: under three minutes on two cores, on Linux and macOS.
+test-fast: .venv/.made
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not slow' tests/deploy
+	cd tests/weights && PYTHONPATH=../../model/weights ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not servers and not slow' .
 
 test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy

@@ -22,10 +22,6 @@ KINDS = ("hf", "s3", "gs", "az")
 SERVERS = "all_places"  # the fixture that starts them
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "servers: needs the stores' protocol servers; `make test-fast` leaves it out")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
