@@ -1,0 +1,157 @@
+"""The runtime of rented machines, with SkyPilot, ssh and the job's log replaced: what is asked of whom, in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistralctl import readiness, state, sweep
+from mistralctl.clouds import NotUsed
+from mistralctl.errors import Exit, UserError
+from mistralctl.lifecycle import Observed
+from mistralctl.phases import PhaseEvent
+from mistralctl.runtime import rented, sky, ssh
+from mistralctl.runtime.protocol import Attempt
+from mistralctl.runtime.rented import Rented
+from mistralctl.state import Record
+from test_lifecycle import job, record
+
+PHASE = 'mistralctl-phase {"phase": "%s", "event": "%s", "at": 1.0, "message": "%s"}\n'
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What was asked, as it came; a machine is there from the launch on."""
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    state.folder("m").mkdir(parents=True)
+    found: list[str] = []
+
+    def launch(task: Any, cluster: str, log: Path, on_line: Callable[[str], None], on_request: Callable[[str], None]) -> int:
+        found.append("launch")
+        on_request("r1")
+        return 3
+
+    def noted(name: str, answer: Any = None) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            words = [str(one) for one in given if isinstance(one, str | int)] + [
+                f"{key}={value}" for key, value in options.items()
+            ]
+            found.append(" ".join([name, *words]))
+            return answer
+
+        return call
+
+    class Following:
+        def __init__(self, name: str, cluster: str, number: int, log: Path, on_line: Callable[[str], None]) -> None:
+            found.append(f"follow {number}")
+            on_line(PHASE % ("engine", "end", ""))
+
+        def wait(self, seconds: float, until: Callable[[], bool], failed: Callable[[], bool]) -> bool:
+            return until()
+
+        def close(self) -> None:
+            found.append("close")
+
+    machine = sky.Cluster("mctl-m", "UP", "aws", "us-east-1", None, "g6.xlarge", False, 0.8, 1.0, None)
+    monkeypatch.setattr(sky, "launch", launch)
+    monkeypatch.setattr(sky, "clusters", lambda names, refresh: {"mctl-m": machine} if "launch" in found else {})
+    for name in ("cancel_jobs", "cancel_request"):
+        monkeypatch.setattr(sky, name, noted(name))
+    monkeypatch.setattr(sky, "replace_job", noted("replace_job", 4))
+    monkeypatch.setattr(ssh, "write_secrets", lambda name, secrets: found.append(f"secrets {' '.join(secrets)}"))
+    monkeypatch.setattr(ssh, "start_tunnel", noted("tunnel", (77, 1.0)))
+    monkeypatch.setattr(ssh, "end_tunnel", lambda pid, started: None)
+    monkeypatch.setattr(rented, "Following", Following)
+    monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
+    monkeypatch.setattr(readiness, "answers", lambda record, probing: True)
+    monkeypatch.setattr(sweep, "tell_cloud", lambda record, until: found.append(f"label {record.region}"))
+    return found
+
+
+def attempt(observed: Observed, old: Record | None = None) -> Attempt:
+    heard: list[PhaseEvent] = []
+    wanted = dataclasses.replace(record(), state="starting", region="", machine="")
+    return Attempt(wanted, {"api_key": "k"}, observed, heard.append, state.save, 0.0, old)
+
+
+def test_a_new_machine_is_launched_and_learnt(calls: list[str]) -> None:
+    one = attempt(Observed())
+    server = Rented().start(one)
+    assert calls == ["launch", "secrets api_key", "follow 3"]
+    assert (server.record.region, server.record.machine, server.record.price) == ("us-east-1", "g6.xlarge", 0.8)
+    assert (state.known("m").request, server.record.request, server.record.setup_id) == ("r1", "", "")
+    connected = Rented().connect(one, server)
+    assert calls[3:] == ["tunnel m"]
+    assert (connected.pid, state.known("m").pid) == (77, 77)
+
+
+def test_a_machine_that_is_there_is_labelled_anew_and_keeps_what_its_last_server_said(calls: list[str]) -> None:
+    state.folder("m").joinpath("serve.log").write_text("dead\n")
+    Rented().start(attempt(Observed("up", {}, region="us-east-1")))
+    assert calls == ["keep_log", "label us-east-1", "launch", "cancel_jobs mctl-m but=3", "secrets api_key", "follow 3"]
+    assert state.folder("m").joinpath("serve.before.log").read_text() == "dead\n"
+    calls.clear()
+    Rented().replace(attempt(Observed("up", {"m-other": 9}, region="us-east-1")))
+    assert calls == ["label us-east-1", "secrets api_key", "replace_job mctl-m", "follow 4"]
+    calls.clear()
+    Rented().replace(attempt(Observed("up", job(), region="us-east-1")))
+    assert calls == ["secrets api_key", "follow 7"]
+
+
+def test_why_a_job_failed_is_said_with_its_log(calls: list[str]) -> None:
+    server = Rented().start(attempt(Observed()))
+    server.wait("engine")
+    server.progress.line(PHASE % ("check", "fail", "no memory"))
+    with pytest.raises(
+        UserError, match=r"^no memory \(log: .*serve\.log; the machine goes by itself in a few minutes, or "
+    ) as error:
+        server.wait("ready")
+    assert error.value.code == Exit.SERVER
+    assert str(server.explained(UserError("gate"))).startswith("no memory (log: ")
+
+
+def test_an_interrupted_launch_is_cancelled(calls: list[str]) -> None:
+    assert Rented().cancel(record(request="r1")).request == ""
+    assert calls == ["cancel_request r1"]
+
+
+def give_up(error: BaseException) -> None:
+    one = attempt(Observed())
+    state.save(one.record)
+    Rented().give_up(one, error)
+
+
+def test_after_a_refusal_the_clouds_that_were_asked_are_swept(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[Any] = []
+    monkeypatch.setattr(sweep, "after_refusal", lambda record, clouds, since, refused: swept.append((clouds, since)))
+
+    class Listing:
+        answer: UserError | None = None
+
+        def identity(self) -> str:
+            if self.answer is not None:
+                raise self.answer
+            return "me"
+
+    monkeypatch.setattr(rented, "listing", lambda cloud: Listing())
+    give_up(UserError("its server ended", Exit.SERVER))
+    assert swept == []
+    give_up(UserError("no capacity", Exit.CLOUD))
+    assert swept == [(["aws"], 0.0)]
+    Listing.answer = NotUsed("no credentials", Exit.CLOUD)
+    with pytest.raises(NotUsed, match="no credentials"):
+        give_up(UserError("refused", Exit.CLOUD))
+    assert (state.known("m").state, len(swept)) == ("down", 1)
+    with pytest.raises(
+        UserError, match=r"^interrupted; m may have a machine by now: mistralctl up goes on with it, mistralctl down m "
+    ):
+        give_up(KeyboardInterrupt())
+
+
+def test_down_goes_by_what_skypilot_knows(calls: list[str]) -> None:
+    assert Rented().observe(record(state="down"), None) == Observed()
+    Rented().start(attempt(Observed()))
+    assert Rented().observe(record(state="down"), None) == Observed("up")
