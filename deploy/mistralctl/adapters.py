@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from mistral_contract import adapters
 from mistral_contract.adapters import AdapterError
+from mistral_contract.envs import Serve, value
 
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -80,8 +80,8 @@ def asked(plan: Plan, note: Callable[[str], None]) -> dict[str, str]:
 
 
 def _of(envs: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    uris = json.loads(envs.get("MISTRALCTL_LORA") or "{}")
-    known = json.loads(envs.get("MISTRALCTL_LORA_VERSIONS") or "{}")
+    uris = value(Serve, "lora", envs)
+    known = value(Serve, "lora_versions", envs)
     return [(name, uri, known.get(name, "")) for name, uri in uris.items()]
 
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mistral_contract import files
+
 from mistralctl import connection, readiness, runtime, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.phases import PhaseEvent
@@ -166,7 +168,7 @@ def look(record: Record, on_phase: OnPhase) -> Report:
     The whole table is in gate.txt beside the record.
     """
     on_phase(PhaseEvent("gate", "start", time.time()))
-    report = walk(record, runtime.of(record.cloud).read(record, f"run/{record.name}/shared/routes.json"))
+    report = walk(record, runtime.of(record.cloud).read(record, files.ROUTES.of(record.name)))
     state.write_private(state.folder(record.name) / "gate.txt", table(report.rows) + "\n")
     check(report)
     return replace(report, answer=readiness.complete(record))
@@ -174,7 +176,7 @@ def look(record: Record, on_phase: OnPhase) -> Report:
 
 def let_in(record: Record, report: Report, on_phase: OnPhase) -> Record:
     """Opens a server that was walked and has answered to all that its short list lets in; its record. UserError if it does not open."""
-    runtime.of(record.cloud).write(record, f"run/{record.name}/passed", "yes\n")
+    runtime.of(record.cloud).write(record, files.PASSED.of(record.name), "yes\n")
     deadline = time.monotonic() + OPEN_SECONDS
     while not readiness.answers(record):
         if time.monotonic() > deadline:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
-from mistralctl.tasks import Task, resources_id, serving_name, setup_id
+from mistralctl.tasks import Task, env, resources_id, serving_name, setup_id
 
 if TYPE_CHECKING:
     from mistralctl.state import Record
@@ -73,7 +73,7 @@ def serves(record: Record | None, task: Task) -> bool:
     """Return whether a record says that this very task was up."""
     if record is None or record.state != "up":
         return False
-    return record.serving_id == task["envs"]["MISTRALCTL_SERVING_ID"] and record.resources_id == resources_id(task)
+    return record.serving_id == env(task, "serving_id") and record.resources_id == resources_id(task)
 
 
 def remembered(record: Record | None, task: Task) -> Observed:

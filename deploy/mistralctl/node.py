@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mistral_contract import files
+
 from mistralctl import state
 from mistralctl.tasks import environment_id
 
@@ -26,4 +28,4 @@ def local_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 def local_python(engine: str) -> Path:
     """The Python of the node's environment on this machine, whether or not it was made already."""
-    return local_dir() / "envs" / environment_id(engine, local_python_version()) / "bin" / "python"
+    return local_dir() / files.ENVIRONMENTS.name / environment_id(engine, local_python_version()) / "bin" / "python"

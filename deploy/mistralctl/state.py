@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mistral_contract import files
 from mistral_contract.suggest import suggest
 
 from mistralctl.errors import Exit, UserError
@@ -68,7 +69,7 @@ class Record:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.node_dir) / "run" / self.name
+        return Path(self.node_dir) / files.RUN.of(self.name)
 
     @property
     def base_url(self) -> str:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from mistral_contract import files
+
 from mistralctl import package_dir
 from mistralctl.errors import Exit, UserError
 
@@ -128,4 +130,4 @@ def briefly(uri: str) -> Iterator[Peeked | None]:
 
 def is_there(folder: Path) -> bool:
     """Whether a set of weights lies in a folder."""
-    return (folder / "mistral-weights.json").is_file()
+    return (folder / files.MANIFEST.name).is_file()

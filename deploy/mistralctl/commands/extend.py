@@ -8,9 +8,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mistral_contract import files
+
 from mistralctl import durations, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
+from mistralctl.tasks import env
 
 HEARD_SECONDS = 10.0
 
@@ -37,7 +40,7 @@ def _minutes(by: str) -> int:
 
 def _launcher(record: Record) -> dict[str, Any]:
     try:
-        found = json.loads(runtime.of(record.cloud).read(record, f"run/{record.name}/status.json") or "{}")
+        found = json.loads(runtime.of(record.cloud).read(record, files.STATUS.of(record.name)) or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -46,7 +49,7 @@ def _launcher(record: Record) -> dict[str, Any]:
 def _extend(record: Record, by: str, minutes: int) -> Extended:
     if record.state != "up":
         raise UserError(f"{record.name} is not up; run mistralctl up first", Exit.NOT_FOUND)
-    if not record.task["envs"]["MISTRALCTL_TTL_MINUTES"]:
+    if not env(record.task, "ttl_minutes"):
         raise UserError(f"{record.name} has no end (--ttl never), so there is nothing to extend", Exit.CONFLICT)
     launcher = _launcher(record)
     if launcher.get("state") != "ready" or launcher.get("ends_at") is None:
@@ -57,7 +60,7 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
         raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
     where = runtime.of(record.cloud)
     where.extend(record, until)
-    where.write(record, f"run/{record.name}/ends_at", f"{until}\n")
+    where.write(record, files.ENDS_AT.of(record.name), f"{until}\n")
     deadline = time.monotonic() + HEARD_SECONDS
     while _launcher(record).get("ends_at") != until:
         if time.monotonic() > deadline:

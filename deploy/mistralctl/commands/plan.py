@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from mistral_contract.envs import PREFIX, variable
+
 from mistralctl import adapters, certificates, checkpoints, lifecycle, node, runtime, state, stores, system, tasks
 from mistralctl import plan as planning
 from mistralctl.clouds import LOCAL
@@ -79,8 +81,8 @@ def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
     drift = _drift(record) if refresh else ""
     old, new = record.task.get("envs", {}), render_plan(plan)["envs"]
     changed = [
-        f"{key.removeprefix('MISTRALCTL_').lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
-        for key in sorted({*old, *new} - {"MISTRALCTL_SERVING_ID", "MISTRALCTL_PORT", "MISTRALCTL_NODE_DIR", "MISTRALCTL_PYTHON"})
+        f"{key.removeprefix(PREFIX).lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
+        for key in sorted({*old, *new} - set(map(variable, ("serving_id", "port", "node_dir", "python"))))
         if old.get(key, "") != new.get(key, "")
     ]
     found = steps(plan, refresh=refresh)
@@ -89,7 +91,7 @@ def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
         what = f"it is up on {record.cloud}: run down first, or give another --name"
     elif Do.END_MACHINE in done:
         what = f"another machine is needed: {record.machine} in {record.region} would go, after a yes"
-    elif changed or old.get("MISTRALCTL_SERVING_ID") != new["MISTRALCTL_SERVING_ID"]:
+    elif changed or old.get(variable("serving_id")) != new[variable("serving_id")]:
         what = "the server would be replaced on its machine"
     elif refresh:
         what = "nothing would change, and it is as it was" if done == {Do.KEEP} else "up would bring it back"

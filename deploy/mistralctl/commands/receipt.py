@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import files
+
 import mistralctl
 from mistralctl import runtime, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import facts
 from mistralctl.state import Record
+from mistralctl.tasks import env
 
 SCHEMA = 1
-MANIFEST = "mistral-weights.json"
 
 
 @dataclass(frozen=True)
@@ -88,22 +90,21 @@ def _read_json(record: Record, file: str) -> dict[str, Any]:
 
 def write(record: Record) -> Receipt:
     """The receipt of a deployment that is up, with what its node says of itself now; it is written."""
-    envs = record.task["envs"]
-    launcher = _read_json(record, f"run/{record.name}/status.json")
-    manifest = _read_json(record, f"weights/{envs['MISTRALCTL_WEIGHTS_ID']}/{MANIFEST}")
+    launcher = _read_json(record, files.STATUS.of(record.name))
+    manifest = _read_json(record, files.MANIFEST.path.replace("WEIGHTS_ID", env(record.task, "weights_id")))
     engine = launcher.get("engine") or {}
     versions = {
         "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if "skypilot" in runtime.of(record.cloud).packages else None,
         "vllm": engine.get("vllm"), "torch": engine.get("torch"),
     }  # fmt: skip
-    files = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
+    held = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
     node = None
     with suppress(UserError):  # a receipt without it is better than none
         node = facts.read(record)
     receipt = Receipt(
         SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
-        record.served_model_name, round(time.time(), 1), None, versions, envs["MISTRALCTL_WEIGHTS"], envs["MISTRALCTL_REVISION"],
-        tuple(files), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
+        record.served_model_name, round(time.time(), 1), None, versions, env(record.task, "weights"), env(record.task, "revision"),
+        tuple(held), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
         record.gate or None, record.task, node,
     )  # fmt: skip
     _save(receipt)

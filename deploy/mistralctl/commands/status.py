@@ -14,6 +14,7 @@ from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import UserError
 from mistralctl.runtime import local, rented
 from mistralctl.state import Record
+from mistralctl.tasks import env
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
 AT_ONCE = 64
@@ -72,7 +73,7 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> 
     end = (launcher or {}).get("ends_at") or record.ends_at
     if end is not None:
         return round(max(0.0, (end - time.time()) / 60), 1)
-    return _left(record.task.get("envs", {}).get("MISTRALCTL_TTL_MINUTES", ""), since)
+    return _left(env(record.task, "ttl_minutes"), since)
 
 
 def _here(record: Record) -> Status:
@@ -86,13 +87,12 @@ def _here(record: Record) -> Status:
     elif record.state == "up" and not readiness.answers(record, probing=True):
         now, why = "starting", "it does not answer"
     up = now in ("up", "starting")
-    envs = record.task.get("envs", {})
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
     return Status(
         record.name, now, record.cloud, record.model, record.base_url if up else None,
         round((time.time() - record.created_at) / 60, 1) if up else None,
-        _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
+        _left(env(record.task, "idle_minutes"), last) if up else None,
         _ttl_left(record, launcher, record.created_at) if up else None,
         why, launcher,
     )  # fmt: skip
@@ -192,14 +192,13 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     elif not said and record.state == "up":
         now, why = "lost", "its machine is there without a server of ours; run up again"
     up = machine is not None
-    envs = record.task.get("envs", {})
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
     since = (machine.created if machine is not None else None) or record.created_at
     hours = (time.time() - since) / 3600
     price = record.price if machine is not None else None
     return Status(
         record.name, now, record.cloud, record.model, record.base_url if up else None, round(hours * 60, 1) if up else None,
-        _left(envs.get("MISTRALCTL_IDLE_MINUTES", ""), last) if up else None,
+        _left(env(record.task, "idle_minutes"), last) if up else None,
         _ttl_left(record, launcher, since) if up else None,
         why, launcher,
         region=machine.place if machine is not None else record.region,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mistral_contract import files
+
 from mistralctl import adapters, certificates, endpoint, figures, lifecycle, refusals, runtime, state, system
 from mistralctl.apply import Up
 from mistralctl.commands import plan as plan_command
@@ -23,7 +25,7 @@ from mistralctl.runtime import sky
 from mistralctl.runtime.local import alive
 from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
-from mistralctl.tasks import resources_id, serving_name
+from mistralctl.tasks import env, resources_id, serving_name
 from mistralctl.tasks.serve import node_port
 
 
@@ -78,7 +80,7 @@ def _check_hub(plan: Plan) -> None:
         return
     from mistralctl import weights
 
-    there = plan.local and weights.is_there(local_dir() / "weights" / plan.weights_id)
+    there = plan.local and weights.is_there(local_dir() / files.WEIGHTS.name / plan.weights_id)
     weights.may_pull(plan.sources[1:] if there else plan.sources)
 
 
@@ -119,12 +121,12 @@ def _port(sourced: Sourced, plan: Plan, old: Record | None) -> int:
 def _wanted(plan: Plan, port: int, old: Record | None) -> Record:
     """The record of the deployment as it will be; a machine that stays keeps its age and its set-up."""
     task = plan_command.render_plan(plan, port)
-    envs, cluster = task["envs"], runtime.of(plan.chosen.cloud).cluster(plan.name)
+    cluster = runtime.of(plan.chosen.cloud).cluster(plan.name)
     if cluster:
         task["name"] = serving_name(task)
     record = Record(
-        plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port, envs["MISTRALCTL_NODE_DIR"],
-        envs["MISTRALCTL_SERVING_ID"], time.time(), plan.model.chat, task=task, cluster=cluster,
+        plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port, env(task, "node_dir"),
+        env(task, "serving_id"), time.time(), plan.model.chat, task=task, cluster=cluster,
         resources_id=resources_id(task), public=plan.spec.public, host=certificates.own(plan.spec).host if plan.spec.cert else "",
     )  # fmt: skip
     stays = old is not None and old.state != "down" and old.cluster and old.resources_id == record.resources_id

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import files
+from mistral_contract.envs import variable
+
 from mistralctl import state
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import ssh
@@ -20,13 +23,13 @@ SECONDS = 60.0
 
 def read(record: Record) -> dict[str, Any]:
     """Return what the machine of a deployment says of itself; UserError if it cannot be asked."""
-    script = f"run/{record.name}/model/node/machine.py"
+    script = f"{files.MODEL.of(record.name)}/node/machine.py"
     if record.cluster:
-        words = f'exec python3 "$HOME/.mistralctl/{script}" {shlex.quote(record.cloud)} {shlex.quote(record.name)}'
+        words = f'exec python3 "{ssh.NODE_DIR}/{script}" {shlex.quote(record.cloud)} {shlex.quote(record.name)}'
         said = ssh.run(record.name, words, seconds=SECONDS)
     else:
         command = [sys.executable, str(Path(record.node_dir) / script), "", record.name]
-        environ = state.without_secrets(os.environ) | {"MISTRALCTL_NODE_DIR": record.node_dir}
+        environ = state.without_secrets(os.environ) | {variable("node_dir"): record.node_dir}
         try:
             said = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:

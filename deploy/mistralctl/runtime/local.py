@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mistral_contract import files
 
 from mistralctl import endpoint, readiness, state
 from mistralctl.errors import Exit, UserError
@@ -24,7 +25,7 @@ from mistralctl.lifecycle import Observed
 from mistralctl.phases import PhaseEvent, Progress
 from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import Record
-from mistralctl.tasks import Task
+from mistralctl.tasks import Task, env
 
 SETUP_SECONDS = 7200.0
 START_SECONDS = 1800.0
@@ -177,20 +178,19 @@ def _target(destination: str, node_dir: str) -> Path:
 def place_files(task: Task) -> None:
     """Copies the task's file mounts into the node's folder."""
     for destination, source in task["file_mounts"].items():
-        target = _target(destination, task["envs"]["MISTRALCTL_NODE_DIR"])
+        target = _target(destination, env(task, "node_dir"))
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".venv", "*.egg-info"))
 
 
 def check_disk(task: Task, weights_bytes: int) -> None:
     """UserError when the disk cannot hold what is still missing."""
-    envs = task["envs"]
-    node_dir = Path(envs["MISTRALCTL_NODE_DIR"])
+    node_dir = Path(env(task, "node_dir"))
     node_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     need = 0
-    if not (node_dir / "envs" / envs["MISTRALCTL_ENV_ID"] / ".complete").exists():
+    if not (node_dir / files.ENVIRONMENTS.name / env(task, "env_id") / ".complete").exists():
         need += ENVIRONMENT_BYTES
-    if not (node_dir / "weights" / envs["MISTRALCTL_WEIGHTS_ID"]).exists():
+    if not (node_dir / files.WEIGHTS.name / env(task, "weights_id")).exists():
         need += 2 * weights_bytes
     free = shutil.disk_usage(node_dir).free
     if free < need:
@@ -202,7 +202,7 @@ def check_disk(task: Task, weights_bytes: int) -> None:
 
 
 def _run_dir(task: Task) -> Path:
-    return Path(task["envs"]["MISTRALCTL_NODE_DIR"]) / "run" / str(task["envs"]["MISTRALCTL_NAME"])
+    return Path(env(task, "node_dir")) / files.RUN.of(env(task, "name"))
 
 
 def remove_run(run_dir: Path) -> None:
@@ -213,7 +213,7 @@ def remove_run(run_dir: Path) -> None:
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What the launcher last said of itself."""
     try:
-        data = json.loads((run_dir / "status.json").read_text("utf-8"))
+        data = json.loads((run_dir / files.STATUS.name).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None
@@ -261,7 +261,7 @@ class Local:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.write_bytes(b"")
         place_files(task)
-        state.write_private(_run_dir(task) / "secrets.json", json.dumps(dict(attempt.secrets)))
+        state.write_private(_run_dir(task) / files.SECRETS.name, json.dumps(dict(attempt.secrets)))
         session = Session(attempt.record, task["setup"], log, progress)
         keep(session.record)
         session.finish()
@@ -269,7 +269,7 @@ class Local:
 
     def _serve(self, attempt: Attempt, progress: Progress) -> Session:
         task = attempt.record.task
-        (_run_dir(task) / "status.json").unlink(missing_ok=True)
+        (_run_dir(task) / files.STATUS.name).unlink(missing_ok=True)
         server = Session(attempt.record, task["run"], _log(attempt.record.name), progress)
         attempt.keep(server.record)
         return server

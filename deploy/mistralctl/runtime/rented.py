@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from mistral_contract import files
+from mistral_contract.envs import Serve, value
 
 from mistralctl import certificates, endpoint, readiness, state, sweep
 from mistralctl.clouds import NotUsed, listing
@@ -20,7 +22,7 @@ from mistralctl.runtime import sky, ssh
 from mistralctl.runtime.following import Following
 from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import NOWHERE, Record
-from mistralctl.tasks import owner, serving_name
+from mistralctl.tasks import env, owner, serving_name
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -150,9 +152,9 @@ def reach(record: Record) -> None:
 
 def publish(record: Record, text: str) -> None:
     """Pin the certificate of a public server, open the cloud's firewall to those who may ask, and wait until that is so."""
-    allowed = json.loads(record.task["envs"]["MISTRALCTL_ALLOW"])
+    allowed = value(Serve, "allow", record.task["envs"])
     certificates.pin(record.name, text)
-    listing(record.cloud).narrow(owner(os.environ), record.name, record.region, record.port, allowed or ["0.0.0.0/0"])
+    listing(record.cloud).narrow(owner(os.environ), record.name, record.region, record.port, list(allowed) or ["0.0.0.0/0"])
     deadline = time.monotonic() + PUBLIC_SECONDS
     while not readiness.answers(record, probing=True):
         if why := readiness.refusal(record):
@@ -243,7 +245,7 @@ class Rented:
             served.replace(served.with_name("serve.before.log"))
         if observed.machine != "none" and serving_name(record.task) not in (observed.jobs or {}):
             # SkyPilot does not change a machine's labels, and its life begins anew
-            ttl = record.task["envs"].get("MISTRALCTL_TTL_MINUTES")
+            ttl = env(record.task, "ttl_minutes")
             until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
             sweep.tell_cloud(replace(record, cloud=observed.cloud, region=observed.region), until)
         return Progress(attempt.on_phase)
@@ -258,7 +260,7 @@ class Rented:
         record = server.record
         if record.public:
             server.wait("engine")
-            publish(record, self.read(record, f"run/{record.name}/shared/tls.crt"))
+            publish(record, self.read(record, files.CERTIFICATE.of(record.name)))
             return record
         record = open_tunnel(record, attempt.keep)
         attempt.keep(record)
@@ -349,11 +351,11 @@ class Rented:
 
     def read(self, record: Record, file: str) -> str:
         """Return the text of a file below the node's folder, empty where it is not there; UserError if the node cannot be reached."""
-        return ssh.run(record.name, f'cat "$HOME/.mistralctl/{file}" 2> /dev/null || true', seconds=30)
+        return ssh.run(record.name, f'cat "{ssh.NODE_DIR}/{file}" 2> /dev/null || true', seconds=30)
 
     def write(self, record: Record, file: str, text: str) -> None:
         """Replace a file below the node's folder as a whole."""
-        ssh.run(record.name, f'cd "$HOME/.mistralctl" && cat > "{file}.new" && mv "{file}.new" "{file}"', given=text, seconds=30)
+        ssh.run(record.name, f'cd "{ssh.NODE_DIR}" && cat > "{file}.new" && mv "{file}.new" "{file}"', given=text, seconds=30)
 
     def extend(self, record: Record, until: float) -> None:
         """Write the machine's new end to its label, so that `reap` lets it be; UserError if it has no machine."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from mistral_contract import files
 
-from mistralctl import state
+from mistralctl import state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime.local import alive
 
 HOST = "node"
+NODE_DIR = tasks.NODE_DIR.replace("~", "$HOME")  # as a shell on the node finds it
 CONNECT_SECONDS = 15
 SHARED = "ssh.sock"  # how commands go over the tunnel's connection; relative, because a socket's path has to be short
 SHARED_SECONDS = 3.0  # the tunnel takes up to 45 s to notice that its connection is dead
@@ -113,14 +115,14 @@ def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str
 
 def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
     """Puts the secrets into the node's file of mode 0600, over standard input, so that they are in no argument and no log."""
-    folder = f"$HOME/.mistralctl/run/{name}"
-    script = f'umask 077; mkdir -p "{folder}" && cat > "{folder}/.secrets" && mv "{folder}/.secrets" "{folder}/secrets.json"'
+    folder, file = f"{NODE_DIR}/{files.RUN.of(name)}", files.SECRETS.name
+    script = f'umask 077; mkdir -p "{folder}" && cat > "{folder}/.secrets" && mv "{folder}/.secrets" "{folder}/{file}"'
     run(name, script, given=json.dumps(dict(secrets)))
 
 
 def read_status(name: str, *, seconds: float = 20, shared: bool = False) -> str:
     """The launcher's status.json on the node, empty where there is none yet; `shared`: over the tunnel's connection or not at all."""
-    file = f'"$HOME/.mistralctl/run/{name}/status.json"'
+    file = f'"{NODE_DIR}/{files.STATUS.of(name)}"'
     script = f"[ ! -r {file} ] || exec cat {file}"
     return _run_shared(name, script, seconds) if shared else run(name, script, seconds=seconds)
 

@@ -116,16 +116,21 @@ def environment_id(engine: str, python: str) -> str:
 _SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lora_versions")
 
 
+def env(task: Task, field: str) -> str:
+    """Return the text of an env of a task, by its field in the contract; empty if the task has none."""
+    return str(task.get("envs", {}).get(variable(field), ""))
+
+
 def setup_id(task: Task) -> str:
     """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
     endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
-    return digest([*(task["envs"][variable(name)] for name in _SETUP), *endpoints, tree(package_dir("model"))])
+    return digest([*(env(task, name) for name in _SETUP), *endpoints, tree(package_dir("model"))])
 
 
 def serving_name(task: Task) -> str:
     """Return the name of a task's job on a rented machine: another server, another name."""
-    envs = task["envs"]
-    return f"{envs['MISTRALCTL_NAME']}-{envs['MISTRALCTL_SERVING_ID']}" if "MISTRALCTL_SERVING_ID" in envs else str(task["name"])
+    serving_id = env(task, "serving_id")
+    return f"{env(task, 'name')}-{serving_id}" if serving_id else str(task["name"])
 
 
 def resources_id(task: Task) -> str:
