@@ -386,7 +386,9 @@ def weights_mirror(
     from mistralctl import stores
     from mistralctl.tasks import mirror
 
-    spec = mirror.make(source, target, revision, region, endpoints=stores.endpoints((source, target), os.environ), canary=canary)
+    spec = mirror.checked(
+        mirror.MirrorSpec(source, target, revision, region, stores.endpoints((source, target), os.environ), canary)
+    )
     if here and (dry_run or region):
         raise UserError(f"--here: means nothing with {'--dry-run' if dry_run else '--region'}; leave one of the two out")
     if stage and not here:

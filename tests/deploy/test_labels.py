@@ -84,5 +84,5 @@ def test_a_name_that_is_given_is_accepted_by_all_or_refused_here(name: str) -> N
 
 
 def test_a_mirrors_machine() -> None:
-    spec = mirror.make("hf://mistralai/Mistral-7B-Instruct-v0.1", "gs://My_Bucket.example/v01")
+    spec = mirror.checked(mirror.MirrorSpec("hf://mistralai/Mistral-7B-Instruct-v0.1", "gs://My_Bucket.example/v01"))
     accepted(mirror.render(spec, owner=tasks.owner({"MISTRALCTL_OWNER": "me"}))["resources"]["labels"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -16,7 +17,7 @@ from mistralctl.tasks import mirror
 Run = Callable[..., CompletedProcess[str]]
 GOLDEN = Path(__file__).parent / "golden"
 HUB = "hf://mistralai/Mistral-7B-Instruct-v0.1"
-CASES: dict[str, tuple[str, ...]] = {
+CASES: dict[str, tuple[Any, ...]] = {
     "mirror-aws": ("mistral-7b-instruct-v0.1", "s3://bucket/v01", "", "us-east-1"),
     "mirror-gcp": (HUB, "gs://bucket/v01", "main"),
     "mirror-azure": ("s3://bucket/v01", "az://account/container/v01"),
@@ -25,7 +26,9 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def rendered(name: str) -> tasks.Task:
-    return mirror.render(mirror.make(*CASES[name], canary=name == "mirror-canary"), owner="0123456789ab")
+    return mirror.render(
+        mirror.checked(replace(mirror.MirrorSpec(*CASES[name]), canary=name == "mirror-canary")), owner="0123456789ab"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,10 +66,10 @@ def test_the_canary_here_wants_torch_before_anything_is_pulled(mistralctl: Run, 
 
 
 def test_a_row_of_the_table_is_pinned_and_another_revision_wins() -> None:
-    assert mirror.make("mistral-7b-v0.1", "s3://b/x") == mirror.MirrorSpec(
+    assert mirror.checked(mirror.MirrorSpec("mistral-7b-v0.1", "s3://b/x")) == mirror.MirrorSpec(
         "hf://mistralai/Mistral-7B-v0.1", "s3://b/x", "27d67f1b5f57dc0953326b2601d68371d40ea8da"
     )
-    assert mirror.make("mistral-7b-v0.1", "s3://b/x", "main").revision == "main"
+    assert mirror.checked(mirror.MirrorSpec("mistral-7b-v0.1", "s3://b/x", "main")).revision == "main"
 
 
 ERRORS: list[tuple[tuple[Any, ...], str]] = [
@@ -84,19 +87,19 @@ ERRORS: list[tuple[tuple[Any, ...], str]] = [
 @pytest.mark.parametrize(("arguments", "line"), ERRORS, ids=[line[:24] for _, line in ERRORS])
 def test_what_cannot_be_mirrored(arguments: tuple[Any, ...], line: str) -> None:
     with pytest.raises(UserError) as error:
-        mirror.make(*arguments)
+        mirror.checked(mirror.MirrorSpec(*arguments))
     assert (str(error.value), error.value.code) == (line, Exit.USAGE)
 
 
 def test_a_region_of_another_cloud_is_named() -> None:
     with pytest.raises(UserError, match="--region: gcp has no region 'us-east-1'; one of "):
-        mirror.make(HUB, "gs://b/x", "", "us-east-1")
+        mirror.checked(mirror.MirrorSpec(HUB, "gs://b/x", "", "us-east-1"))
 
 
 def test_a_folder_of_this_machine_is_mirrored_here_only() -> None:
     for source, target in ((HUB, "file:///x"), ("file:///x", "s3://b/x")):
         with pytest.raises(UserError, match="is a folder of this machine; add --here"):
-            mirror.render(mirror.make(source, target), owner="x")
+            mirror.render(mirror.checked(mirror.MirrorSpec(source, target)), owner="x")
 
 
 def test_dry_run_prints_the_task_alone_and_the_same_bytes_every_time(mistralctl: Run, home: Path) -> None:

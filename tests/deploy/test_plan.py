@@ -344,4 +344,4 @@ def test_a_model_row_touches_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     got = plan.make(sourced, checkpoints.resolve(sourced), None)
     assert serve.render(got, owner="x")["envs"]["MISTRALCTL_REVISION"] == "1" * 40
     assert "made-up-7b" in models_text(facts.models())
-    assert mirror.make("made-up-7b", "s3://bucket/x").source == "hf://nobody/made-up"
+    assert mirror.checked(mirror.MirrorSpec("made-up-7b", "s3://bucket/x")).source == "hf://nobody/made-up"

@@ -87,7 +87,7 @@ def test_verify_finds_one_flipped_bit_in_the_store(mirrored: Cli, store: dict[st
 
 def test_the_task_of_a_mirror_runs_as_it_stands(mirrored: Cli, store: dict[str, str], tmp_path: Path) -> None:
     """Its own `setup` and `run`, as a node runs them, in a node's folder of this test."""
-    made = mirror.render(mirror.make(SMOLLM2, "s3://weights/by-task"), owner="tests")
+    made = mirror.render(mirror.checked(mirror.MirrorSpec(SMOLLM2, "s3://weights/by-task")), owner="tests")
     name, node = made["name"], str(share_node(tmp_path / "home") / "node")
     made["envs"]["MISTRALCTL_NODE_DIR"] = node
     made["envs"]["MISTRALCTL_PYTHON"] = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -62,15 +62,13 @@ def _checked(uri: str, place: str) -> str:
         raise UserError(f"{place}: {error}") from None
 
 
-def make(
-    source: str, target: str, revision: str = "", region: str | None = None, *, endpoints: Mapping[str, str] | None = None,
-    canary: bool = False,
-) -> MirrorSpec:  # fmt: skip
-    """The checked mirror. A row of the table of models stands for its weights, at the commit that the table pins."""
-    row = MODELS.get(source)
+def checked(asked: MirrorSpec) -> MirrorSpec:
+    """Return the checked mirror. A row of the table of models stands for its weights, at the commit that the table pins."""
+    row = MODELS.get(asked.source)
     if row is not None:
-        source, revision = row.weights, revision or row.revision
-    spec = MirrorSpec(_checked(source, "SOURCE"), _checked(target, "TARGET"), revision, region, endpoints or {}, canary)
+        asked = replace(asked, source=row.weights, revision=asked.revision or row.revision)
+    spec = replace(asked, source=_checked(asked.source, "SOURCE"), target=_checked(asked.target, "TARGET"))
+    target, revision, region = spec.target, spec.revision, spec.region
     scheme = target.partition("://")[0]
     if scheme not in BUCKETS and scheme != "file":
         raise UserError(f"TARGET: weights cannot be written to {scheme}://; name a bucket or a folder")
