@@ -29,13 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import files
+from mistral_contract import files, keys
 from mistral_node import flags, tls
 from mistral_node.contract import read
-from mistral_node.guard import PROBE_HEADER, probe_token
+from mistral_node.guard import PROBE_HEADER
 from startup import contract, free_port, prepare
 
-KEY = "a key of this benchmark"
+KEY = "a-key-of-this-benchmark"
+PROBE = "what-opens-its-closed-guard"
 GOAL = 0.98
 CLIENTS, TOKENS = 4, 16
 
@@ -56,7 +57,7 @@ class Server:
         """One completion; seconds to the first piece of its body."""
         body = {"model": "smollm2", "prompt": "The capital of France is", "max_tokens": tokens, "temperature": 0,
                 "ignore_eos": True, "stream": stream}  # fmt: skip
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", PROBE_HEADER.decode(): probe_token(KEY)}
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", PROBE_HEADER.decode(): PROBE}
         began = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = connection.getresponse()
@@ -70,7 +71,7 @@ class Server:
     def healthy(self) -> bool:
         connection = self.connect()
         try:
-            connection.request("GET", "/health", headers={PROBE_HEADER.decode(): probe_token(KEY)})
+            connection.request("GET", "/health", headers={PROBE_HEADER.decode(): PROBE})
             return connection.getresponse().status == 200
         except OSError:
             return False
@@ -109,10 +110,14 @@ def both(folder: Path) -> Iterator[dict[str, Server]]:
         "MISTRALCTL_GATE": "probe",
         "MISTRALCTL_SERVE_USER": "",
         "MISTRALCTL_DTYPE": "float32",
+        "MISTRALCTL_KEYS": keys.Keys(1, (keys.make(KEY, "benchmark", 1.0, probe=keys.digest(PROBE)),)).dump(),
+        "MISTRALCTL_SECRETS": '["address"]',
     }
     envs = contract(folder / "node", weights, ports[0]) | changed
     run_dir = folder / "node" / "run" / "startup"
-    (run_dir / "secrets.json").write_text(json.dumps({"api_key": KEY, "address": "127.0.0.1"}))
+    secrets = run_dir / "secrets.json"
+    secrets.touch(mode=0o600)
+    secrets.write_text(json.dumps({"address": "127.0.0.1"}))
     wanted = read(envs | {"MISTRALCTL_TLS": "", "MISTRALCTL_PORT": str(ports[1])})
     arguments = flags.arguments(wanted, weights)
     at = arguments.index("--middleware")

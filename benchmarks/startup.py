@@ -34,8 +34,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import yaml
+from mistral_contract import keys
 
 ROOT = Path(__file__).resolve().parents[1]
+KEY = "a-key-of-this-benchmark"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LIMIT_SECONDS = 600.0
 # The stage that ends with a line of the log, in the order in which they come.
@@ -92,11 +94,9 @@ def contract(node_dir: Path, weights: Path, port: int) -> dict[str, str]:
     link = node_dir / "weights" / "weights"
     if not link.exists():
         link.symlink_to(weights)
-    secrets = node_dir / "run" / "startup" / "secrets.json"
-    secrets.parent.mkdir(parents=True, exist_ok=True)
-    secrets.touch(mode=0o600)
-    secrets.write_text(json.dumps({"api_key": "a key of this benchmark"}))
-    return envs
+    (node_dir / "run" / "startup").mkdir(parents=True, exist_ok=True)
+    known = keys.Keys(1, (keys.make(KEY, "benchmark", 1.0),))
+    return envs | {"MISTRALCTL_KEYS": known.dump(), "MISTRALCTL_SECRETS": "[]"}
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def start(program: str, folder: Path, weights: Path) -> dict[str, float]:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(weights), "--host", "127.0.0.1", "--port", str(port),
             "--max-model-len", "4096", "--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "--dtype", "bfloat16",
-            "--enforce-eager", "--api-key", "a key of this benchmark",
+            "--enforce-eager", "--api-key", KEY,
         ]  # fmt: skip
     else:
         env |= envs

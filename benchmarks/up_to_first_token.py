@@ -1,7 +1,7 @@
 """From the command to the first token on a simulated AWS: `mistralctl up` beside the shortest equivalent by hand.
 
 Both bring up the same task with the real SkyPilot on a node of their own (tests/e2e/simcloud), in turns, with the same weights from
-the same S3 server. By hand means: `sky launch` of what `mistralctl up --dry-run` printed, the secrets' file written over ssh, an ssh
+the same S3 server. By hand means: `sky launch` of what `mistralctl up --dry-run` printed with the hash of a key, an ssh
 tunnel, then one completion asked for again and again until it answers; nothing is checked and the server
 starts open. `mistralctl up` does all its checks, and its time is
 taken when it has ended, first answer included. The ratio is the geometric mean over the rounds (ours / by hand), with a 95 % confidence
@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+from mistral_contract import keys
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 from deployments import PLACES, simulated, up  # noqa: E402 - found by the line before
@@ -38,7 +41,6 @@ began=$(now)
 sky launch -y -d -c hand "$1" > launch.log 2>&1
 launched=$(now)
 to_node=(-F ~/.sky/generated/ssh/hand -i ~/.sky/clients/*/ssh/sky-key)
-ssh "${to_node[@]}" hand 'umask 077; mkdir -p ~/.mistralctl/run/hand; cat > ~/.mistralctl/run/hand/secrets.json' <<< "{\\"api_key\\": \\"$2\\"}"
 ssh "${to_node[@]}" -N -L 127.0.0.1:9000:127.0.0.1:8000 hand &
 tunnel=$!
 body='{"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
@@ -61,8 +63,10 @@ def ours(sim: SimCloud) -> dict[str, Any]:
 def by_hand(sim: SimCloud, folder: Path) -> dict[str, Any]:
     """The same by hand: seconds in all, and until `sky launch` had ended."""
     task = folder / "task.yaml"
-    rendered = sim.run([*PLACE.up, "--name", "hand", "--dry-run"]).stdout
-    task.write_text(rendered.replace("MISTRALCTL_GATE: probe", "MISTRALCTL_GATE: ''"))  # nobody is there to open it
+    rendered = yaml.safe_load(sim.run([*PLACE.up, "--name", "hand", "--dry-run"]).stdout)
+    known = keys.Keys(1, (keys.make(KEY, "hand", 1.0),))
+    rendered["envs"] |= {"MISTRALCTL_GATE": "", "MISTRALCTL_KEYS": known.dump()}  # nobody is there to open it
+    task.write_text(yaml.safe_dump(rendered, sort_keys=False))
     done = sim.run(["bash", "-c", BY_HAND, "by-hand", task, KEY], cwd=folder, timeout=900)
     began, launched, ended = map(float, done.stdout.split()[-3:])
     sim.run(["sky", "down", "-y", "hand"], timeout=300)

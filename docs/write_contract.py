@@ -59,7 +59,8 @@ def template(text: str, task: type) -> str:
     """A template with the envs that the contract has for its kind of task."""
 
     def plain(value: str) -> str:
-        return value if value and yaml.safe_load(value) == value else f'"{value}"'
+        quote = "'" if '"' in value else '"'
+        return value if value and yaml.safe_load(value) == value else f"{quote}{value}{quote}"
 
     lines = "".join(f"  {env.name}: {plain(env.template)}\n" for env in envs.of(task))
     text, found = re.subn(r"(?m)^envs:\n(?:  .*\n)+", lambda _: f"envs:\n{lines}", text)

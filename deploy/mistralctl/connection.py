@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import http.client
 import ssl
 from typing import TYPE_CHECKING, Any
+
+from mistral_contract.keys import probe_token
 
 from mistralctl import certificates, state
 from mistralctl.errors import UserError
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     import httpx
 
 PROBE_HEADER = "x-mistralctl-probe"
-
-
-def probe_token(key: str) -> str:
-    """What opens the guard to us alone, until the gate is passed (docs/contract.md)."""
-    return hmac.new(key.encode(), b"mistralctl probe", hashlib.sha256).hexdigest()
 
 
 def options(record: Record) -> dict[str, Any]:

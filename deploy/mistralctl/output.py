@@ -14,6 +14,7 @@ from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
 from mistralctl.commands.extend import Extended
+from mistralctl.commands.keys import KeyChange, KeyList
 from mistralctl.commands.reap import Found, Reaped
 from mistralctl.commands.receipt import Receipt
 from mistralctl.commands.status import Status
@@ -261,6 +262,52 @@ def env_text(client: Client) -> str:
     """Lines for a shell."""
     values = {"OPENAI_BASE_URL": client.base_url, "OPENAI_API_KEY": client.api_key, "SSL_CERT_FILE": client.ssl_cert_file}
     return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in values.items() if value)
+
+
+def _end(at: float | None) -> str:
+    return "never" if at is None else _moment(at)
+
+
+def keys_text(result: KeyList) -> str:
+    """One row a key; whose counts are not known here has none."""
+    head = [
+        "ID",
+        "NAME",
+        "CREATED",
+        "EXPIRES",
+        "AT ONCE",
+        "REQUESTS/MIN",
+        "TOKENS/MIN",
+        "TOKENS/DAY",
+        "REQUESTS",
+        "TOKENS",
+        "REFUSED",
+    ]
+    rows = []
+    for row in result.keys:
+        limits = (row.requests_at_once, row.requests_per_minute, row.tokens_per_minute, row.tokens_per_day)
+        counts = (row.requests, row.tokens, row.refused)
+        rows.append(
+            [row.id, row.name + (" *" if row.own else ""), _moment(row.created), _end(row.expires),
+             *("-" if one is None else str(one) for one in (*limits, *counts))]
+        )  # fmt: skip
+    note = "*: this laptop's own" if any(row.own for row in result.keys) else ""
+    asked = "" if result.live else f"{result.name} is not up; these are the keys of its next up"
+    return "\n".join([table(head, rows), *filter(None, (note, asked))])
+
+
+def key_change_text(result: KeyChange) -> str:
+    """What was done, and a new key in a line of its own, this once."""
+    lines = [f"{result.action} {result.key_name} ({result.id}), in force {result.effective}"]
+    if result.expires is not None:
+        lines[0] += f", until {_end(result.expires)}"
+    if result.old_id:
+        lines.append(f"the key {result.old_id} before it is let in until {_end(result.old_expires)}")
+    if result.key_file:
+        lines.append(f"the new key is in {result.key_file}; mistralctl env {result.name} prints it")
+    if result.key:
+        lines += ["the key, which is stored nowhere and not shown again:", result.key]
+    return "\n".join(lines)
 
 
 def mirrored_text(result: Mirrored) -> str:

@@ -172,7 +172,7 @@ def names() -> list[str]:
 
 def forget(name: str) -> None:
     """Removes the record and the key, for an `up` that never came to be."""
-    for file in ("record.json", "api_key"):
+    for file in ("record.json", "api_key", files.KEYS_FILE.name):
         (folder(name) / file).unlink(missing_ok=True)
 
 

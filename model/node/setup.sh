@@ -44,8 +44,8 @@ make_environment() {
 
 pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in the page cache
   local n
-  case $1 in
-    hf://*) # the laptop sends the hub's token as soon as it sees this set-up run; by hand there may be none
+  case $1,${MISTRALCTL_SECRETS:-} in
+    hf://*,*hf_token*) # the laptop sends it as soon as it sees this set-up run; by hand it may come later, or never
       for ((n = 0; n < 240; n++)); do
         [ -e "$run_dir/secrets.json" ] && break
         sleep 0.25

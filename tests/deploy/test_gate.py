@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 import time
@@ -14,9 +13,10 @@ import mistral_node.guard as guard_module
 import pytest
 import uvicorn
 from fastapi import APIRouter, FastAPI, WebSocket
-from mistral_node.guard import Guard, probe_token, routes_of
+from mistral_contract import keys as contract_keys
+from mistral_node.guard import Guard, routes_of
 from mistral_node.traffic import Traffic
-from mistralctl import connection, gate, state
+from mistralctl import connection, gate, keys, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.phases import PhaseEvent
 from mistralctl.state import Record
@@ -64,7 +64,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MISTRALCTL_GATE", "probe")
     folder = tmp_path / "node" / "run" / NAME / "shared"
     folder.mkdir(parents=True)
-    (folder / "secrets.json").write_text(json.dumps({"api_key": state.api_key(NAME)}))
+    keys.prepare(NAME, None, running=False)
+    contract_keys.write(folder.parent / "keys" / "keys.json", keys.known(NAME))
     Traffic(folder, fresh=True)
     return folder
 
@@ -193,12 +194,8 @@ def test_it_is_closed_to_everybody_else_until_it_was_passed(serve: Callable[[Fas
     through(record, run_dir)
     assert httpx.get(f"{url}/health").status_code == 200
     assert httpx.get(f"{url}/v1/models", headers=bearer).status_code == 200
-    token = {connection.PROBE_HEADER: connection.probe_token(state.api_key(NAME))}
+    token = {connection.PROBE_HEADER: contract_keys.probe_token(state.api_key(NAME))}
     assert httpx.get(f"{url}/v1/models", headers=token).status_code == 401  # it opened the door, and is no key
-
-
-def test_laptop_and_node_make_the_same_token() -> None:
-    assert connection.probe_token("mctl-abc") == probe_token("mctl-abc")
 
 
 @pytest.mark.parametrize(

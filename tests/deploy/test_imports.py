@@ -20,7 +20,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "tables", "system", "heavy", "models", "gpus", "clouds", "images", "prices", "durations", "rights", "quotas",
               *(f"clouds.{cloud}" for cloud in CLOUDS)),
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
-    "outside": ("state", "stores", "node", "certificates", "connection", "endpoint", "readiness", "weights", "checkpoints", "adapters",
+    "outside": ("state", "stores", "node", "certificates", "keys", "connection", "endpoint", "readiness", "weights", "checkpoints", "adapters",
                 *(f"clouds.{cloud}.{file}" for cloud in CLOUDS for file in ("api", "quotas")), "lifecycle", "sweep",
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",
                 "runtime.rented", "runtime", "runtime.facts", "gate", "figures", "apply"),

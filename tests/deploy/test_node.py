@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -251,6 +253,23 @@ def test_a_set_up_waits_for_the_one_before_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "node" / "run" / "mistral" / "site").is_dir()
     other.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("uri", "awaited", "waits"),
+    [("hf://a/b", '["hf_token"]', True), ("hf://a/b", "[]", False), ("hf://a/b", '["address"]', False), ("s3://a/b", '["hf_token"]', False)],
+)  # fmt: skip
+def test_only_a_hub_whose_token_comes_is_waited_for(tmp_path: Path, uri: str, awaited: str, waits: bool) -> None:
+    """The function of setup.sh, with the tool replaced by a word."""
+    pull = re.search(r"^pull\(\) .*?^}$", (NODE / "setup.sh").read_text(), re.MULTILINE | re.DOTALL)
+    assert pull is not None
+    script = f'run_dir={tmp_path}; mistral_weights() {{ [ -e "$run_dir/secrets.json" ] && echo late || echo soon; }}\n{pull[0]}\npull {uri} folder'
+    process = subprocess.Popen(
+        ["bash", "-c", script], stdout=subprocess.PIPE, env={"PATH": os.defpath, "MISTRALCTL_SECRETS": awaited}
+    )
+    time.sleep(1)
+    (tmp_path / "secrets.json").write_text("{}")
+    assert process.communicate(timeout=20)[0] == (b"late\n" if waits else b"soon\n")
 
 
 def test_a_mirror_that_fails_says_why_in_its_phase(tmp_path: Path) -> None:

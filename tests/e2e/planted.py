@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from deployments import Place
+from mistral_contract import files, keys
 from mistralctl import state
 from running import launchers
 from secrets_search import Processes, in_files
@@ -52,13 +53,15 @@ def are_where_they_belong(sim: SimCloud, place: Place, name: str, planted: dict[
     there = in_files([node, root / "run", root / "dev" / "shm"], sought)
     print(f"secrets: {place.cloud}: {laptop.files} files with {laptop.bytes:,} bytes on the laptop, {there.files} with "
           f"{there.bytes:,} on the node, {processes.seen} processes")  # fmt: skip
-    run = node / "upper" / "home" / "ubuntu" / ".mistralctl" / "run" / name / "secrets.json"
-    assert {each: there.hits[each] for each in planted if there.hits[each]} == {"key": [run]}
+    run = node / "upper" / "home" / "ubuntu" / ".mistralctl" / "run" / name
+    assert {each: there.hits[each] for each in planted if there.hits[each]} == {}
+    assert keys.digest(planted["key"]) in (run / files.KEYS.name / files.KEYS_FILE.name).read_text()
+    assert not (run / "secrets.json").exists()  # nothing was to be sent
     assert [path for path in laptop.hits["key"] if not _is_printed_env(path)] == [key]
     assert laptop.hits["token"] == []
     for secret in place.secrets:
         assert laptop.hits[secret] == [sim.home / place.secrets_file]
-    for path in (run, key, receipt):
+    for path in (key, receipt):
         assert path.stat().st_mode & 0o777 == 0o600
     assert {path.name for path in laptop.hits["control"]} >= {"record.json", "receipt.json"}
     assert [path for path in laptop.hits["control"] if path.is_relative_to(sim.home / ".sky") and ".db" in path.name]

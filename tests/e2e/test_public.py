@@ -110,7 +110,7 @@ def test_vllm_is_a_user_of_its_own_who_reaches_neither_the_metadata_service_nor_
     assert on_node(sim, "public", f"sudo setpriv --reuid {SERVE_USER} --clear-groups {ask} || true") == "000"
     seen = on_node(sim, "public", f"{as_vllm} find /home/ubuntu -maxdepth 2 -not -path '*/.local*'").split()
     assert sorted(seen) == ["/home/ubuntu", *(f"/home/ubuntu/.mistralctl{part}" for part in ("", "/envs", "/run", "/weights"))]
-    assert on_node(sim, "public", f"{as_vllm} ls /home/ubuntu/.mistralctl/run/public").split() == ["shared", "site"]
+    assert on_node(sim, "public", f"{as_vllm} ls /home/ubuntu/.mistralctl/run/public").split() == ["keys", "shared", "site"]
     for path in ("~/.sky", "~/.ssh/authorized_keys", "~/.mistralctl/run/public/secrets.json"):
         there = path.replace("~", "/home/ubuntu")
         assert on_node(sim, "public", f"ls -d {there}").strip() == there

@@ -19,8 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mistral_contract import files, keys
 
 KEY = "sk-test-0123456789abcdef0123456789abcdef"
+
+
+def known(serial: int = 1, **limits: Any) -> keys.Keys:
+    """What a node knows of KEY."""
+    return keys.Keys(serial, (keys.make(KEY, "test", 1.0, **limits),))
+
+
+def write_keys(run_dir: Path, found: keys.Keys | None = None) -> Path:
+    """The file of keys beside a folder that a guard shares with its launcher; that folder."""
+    keys.write(run_dir / files.KEYS.name / files.KEYS_FILE.name, found or known())
+    (run_dir / "shared").mkdir(exist_ok=True)
+    return run_dir / "shared"
 
 
 def free_port() -> int:
@@ -40,7 +53,7 @@ def variables(node_dir: Path, **changed: str) -> dict[str, str]:
         "PORT": "8000", "MAX_MODEL_LEN": "3000", "MAX_NUM_SEQS": "8", "MAX_BATCHED_TOKENS": "256", "SLIDING_WINDOW": "128",
         "TENSOR_PARALLEL": "1", "DTYPE": "float32", "QUANTIZATION": "", "MEMORY_UTILIZATION": "", "KV_CACHE_GIB": "1",
         "TOKENIZER_MODE": "mistral", "TOOL_PARSER": "", "CHAT_TEMPLATE": "own", "LORA": "", "VLLM_ARGS": "",
-        "IDLE_MINUTES": "", "TTL_MINUTES": "", "SERVING_ID": "9c1a77e0b2d4",
+        "IDLE_MINUTES": "", "TTL_MINUTES": "", "SERVING_ID": "9c1a77e0b2d4", "KEYS": known().dump(), "SECRETS": "[]",
     }  # fmt: skip
     return {f"MISTRALCTL_{name}": value for name, value in (values | changed).items()}
 
@@ -50,7 +63,7 @@ def write_secrets(node_dir: Path, **fields: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "secrets.json"
     file.touch(0o600)
-    file.write_text(json.dumps({"api_key": KEY} | fields))
+    file.write_text(json.dumps(fields))
     return file
 
 

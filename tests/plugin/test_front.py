@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from hostile import raw, request
 from mistral_node import front
 from mistral_node.guard import LARGEST_BODY
 from mistral_node.traffic import Traffic
-from nodes import KEY, free_port
+from nodes import KEY, free_port, write_keys
 from starlette.requests import Request
 
 HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
@@ -26,8 +25,8 @@ HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(front, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", 1.0)
-    (tmp_path / "secrets.json").write_text(json.dumps({"api_key": KEY}))
-    Traffic(tmp_path, fresh=True)
+    run_dir = write_keys(tmp_path)
+    Traffic(run_dir, fresh=True)
     app = FastAPI()
     app.add_api_route("/health", lambda: None)
 
@@ -35,7 +34,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return {"size": len(await request.body())}
 
     app.add_api_route("/v1/completions", size, methods=["POST"])
-    app.add_middleware(front.Guard, run_dir=tmp_path)
+    app.add_middleware(front.Guard, run_dir=run_dir)
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

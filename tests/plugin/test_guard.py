@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard, probe_token
+from mistral_contract import keys
+from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard
 from mistral_node.traffic import Traffic
+from nodes import KEY, known, write_keys
 
-KEY = "mctl-0123456789abcdef"
+NODE_KEY = "what-the-launcher-made-for-itself"
 BEARER = (b"authorization", b"Bearer " + KEY.encode())
 ROUTES = ["/", "/metrics", "/version", "/tokenize", "/detokenize", "/invocations", "/ping", "/load", "/docs", "/openapi.json",
           "/v1/models/", "/v1/models/../../metrics", "//v1/models", "/V1/models", "/v1/embeddings", "/health/", "/%68ealth",
@@ -41,10 +43,7 @@ class Behind:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    file = tmp_path / "secrets.json"
-    file.write_text(json.dumps({"api_key": KEY}))
-    file.chmod(0o600)
-    return tmp_path
+    return write_keys(tmp_path)
 
 
 @pytest.fixture
@@ -129,7 +128,9 @@ def test_it_is_closed_to_all_but_the_probe_until_it_is_opened(
     run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MISTRALCTL_GATE", "probe")
-    guard, token = Guard(behind, run_dir), (b"x-mistralctl-probe", probe_token(KEY).encode())
+    token = (b"x-mistralctl-probe", keys.probe_token(KEY).encode())
+    write_keys(run_dir.parent, known(probe=keys.digest(token[1])))
+    guard = Guard(behind, run_dir)
     for headers in ([], [BEARER], [BEARER, (b"x-mistralctl-probe", b"wrong")], [BEARER, token, token]):
         for path in ("/health", "/v1/models", "/metrics"):
             assert ask(guard, "GET", path, *headers)[0] == 503
@@ -156,20 +157,21 @@ def test_only_allowed_addresses_may_ask(
     for path in ("/health", "/v1/models"):
         assert ask(guard, "GET", path, BEARER, client=client)[0] == status
     monkeypatch.setenv("MISTRALCTL_GATE", "probe")  # while it is closed, the launcher asks from beside it
-    token = (b"x-mistralctl-probe", probe_token(KEY).encode())
+    token = (b"x-mistralctl-probe", NODE_KEY.encode())
+    monkeypatch.setenv("MISTRALCTL_NODE_KEY", keys.digest(NODE_KEY))
     beside = client is not None and client[0] == "127.0.0.1"
     assert ask(Guard(behind, run_dir), "GET", "/v1/models", BEARER, token, client=client)[0] == (200 if beside else status)
 
 
-def test_the_key_comes_through_a_pipe(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run_dir / "secrets.json").unlink()
-    read, write = os.pipe()
-    os.write(write, KEY.encode())
-    os.close(write)
-    monkeypatch.setenv("MISTRALCTL_KEY_FD", str(read))
-    monkeypatch.setenv("MISTRALCTL_RUN_DIR", str(run_dir))
-    for _ in range(2):  # vLLM may build its application more than once
-        assert ask(Guard(behind), "GET", "/v1/models", BEARER)[0] == 200
+def test_the_launchers_own_key_is_let_in_has_no_limits_and_is_not_counted(
+    run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (b"authorization", b"Bearer " + NODE_KEY.encode())
+    assert ask(Guard(behind, run_dir), "GET", "/v1/models", own)[0] == 401
+    monkeypatch.setenv("MISTRALCTL_NODE_KEY", keys.digest(NODE_KEY))
+    guard = Guard(behind, run_dir)
+    assert [ask(guard, "POST", "/v1/completions", own)[0] for _ in range(3)] == [200] * 3
+    assert guard.callers.accounts == {}
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,12 +269,13 @@ def test_a_base_model_has_no_chat(run_dir: Path, behind: Behind, monkeypatch: py
     assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
 
 
-def test_a_short_or_missing_key_stops_the_server_from_starting(run_dir: Path, behind: Behind) -> None:
-    (run_dir / "secrets.json").write_text('{"api_key": "short"}')
-    with pytest.raises(ValueError, match="at least 16 characters"):
+def test_keys_that_are_missing_or_damaged_stop_the_server_from_starting(run_dir: Path, behind: Behind) -> None:
+    file = run_dir.parent / "keys" / "keys.json"
+    file.write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="should be an object with version, serial and keys"):
         Guard(behind, run_dir)
-    (run_dir / "secrets.json").write_text("{}")
-    with pytest.raises(KeyError):
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
         Guard(behind, run_dir)
 
 

@@ -23,14 +23,14 @@ import pytest
 import torch
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
-from mistral_contract import files
+from mistral_contract import files, keys
 from mistral_contract.figures import FILE
 from mistral_node import contract, engine, serve
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 from mistral_node.phases import Status
 from mistral_node.traffic import Traffic
-from nodes import KEY, Launcher, launched, variables, write_secrets
+from nodes import KEY, Launcher, known, launched, variables, write_secrets
 from safetensors.torch import load_file, save_file
 
 POPEN = subprocess.Popen
@@ -38,10 +38,9 @@ POPEN = subprocess.Popen
 
 @pytest.fixture
 def node_dir(tmp_path: Path) -> Path:
-    """A node with weights that can be served, and secrets."""
+    """A node with weights that can be served."""
     shape = {"vocab_size": 32000, "hidden_size": 64, "sliding_window": 128, "max_position_embeddings": 4096}
     mistral_tokenizer(write(tmp_path / "weights" / "tiny", **shape), "tokenizer.model.v1")
-    write_secrets(tmp_path)
     return tmp_path
 
 
@@ -65,7 +64,6 @@ def test_a_bad_contract(tmp_path: Path) -> None:
 
 
 def test_missing_weights(tmp_path: Path) -> None:
-    write_secrets(tmp_path)
     with launched(tmp_path) as launcher:
         failed(launcher, Code.WEIGHTS, "weights/tiny is missing; run mistralctl up again")
 
@@ -286,36 +284,79 @@ def test_a_launcher_that_ends_early_leaves_nothing(node_dir: Path, sign: signal.
             assert launcher.status()["state"] == "stopped"
 
 
+def waiting_for(node_dir: Path, *names: str) -> contract.Contract:
+    return contract.read(variables(node_dir, SECRETS=json.dumps(names)))
+
+
 def test_no_secrets_in_time(tmp_path: Path) -> None:
+    wanted = waiting_for(tmp_path, "tls_key")
     with pytest.raises(LaunchError, match="no secrets came within 0 s") as caught:
-        serve.wait_for_key(tmp_path, threading.Event(), seconds=0)
+        serve.wait_for_secrets(wanted, threading.Event(), seconds=0)
     assert caught.value.code is Code.SECRETS
-    (tmp_path / "secrets.json").touch(0o600)
-    with pytest.raises(LaunchError, match="has no api_key of at least 16 characters within 0 s"):
-        serve.wait_for_key(tmp_path, threading.Event(), seconds=0)
+    for text, problem in (
+        ("", "is no JSON object of texts"),
+        ("{}", "has no tls_key"),
+        ('{"tls_key": ""}', "has no tls_key"),
+        ("[]", "is no JSON"),
+    ):
+        write_secrets(tmp_path).write_text(text)
+        with pytest.raises(LaunchError, match=f"{problem}.* within 0 s"):
+            serve.wait_for_secrets(wanted, threading.Event(), seconds=0)
+
+
+def test_what_the_task_does_not_name_is_not_waited_for(tmp_path: Path) -> None:
+    assert serve.wait_for_secrets(waiting_for(tmp_path), threading.Event()) == {}
+    assert serve._sent_figures(tmp_path / "run" / "test") == []
+    write_secrets(tmp_path, figures='[{"weights": "x"}]')
+    assert serve._sent_figures(tmp_path / "run" / "test") == [{"weights": "x"}]
 
 
 def test_secrets_that_others_can_read(tmp_path: Path) -> None:
-    write_secrets(tmp_path).chmod(0o640)
+    write_secrets(tmp_path, hf_token=KEY).chmod(0o640)
     with pytest.raises(LaunchError, match="run chmod 600 on it") as caught:
-        serve.wait_for_key(tmp_path / "run" / "test", threading.Event())
+        serve.wait_for_secrets(waiting_for(tmp_path, "hf_token"), threading.Event())
     assert caught.value.code is Code.SECRETS
     assert KEY not in str(caught.value)
 
 
 def test_secrets_that_come_late_and_in_two_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "POLL_SECONDS", 0.02)
-    found: list[str] = []
-    waiter = threading.Thread(target=lambda: found.append(serve.wait_for_key(tmp_path, threading.Event(), seconds=10)))
+    found: list[dict[str, str]] = []
+    wanted = waiting_for(tmp_path, "hf_token")
+    waiter = threading.Thread(target=lambda: found.append(serve.wait_for_secrets(wanted, threading.Event(), seconds=10)))
     waiter.start()
     time.sleep(0.1)
-    file = tmp_path / "secrets.json"
-    file.touch(0o600)
-    file.write_text('{"api_k')
+    file = write_secrets(tmp_path)
+    file.write_text('{"hf_tok')
     time.sleep(0.1)
-    file.write_text(json.dumps({"api_key": KEY}))
+    file.write_text(json.dumps({"hf_token": "t"}))
     waiter.join(10)
-    assert found == [KEY]
+    assert found == [{"hf_token": "t"}]
+
+
+def test_the_tasks_keys_are_taken_unless_newer_ones_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run" / "test" / "keys" / "keys.json"
+
+    def settled(serial: int) -> int:
+        serve.settle_keys(contract.read(variables(tmp_path, KEYS=known(serial).dump())))
+        return keys.read(file.read_text()).serial
+
+    assert settled(3) == 3
+    assert file.stat().st_mode & 0o777 == 0o644  # the server may be another user; it is hashes only
+    assert (settled(2), settled(3), settled(5)) == (3, 3, 5)
+    file.write_text("{")
+    assert settled(1) == 1
+    assert "the task's keys replace it" in capsys.readouterr().out
+    assert KEY not in file.read_text()
+
+
+def test_without_any_key_nothing_starts(tmp_path: Path) -> None:
+    with launched(tmp_path, KEYS="") as launcher:
+        failed(
+            launcher, Code.CONTRACT, "MISTRALCTL_KEYS names no key, so nobody could ask; start the deployment with mistralctl up"
+        )
+    with launched(tmp_path, KEYS='{"version": 2, "serial": 1, "keys": []}') as launcher:
+        failed(launcher, Code.CONTRACT, "MISTRALCTL_KEYS version 2 is not known here, only 1")
 
 
 def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:

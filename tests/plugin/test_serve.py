@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
+from mistral_contract import keys
 from mistral_node import canary
-from nodes import KEY, Launcher, launched, write_secrets
+from nodes import KEY, Launcher, known, launched
 from test_model import adapter_of
 from vllm_mistral import reference
 
@@ -34,7 +35,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(weights: Path) -> Iterator[Launcher]:
-    write_secrets(weights)
     with launched(weights) as launcher:
         launcher.until("ready")
         yield launcher
@@ -56,6 +56,44 @@ def test_ready_says_what_runs(served: Launcher) -> None:
     assert not [title for title in titles if "Worker" in title]  # the model runs in the engine's process
     assert status["canary"]["state"] == "verified"
     assert status["canary"]["max_difference"] < 1e-4
+
+
+def test_keys_come_and_go_while_it_serves_and_have_limits(served: Launcher) -> None:
+    other, file = "mctl-" + "fedcba9876543210" * 3, served.run_dir / "keys" / "keys.json"
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 5, "ignore_eos": True}
+
+    def let_in() -> bool:
+        return served.ask("/v1/models", key=other)[0] == 200
+
+    def within_a_second(wanted: bool) -> None:
+        began = time.monotonic()
+        while let_in() is not wanted:
+            assert time.monotonic() - began < 1
+            time.sleep(0.02)
+
+    before, others = served.status()["pid"], keys.make(other, "other", 1.0, tokens_per_minute=20)
+    assert not let_in()
+    keys.write(file, known().changed([*known().keys, others]))
+    within_a_second(True)
+    answers = []
+    while (found := served.ask("/v1/completions", body, key=other))[0] == 200:
+        answers.append(json.loads(found[1])["usage"]["total_tokens"])
+    assert found[0] == 429
+    assert json.loads(found[1])["error"]["param"] == "tokens_per_minute"
+    assert sum(answers[:-1]) < 20 <= sum(answers)
+    stream = served.ask("/v1/completions", body | {"stream": True})[1]
+    assert 1 <= stream.count(b"data: {") <= 5
+    assert b"usage" not in stream
+    time.sleep(1)
+    counted = json.loads((served.run_dir / "shared" / "usage.json").read_text())["keys"]
+    assert {name: counted[others.id][name] for name in ("requests", "tokens", "refused")} == {
+        "requests": len(answers), "tokens": sum(answers), "refused": 1,
+    }  # fmt: skip
+    keys.write(file, known(serial=1 << 31))
+    within_a_second(False)
+    assert served.ask("/v1/models")[0] == 200
+    assert served.status()["pid"] == before
+    assert served.process.poll() is None
 
 
 def routes(launcher: Launcher) -> list[tuple[str, str]]:
@@ -150,7 +188,6 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     adapter_of(source, node_dir / "run" / "test" / "lora" / "sql", ["q_proj", "v_proj"])
     files = [{"name": "consolidated.safetensors", "sha256": "a" * 64}, {"name": "params.json", "sha256": "b" * 64}]
     (node_dir / "weights" / "tiny" / canary.MANIFEST).write_text(json.dumps({"files": files}))
-    write_secrets(node_dir)
     changed = {"SLIDING_WINDOW": "", "DTYPE": "bfloat16", "LORA": '{"sql": "file:///sql"}', "TOOL_PARSER": "mistral"}
     with launched(node_dir, **changed) as launcher:
         launcher.until("ready")

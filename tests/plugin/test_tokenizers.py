@@ -10,7 +10,7 @@ from checkpoints import TOKENIZERS, mistral_tokenizer, write
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from nodes import launched, write_secrets
+from nodes import launched
 
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {
     "one question": [{"role": "user", "content": "What is the capital of France?"}],
@@ -38,7 +38,6 @@ def test_chat_over_http_is_tokenized_as_mistral_does(tmp_path: Path, version: st
     folder = mistral_tokenizer(weights, files[0])
     for other in files[1:]:
         shutil.copy(folder / TOKENIZERS[files[0]], folder / other)
-    write_secrets(tmp_path)
     with launched(tmp_path, MAX_MODEL_LEN="1024") as launcher:
         launcher.until("ready")
         for name, conversation in CONVERSATIONS.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 
 from mistral_contract.envs import PREFIX, variable
 
-from mistralctl import adapters, certificates, checkpoints, lifecycle, node, runtime, state, stores, system, tasks
+from mistralctl import adapters, certificates, checkpoints, keys, lifecycle, node, runtime, state, stores, system, tasks
 from mistralctl import plan as planning
 from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
@@ -16,6 +18,9 @@ from mistralctl.lifecycle import Do, Step
 from mistralctl.plan import Plan
 from mistralctl.state import Record
 from mistralctl.tasks import serve
+
+# No option of a deployment: they follow from the others, from this machine, or from what `keys` did.
+NOT_SHOWN = set(map(variable, ("serving_id", "port", "node_dir", "python", "keys", "secrets")))
 
 
 def run(sourced: Sourced, *, ask: bool = False) -> Plan:
@@ -40,15 +45,27 @@ def render(sourced: Sourced, port: int | None = None) -> tasks.Task:
     return render_plan(run(sourced), port)
 
 
-def render_plan(plan: Plan, port: int | None = None) -> tasks.Task:
-    """The task of a plan. On this machine `port` is where the server listens; a node's port is reached by a tunnel."""
+def render_plan(plan: Plan, port: int | None = None, secrets: Collection[str] = ()) -> tasks.Task:
+    """The task of a plan, with the keys that are known here. On this machine `port` is where the server listens; a node's is reached by a tunnel.
+
+    `secrets` are the names of those that go to the node beside the task.
+    """
     owner = tasks.owner(os.environ)
     if not plan.local:
-        return serve.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
-    if port is None:
-        record = state.read(plan.name)
-        port = plan.spec.port or (record.port if record else FIRST_PORT)
-    return serve.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
+        task = serve.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
+    else:
+        if port is None:
+            record = state.read(plan.name)
+            port = plan.spec.port or (record.port if record else FIRST_PORT)
+        task = serve.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
+    task["envs"] |= {variable("keys"): keys.sent(plan.name), variable("secrets"): json.dumps(awaited(plan, secrets))}
+    return task
+
+
+def awaited(plan: Plan, secrets: Collection[str]) -> list[str]:
+    """What the node waits for: of these names those without which it cannot serve, and its address where its certificate names that."""
+    found = {"hf_token", "tls_certificate", "tls_key"} & set(secrets)
+    return sorted(found | ({"address"} if plan.spec.public and not plan.spec.cert else set()))
 
 
 def _drift(record: Record) -> str:
@@ -82,7 +99,7 @@ def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
     old, new = record.task.get("envs", {}), render_plan(plan)["envs"]
     changed = [
         f"{key.removeprefix(PREFIX).lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
-        for key in sorted({*old, *new} - set(map(variable, ("serving_id", "port", "node_dir", "python"))))
+        for key in sorted({*old, *new} - NOT_SHOWN)
         if old.get(key, "") != new.get(key, "")
     ]
     found = steps(plan, refresh=refresh)

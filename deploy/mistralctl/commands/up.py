@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mistral_contract import files
 
-from mistralctl import adapters, certificates, endpoint, figures, lifecycle, refusals, runtime, state, system
+from mistralctl import adapters, certificates, endpoint, figures, keys, lifecycle, refusals, runtime, state, system
 from mistralctl.apply import Up
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import preflight, receipt
@@ -57,9 +58,9 @@ def _from_hub(plan: Plan) -> bool:
 
 
 def _secrets(plan: Plan) -> dict[str, str]:
-    """What goes to the node beside the task: the key, the hub's token where the hub is asked, and what is no secret, but came from a
-    node: figures for the canary."""
-    found = {"api_key": state.api_key(plan.name)}
+    """What goes to the node beside the task: the hub's token where the hub is asked, the user's own certificate with its key, and what is no
+    secret, but came from a node: figures for the canary."""
+    found = {}
     if known := figures.known(plan.model.name if plan.model.shape else "custom"):
         found["figures"] = json.dumps(known)
     if plan.spec.cert:
@@ -118,9 +119,9 @@ def _port(sourced: Sourced, plan: Plan, old: Record | None) -> int:
     return endpoint.choose_port(plan.spec.port, remembered, _others_ports(plan.name), place=place, ours=held)
 
 
-def _wanted(plan: Plan, port: int, old: Record | None) -> Record:
+def _wanted(plan: Plan, port: int, old: Record | None, secrets: Collection[str]) -> Record:
     """The record of the deployment as it will be; a machine that stays keeps its age and its set-up."""
-    task = plan_command.render_plan(plan, port)
+    task = plan_command.render_plan(plan, port, secrets)
     cluster = runtime.of(plan.chosen.cloud).cluster(plan.name)
     if cluster:
         task["name"] = serving_name(task)
@@ -153,10 +154,10 @@ def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Call
 def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpResult:
     """Observe, decide, apply, until the steps end with a server that answers."""
     where = runtime.of(plan.chosen.cloud)
-    began, shape = time.time(), plan.model.shape
+    began, shape, secrets = time.time(), plan.model.shape, _secrets(plan)
     while True:
         old = state.read(plan.name)
-        record = _wanted(plan, _port(sourced, plan, old), old)
+        record = _wanted(plan, _port(sourced, plan, old), old, secrets)
         steps = lifecycle.decide(old, record.task, lifecycle.remembered(old, record.task))
         if steps[0].do is Do.REFUSE:
             raise UserError(steps[0].text, Exit.CONFLICT)
@@ -169,7 +170,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
                 raise UserError(f"{question}; say --yes to do that, or give the new one another --name", Exit.CONFLICT)
         attempt = Attempt(
             record,
-            _secrets(plan),
+            secrets,
             observed,
             talk.on_phase,
             state.save,
@@ -193,10 +194,10 @@ def _done(plan: Plan, up: Up, steps: Sequence[Step], talk: Talk) -> UpResult:
     return _result(up.record, plan, "replaced" if done & {Do.STOP, Do.REPLACE} else "started", up.answer)
 
 
-def run(sourced: Sourced, talk: Talk, *, offline: bool = False) -> UpResult:
+def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path | None = None) -> UpResult:
     """Bring the deployment up; UserError if that fails, and then on this machine nothing is left behind.
 
-    `offline`: neither the hub nor the clouds' quotas are asked before anything is rented.
+    `offline`: neither the hub nor the clouds' quotas are asked before anything is rented. `key_file` holds a key that the user brings.
     """
     from filelock import FileLock, Timeout
 
@@ -210,6 +211,8 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False) -> UpResult:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with FileLock(folder / "lock", timeout=0):
+            old = state.read(plan.name)
+            keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
             return _bring_up(sourced, plan, talk, offline=offline)
     except Timeout:
         raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None

@@ -261,7 +261,11 @@ class Local:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.write_bytes(b"")
         place_files(task)
-        state.write_private(_run_dir(task) / files.SECRETS.name, json.dumps(dict(attempt.secrets)))
+        file = _run_dir(task) / files.SECRETS.name
+        if attempt.secrets:
+            state.write_private(file, json.dumps(dict(attempt.secrets)))
+        else:
+            file.unlink(missing_ok=True)
         session = Session(attempt.record, task["setup"], log, progress)
         keep(session.record)
         session.finish()

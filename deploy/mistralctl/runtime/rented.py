@@ -49,7 +49,8 @@ def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
     """Write the secrets to the node, and the address by which the world knows it, for its certificate."""
     if record.public and record.address == NOWHERE:
         raise UserError(f"{record.name}: SkyPilot does not know its machine's address yet; run mistralctl up again", Exit.CLOUD)
-    ssh.write_secrets(record.name, {**secrets, **({"address": record.address} if record.public else {})})
+    if given := {**secrets, **({"address": record.address} if record.public else {})}:
+        ssh.write_secrets(record.name, given)
 
 
 class SecretsSender:

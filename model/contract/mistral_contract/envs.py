@@ -13,14 +13,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mistral_contract import keys as key_files
 from mistral_contract import vllm_options
+from mistral_contract.keys import Keys
 from mistral_contract.quantization import METHODS
 
 T = TypeVar("T")
 
 PREFIX = "MISTRALCTL_"
-# Set by the launcher for vLLM alone: the folder that both write, and the number of the pipe with the key.
-RUN_DIR, KEY_FD = f"{PREFIX}RUN_DIR", f"{PREFIX}KEY_FD"
+# Set by the launcher for vLLM alone: the folder that both write, and the sha256 of the key that the launcher asks with.
+RUN_DIR, NODE_KEY = f"{PREFIX}RUN_DIR", f"{PREFIX}NODE_KEY"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ SHARE = Kind("0.1 to 0.99", _share)
 NETWORKS = Kind("JSON list", _networks, _list)
 ARGUMENTS = Kind("JSON list", _arguments, _list)
 ADAPTERS = Kind("JSON object", _adapters, _object)
+KEYS = Kind("JSON object", key_files.read, Keys.dump)
+STRINGS = Kind("JSON list", _strings, _list)
 MINUTES = _number(1, 1 << 20)
 
 
@@ -307,6 +311,14 @@ class Serve:
     serving_id: str = _env(
         TEXT, "hash of the serving options, so that `up` can tell whether anything changed", "9c1a77e0b2d4", "launcher laptop", default="",
         template="by-hand",
+    )  # fmt: skip
+    keys: Keys | None = _env(
+        KEYS, "the keys that are let in, as in a keys file (below): hashes, which anybody may read; no part of MISTRALCTL_SERVING_ID",
+        '{"version": 1, "serial": 1795478400, "keys": []}', "launcher", default=None, template="",
+    )  # fmt: skip
+    secrets: tuple[str, ...] = _env(
+        STRINGS, "what set-up and launcher wait for in secrets.json: `hf_token`, `address`, `tls_certificate`, `tls_key`; empty: nothing",
+        '["hf_token"]', "set-up launcher", default=(),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -44,9 +44,12 @@ MODEL = _entry("run/NAME/model/", "the sources of the node's packages and of the
 SITE = _entry(
     "run/NAME/site/", "vllm_mistral, mistral_node and the others, installed from model/ without their dependencies; on PYTHONPATH"
 )
-SECRETS = _entry("run/NAME/secrets.json", 'mode 0600: {"api_key": "...", "hf_token": "..."}; written by the laptop, never part of the task. With '
-                 'MISTRALCTL_TLS also "address" (what the laptop calls this machine) or "tls_certificate" and "tls_key". "figures": JSON list of '
-                 "the figures that the laptop keeps of this model's weights, which are no secret")  # fmt: skip
+KEYS = _entry("run/NAME/keys/", "a folder of its own, which vLLM's user may read")
+KEYS_FILE = _entry("run/NAME/keys/keys.json", "who may ask (below): written by the launcher from MISTRALCTL_KEYS unless a newer one is there, and "
+                   "by `mistralctl keys`")  # fmt: skip
+SECRETS = _entry("run/NAME/secrets.json", 'mode 0600: {"hf_token": "..."}; written by the laptop if it has anything to send, never part of the '
+                 'task. With MISTRALCTL_TLS "address" (what the laptop calls this machine) or "tls_certificate" and "tls_key". "figures": JSON '
+                 "list of the figures that the laptop keeps of this model's weights, which are no secret and never waited for")  # fmt: skip
 PASSED = _entry("run/NAME/passed", "the laptop's word that the gate was passed; the launcher removes it when it starts")
 LORA = _entry("run/NAME/lora/", "an adapter in each folder; replaced as a whole when the store has another version")
 ADAPTERS = _entry("run/NAME/adapters/", "adapters that came with the task, from folders of the laptop")
@@ -73,5 +76,7 @@ TRAFFIC = _entry(
 )
 ROUTES = _entry("run/NAME/shared/routes.json", 'every route of the running application, [{"path": "/health", "methods": ["GET"]}, ...]; '
                 "`WEBSOCKET` for a websocket, `*` for a mounted application")  # fmt: skip
+USAGE = _entry("run/NAME/shared/usage.json", 'what the guard has counted for each key, and the serial of the keys in force, {"version": 1, '
+               '"serial": 1795478400, "keys": {ID: {"requests": 3, "tokens": 64, "refused": 0, "day": [...]}}}; kept over starts')  # fmt: skip
 CERTIFICATE = _entry("run/NAME/shared/tls.crt", "the server's certificate, with MISTRALCTL_TLS")
 PRIVATE_KEY = _entry("run/NAME/shared/tls.key", "its private key, mode 0600")

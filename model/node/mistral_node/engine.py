@@ -97,7 +97,7 @@ class Engine:
         command = [sys.executable, "-m", "mistral_node.start", "serve", *arguments]
         sys.stdout.write(f"starts {shlex.join(command)}\n")
         sys.stdout.flush()
-        self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {}), "key": client.key}))
+        self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {})}))
 
     def _say(self, line: str) -> None:
         """To the ward, unless it has ended already."""

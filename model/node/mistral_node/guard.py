@@ -11,19 +11,20 @@ says in routes.json which routes the application has, so that the probe can walk
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mistral_contract import envs, files
 from mistral_contract.envs import Serve
+from mistral_contract.keys import Key
+from mistral_node.callers import Callers
+from mistral_node.limits import Account, Meter
 from mistral_node.traffic import Traffic
 
 Scope = MutableMapping[str, Any]
@@ -41,25 +42,11 @@ PROBE_HEADER = b"x-mistralctl-probe"
 LARGEST_BODY = 32 << 20
 BODY_SECONDS = 60.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
+WATCH_SECONDS = 0.4  # changed keys are taken up, and counts written, also while nobody asks
 
 
 class _Ended(Exception):
     """Tells the application that no more of the body comes."""
-
-
-def read_key(run_dir: Path) -> bytes:
-    """The key in the 0600 file."""
-    key = json.loads((run_dir / files.SECRETS.name).read_text("utf-8"))["api_key"]
-    if not isinstance(key, str) or len(key) < 16:
-        raise ValueError(f"{run_dir / files.SECRETS.name}: api_key should be text of at least 16 characters")
-    return key.encode()
-
-
-@cache
-def _handed_over(number: int) -> bytes:
-    """The key that whoever started this process put into a pipe for it."""
-    with os.fdopen(number, "rb") as pipe:
-        return pipe.read()
 
 
 def _bearer(value: bytes) -> bytes:
@@ -67,11 +54,6 @@ def _bearer(value: bytes) -> bytes:
     spaces and tabs around a header's value are no part of it (5.5)."""
     scheme, _, token = value.strip(b" \t").partition(b" ")
     return token.lstrip(b" ") if scheme.lower() == b"bearer" else b""
-
-
-def probe_token(key: str) -> str:
-    """What the gate's probe and the launcher show while the guard is closed; of no use to anybody once it is open."""
-    return hmac.new(key.encode(), b"mistralctl probe", hashlib.sha256).hexdigest()
 
 
 def _included(app: Any) -> Iterator[Any]:
@@ -105,17 +87,16 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[dict[str, Any]]:
 class Guard:
     """Wraps an ASGI application.
 
-    `run_dir` holds secrets.json and what is shared with the launcher; without it MISTRALCTL_RUN_DIR says where that is, and the
-    key may come through the pipe that MISTRALCTL_KEY_FD names.
+    `run_dir` holds what is shared with the launcher; without it MISTRALCTL_RUN_DIR says where that is. The keys lie in the folder `keys`
+    beside it; MISTRALCTL_NODE_KEY is the sha256 of the launcher's own.
     """
 
     def __init__(self, app: App, run_dir: Path | None = None) -> None:
         self.folder = run_dir or Path(os.environ[envs.RUN_DIR])
         self.app = app
-        pipe = os.environ.get(envs.KEY_FD) if run_dir is None else None
-        key = _handed_over(int(pipe)) if pipe else read_key(self.folder)
-        self.key = key
-        self.token = probe_token(key.decode()).encode()
+        file = self.folder.parent / files.KEYS.name / files.KEYS_FILE.name
+        self.callers = Callers(file, self.folder / files.USAGE.name, os.environ.get(envs.NODE_KEY, ""))
+        self._watch: asyncio.Task[None] | None = None
         self.traffic = Traffic(self.folder)
         self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
         self.gated = envs.value(Serve, "gate", os.environ) is not None
@@ -134,23 +115,61 @@ class Guard:
             if message["type"] == "lifespan.startup.complete":
                 text = json.dumps(list(routes_of(scope.get("app"))), indent=1)
                 (self.folder / files.ROUTES.name).write_text(text + "\n", "utf-8")
+                self._watch = asyncio.get_running_loop().create_task(self._watched())
             await send(message)
 
-        await self.app(scope, receive, started_send)
+        try:
+            await self.app(scope, receive, started_send)
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+
+    async def _watched(self) -> None:
+        while True:
+            self.callers.look()
+            with suppress(OSError):  # a full disk stops nobody
+                self.callers.save()
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.callers.look()
         route = (scope["method"], scope["path"])
-        refusal = self._stranger(scope) or self._refusal(route, scope["headers"])
+        key = self._key(scope["headers"])
+        refusal = self._stranger(scope) or self._refusal(route, scope["headers"], key)
         if refusal is not None:
             await _answer(send, *refusal)
-        elif route[0] == "GET":  # polling is no work: it keeps no machine alive
+        elif route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
         else:
-            self.traffic.begin()
-            try:
-                await self._bounded(scope, receive, send)
-            finally:
-                self.traffic.end()
+            await self._counted(scope, receive, send, key)
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
+        """Runs the application within the limits of a key, and counts what was asked."""
+        account, meter = self.callers.account(key) or Account(), Meter()
+        if held := account.held(key, time.time()):
+            account.refused += 1
+            limit, seconds = held
+            message = f"the key {key.name} has reached its limit {limit} of {getattr(key, limit)}; try again in {seconds} s"
+            return await _answer(send, 429, message, limit, seconds)
+
+        async def metered_receive() -> Message:
+            message = await receive()
+            meter.received += len(message.get("body", b""))
+            return message
+
+        async def metered_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                meter.status = message["status"]
+            meter.feed(message.get("body", b""))
+            await send(message)
+
+        self.traffic.begin()
+        account.begin(time.time())
+        try:
+            await self._bounded(scope, metered_receive, metered_send)
+        finally:
+            account.end(time.time(), meter.tokens)
+            self.traffic.end()
 
     def _stranger(self, scope: Scope) -> Refusal | None:
         """Status and reason if this client may not even ask: the guard is closed to it, or its address is not allowed."""
@@ -158,7 +177,7 @@ class Guard:
         probes = False
         if self.gated and not self.traffic.is_open:
             given = [value for name, value in headers if name.lower() == PROBE_HEADER]
-            probes = len(given) == 1 and hmac.compare_digest(given[0], self.token)
+            probes = len(given) == 1 and self.callers.probes(given[0])
             if not probes:
                 return 503, "the server is not open yet; try again later"
         if self.allowed:
@@ -168,15 +187,21 @@ class Guard:
                 return 403, f"{address} is not an address that may ask"
         return None
 
-    def _refusal(self, route: tuple[str, str], headers: Headers) -> Refusal | None:
+    def _key(self, headers: Headers) -> Key | None:
+        """Whose key a request shows, in its one header for that."""
+        given = [value for name, value in headers if name.lower() == b"authorization"]
+        return self.callers.find(_bearer(given[0])) if len(given) == 1 else None
+
+    def _refusal(self, route: tuple[str, str], headers: Headers, key: Key | None) -> Refusal | None:
         """Status and reason if the request is not let in."""
         if len(headers) > MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > LARGEST_HEADERS:
             return 431, "the headers are too large"
         if route in OPEN:
             return None
-        given = [value for name, value in headers if name.lower() == b"authorization"]
-        if len(given) != 1 or not hmac.compare_digest(_bearer(given[0]), self.key):
+        if key is None:
             return 401, "the API key is missing or wrong"
+        if key.expired(time.time()):
+            return 401, "the API key has expired"
         if route not in WITH_KEY:
             return 404, "this route is not served"
         if route == CHAT and not self.chat:
@@ -225,13 +250,20 @@ class Guard:
             await _answer(send, *refusal)
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
-    """An error in the form of the OpenAI API. Where a request is too large or too slow, the rest of it is not waited for."""
-    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
-    body = json.dumps({"error": {"message": message, "type": kind, "code": status}}).encode()
+async def _answer(send: Send, status: int, message: str, limit: str = "", seconds: int = 0) -> None:
+    """An error in the form of the OpenAI API; `limit` is what holds a key back, for so many seconds.
+
+    Where a request is too large or too slow, the rest of it is not waited for.
+    """
+    kind = {401: "authentication_error", 429: "rate_limit_exceeded", 503: "server_error"}.get(status, "invalid_request_error")
+    body = json.dumps(
+        {"error": {"message": message, "type": kind, **({"param": limit} if limit else {}), "code": status}}
+    ).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if limit:
+        headers.append((b"retry-after", str(seconds).encode()))
     if status in (408, 413, 431):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

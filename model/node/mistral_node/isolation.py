@@ -67,6 +67,7 @@ def prepare(wanted: Contract) -> Isolation:
     if done.returncode and not (wanted.shared_dir.is_dir() and wanted.shared_dir.stat().st_uid != os.getuid()):
         return Isolation(why=f"no user of its own: {said}")
     python = Path(sys.base_prefix).parent  # of uv's own, in our home folder: links to versions lie beside each other there
-    paths = [str(path) for path in (Path(sys.prefix), python, wanted.run_dir / files.SITE.name, wanted.run_dir / files.LORA.name)]
+    shown = (files.SITE, files.LORA, files.KEYS)
+    paths = [str(path) for path in (Path(sys.prefix), python, *(wanted.run_dir / entry.name for entry in shown))]
     front = ("sudo", "-n", "bash", script, "run", wanted.serve_user, str(Path.home()), str(wanted.shared_dir), *paths)
     return Isolation(wanted.serve_user, f"the metadata service is not shut to it: {said}" if done.returncode else "", front)

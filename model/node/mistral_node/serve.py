@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
-from mistral_contract import envs, files
+from mistral_contract import envs, files, keys
 from mistral_contract.adapters import served_rank
 from mistral_node import adapters, canary, contract, flags, lifetime, tls, weights
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Engine, check_installed, check_port
-from mistral_node.guard import read_key
 from mistral_node.isolation import prepare
 from mistral_node.phases import Status, say
 from mistral_node.traffic import Traffic
@@ -70,22 +71,59 @@ class _Asked(Exception):
     """A signal came before the server was ready."""
 
 
-def wait_for_key(run_dir: Path, asked: threading.Event, seconds: float = SECRETS_SECONDS) -> str:
-    """The API key, once the laptop has written it; LaunchError if it does not come or others can read it."""
-    file, deadline, problem = run_dir / files.SECRETS.name, time.monotonic() + seconds, "no secrets came"
-    while True:
+def wait_for_secrets(wanted: Contract, asked: threading.Event, seconds: float = SECRETS_SECONDS) -> dict[str, str]:
+    """What the laptop sends beside the task, once all that the contract names is there; empty if that is nothing.
+
+    LaunchError if it does not come, or others can read it.
+    """
+    file, deadline, problem = wanted.run_dir / files.SECRETS.name, time.monotonic() + seconds, "no secrets came"
+    while wanted.secrets:
         try:
             if file.stat().st_mode & 0o077:
                 raise LaunchError(Code.SECRETS, f"{file} can be read by others; run chmod 600 on it")
-            return read_key(run_dir).decode()
+            found = json.loads(file.read_text("utf-8"))
+            missing = [name for name in wanted.secrets if not isinstance(found[name], str) or not found[name]]
+            if not missing:
+                return dict(found)
+            problem = f"{file} has no {missing[0]}"
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError):  # perhaps it is still being written
-            problem = f"{file} has no api_key of at least 16 characters"
+        except KeyError as error:
+            problem = f"{file} has no {error.args[0]}"
+        except (OSError, ValueError, TypeError):  # perhaps it is still being written
+            problem = f"{file} is no JSON object of texts"
         if time.monotonic() > deadline:
             raise LaunchError(Code.SECRETS, f"{problem} within {seconds:.0f} s; run mistralctl up again")
         if asked.wait(SOON_SECONDS):
             raise _Asked
+    return {}
+
+
+def settle_keys(wanted: Contract) -> None:
+    """Puts the task's keys where the guard reads them, unless newer ones are there: `mistralctl keys` may have changed them since the task was
+    made. LaunchError if nobody could ask."""
+    wanted_keys = wanted.keys or keys.Keys()
+    path, there = wanted.run_dir / files.KEYS.name / files.KEYS_FILE.name, None
+    try:
+        there = keys.read(path.read_text("utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        sys.stdout.write(f"{path}: {error}; the task's keys replace it\n")
+    if there is None or there.serial < wanted_keys.serial:
+        if not wanted_keys.keys:
+            raise LaunchError(
+                Code.CONTRACT, "MISTRALCTL_KEYS names no key, so nobody could ask; start the deployment with mistralctl up"
+            )
+        keys.write(path, wanted_keys)
+
+
+def _usage_kept(shared: Path) -> str:
+    """What the last guard has counted here; empty where that cannot be read."""
+    try:
+        return (shared / files.USAGE.name).read_text("utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
@@ -209,16 +247,17 @@ def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
     status.set(requests={**asdict(count), "last_at": count.last_at or None})
 
 
-def _certificate(wanted: Contract) -> tuple[str, str]:
+def _certificate(wanted: Contract, sent: Mapping[str, str]) -> tuple[str, str]:
     """Private key and certificate: what the laptop sent, or made here for the address by which the laptop knows this machine."""
-    sent = json.loads((wanted.run_dir / files.SECRETS.name).read_text("utf-8"))
     if wanted.tls == "self-signed":
         return tls.self_signed([sent["address"], "127.0.0.1", "localhost"])
     return sent["tls_key"], sent["tls_certificate"]
 
 
 def _sent_figures(run_dir: Path) -> list[dict[str, Any]]:
-    """The figures that the laptop knows of this model's weights; LaunchError if they are none."""
+    """The figures that the laptop knows of this model's weights, if it has sent any by now; LaunchError if they are none."""
+    if not (run_dir / files.SECRETS.name).exists():
+        return []
     try:
         sent = json.loads(json.loads((run_dir / files.SECRETS.name).read_text("utf-8")).get("figures", "[]"))
     except (OSError, ValueError, TypeError) as error:
@@ -236,19 +275,22 @@ def _failed(status: Status, error: LaunchError) -> None:
 def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     run_dir, shared = wanted.run_dir, wanted.shared_dir
     (run_dir / files.PASSED.name).unlink(missing_ok=True)
+    settle_keys(wanted)
+    usage = _usage_kept(shared)
     shutil.rmtree(shared, ignore_errors=True)
     isolation = prepare(wanted)
     shared.mkdir(exist_ok=True)
+    (shared / files.USAGE.name).write_text(usage, "utf-8")
     traffic = Traffic(shared, fresh=True)
     status.set(isolation={"user": isolation.user, "why": isolation.why})
-    key = wait_for_key(run_dir, signals.asked)
+    sent = wait_for_secrets(wanted, signals.asked)
     url, context, private_files = f"http://127.0.0.1:{wanted.port}", None, {}
     if wanted.tls:
-        private, certificate = _certificate(wanted)
+        private, certificate = _certificate(wanted, sent)
         url, context = f"https://127.0.0.1:{wanted.port}", tls.trusting(certificate)
         private_files = {str(shared / files.PRIVATE_KEY.name): private}
         (shared / files.CERTIFICATE.name).write_text(certificate, "ascii")
-    client = Client(url, key, context)
+    client = Client(url, secrets.token_urlsafe(32), context)
     engine: Engine | None = None
     end_by: float | None = None
     try:
@@ -262,6 +304,7 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
                 until_gpu_free(wanted, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir)
             environ = isolation.environment(flags.environment(wanted, os.environ))
+            environ[envs.NODE_KEY] = keys.digest(client.key)
             loras = adapters.judged(wanted, model_dir)
             arguments = flags.arguments(wanted, model_dir, served_rank(loras.values()))
             status.set(flags=arguments)

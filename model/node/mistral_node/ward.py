@@ -2,8 +2,7 @@
 
 On a node vLLM belongs to a user of its own, whom the launcher may not signal; this process belongs to that user too. It hears of
 the launcher's end, whatever its cause, because the kernel closes the pipe. The first line is a JSON object: `command`,
-`environment`, `files` (written with mode 0600) and `key`, which goes into a pipe whose number MISTRALCTL_KEY_FD says, so that it
-is in no file of that user, no argument and no variable. Then come the words `end` (it may drain) and `kill`.
+`environment` and `files` (written with mode 0600). Then come the words `end` (it may drain) and `kill`.
 """
 
 from __future__ import annotations
@@ -68,14 +67,9 @@ class Ward:
             with os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
                 file.write(text)
         remind(order["environment"])
-        read, write = os.pipe()
-        os.write(write, order["key"].encode())
-        os.close(write)
         self.process = subprocess.Popen(
-            order["command"], env=order["environment"] | {"MISTRALCTL_KEY_FD": str(read)}, stdin=subprocess.DEVNULL,
-            pass_fds=(read,), preexec_fn=_die_with_the_ward,
-        )  # fmt: skip
-        os.close(read)
+            order["command"], env=order["environment"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_the_ward
+        )
         self.seen: list[psutil.Process] = []
 
     def end(self) -> None:
