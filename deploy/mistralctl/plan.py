@@ -484,7 +484,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
     revision = model.revision if weights == model.weights else ""
     window = model.shape.sliding_window if model.shape else None
     came_from = "@".join((weights, revision, *endpoints.values()))
-    slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40]
+    slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40] or "weights"
     return Plan(
         name=deployment_name(spec, model),
         model=model,
