@@ -12,9 +12,9 @@ from mistral_contract import quantization
 from mistral_contract.quantization import METHODS
 from mistral_contract.suggest import suggest
 
+from mistralctl import clouds, images, prices
 from mistralctl import fit as memory
-from mistralctl import images, prices
-from mistralctl.clouds import CLOUDS, LOCAL
+from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
 from mistralctl.durations import minutes
 from mistralctl.errors import Exit, UserError
@@ -144,6 +144,8 @@ def _check_public(sourced: Sourced) -> None:
     if (spec.cert is None) != (spec.key is None):
         given, other = ("cert", "key") if spec.cert else ("key", "cert")
         raise UserError(f"{sourced.place(given)}: needs --{other} as well")
+    if spec.allow and (open_ := [cloud for cloud in spec.cloud if not clouds.firewall(cloud)]):
+        raise UserError(f"{sourced.place('allow')}: mistralctl cannot set the firewall of {open_[0]}; leave out one of the two")
 
 
 def _check_images(sourced: Sourced) -> None:
@@ -157,8 +159,8 @@ def _check_images(sourced: Sourced) -> None:
             )
         if wrong := images.misspelt(cloud, image):
             raise UserError(f"{place}: {image!r} {wrong}")
-        if cloud == "aws" and image.lower().startswith("ami-") and spec.region is None:
-            raise UserError(f"{place}: {image!r} is the image of one region; add --cloud aws and that --region")
+        if spec.region is None and images.is_regional(cloud, image):
+            raise UserError(f"{place}: {image!r} is the image of one region; add --cloud {cloud} and that --region")
 
 
 def _check_places(sourced: Sourced) -> None:
@@ -180,13 +182,13 @@ def _check_places(sourced: Sourced) -> None:
         return
     field = "region" if spec.region else "zone"
     if len(spec.cloud) != 1:
-        raise UserError(f"{sourced.place(field)}: needs exactly one cloud beside it; add for example --cloud aws")
-    cloud = CLOUDS[spec.cloud[0]]
+        raise UserError(f"{sourced.place(field)}: needs exactly one cloud beside it; add for example --cloud {clouds.names()[0]}")
+    cloud = clouds.facts(spec.cloud[0])
     if spec.region is None:
         raise UserError(f"{sourced.place('zone')}: needs its region beside it; add --region")
     if spec.region not in cloud.regions:
         near = suggest(spec.region, sorted(cloud.regions))
-        elsewhere = [other.name for other in CLOUDS.values() if spec.region in other.regions]
+        elsewhere = [other.name for other in clouds.every() if spec.region in other.regions]
         hint = (f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {near}?" if near
                 else f"one of {', '.join(sorted(cloud.regions))}")  # fmt: skip
         raise UserError(f"{sourced.place('region')}: {cloud.name} has no region {spec.region!r}; {hint}")
@@ -219,7 +221,7 @@ def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Of
         fitted = memory.fit(plan.shape, serving, memory_bytes=room, weights=plan.weight_bytes)
         if fitted.reason:
             reasons.append(fitted.reason)
-    if cloud in CLOUDS and not reasons and (unfit := images.refusal(cloud, gpu.name, plan.spec.images.get(cloud))):
+    if not reasons and (unfit := images.refusal(cloud, gpu.name, plan.spec.images.get(cloud))):
         reasons.append(unfit)
     return Option(
         cloud, gpu.name, count, offer.instance_type if offer else None, offer.region if offer else None,
@@ -391,10 +393,10 @@ def _nowhere_sold(draft: _Draft, sourced: Sourced) -> UserError:
     spec = sourced.spec
     name, count = _accelerators(sourced)
     asked = next((one for one in ("accelerators", "tensor_parallel", "region") if getattr(spec, one) is not None), "cloud")
-    here = [offer for cloud in spec.cloud or CLOUDS for offer in prices.offers(cloud) if offer.accelerator]
+    here = [offer for cloud in spec.cloud or clouds.names() for offer in prices.offers(cloud) if offer.accelerator]
     near = [offer for offer in here if spec.region in (None, offer.region)]
     elsewhere = {
-        offer.cloud: None for cloud in CLOUDS for offer in prices.offers(cloud)
+        offer.cloud: None for cloud in clouds.names() for offer in prices.offers(cloud)
         if offer.count == count and name in (None, offer.accelerator) and cloud not in spec.cloud
     }  # fmt: skip
     would = dict.fromkeys(
@@ -469,7 +471,8 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
         engine = "cuda" if machine.gpus else "cpu"
     else:
         engine = "cpu" if on_cpu else "cuda"
-        every = [o for cloud in spec.cloud or CLOUDS for o in _options(draft, sourced, cloud, on_cpu)]
+        possible = spec.cloud or [cloud for cloud in clouds.names() if not spec.allow or clouds.firewall(cloud)]
+        every = [o for cloud in possible for o in _options(draft, sourced, cloud, on_cpu)]
         every.sort(key=lambda o: (_price(o, spec), o.cloud, o.label))
         fitting = [option for option in every if option.reason is None]
         every = [o if o.reason else replace(o, reason=_too_dear(o, sourced, fitting)) for o in every]

@@ -7,24 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from mistralctl.clouds import facts
+
 SNAPSHOT_DATE = "2026-11-23"
 SNAPSHOT_SOURCE = "skypilot-org/skypilot-catalog (a hand-kept subset; see mistralctl/clouds/SOURCE.md)"
-
-# GCP sells accelerators apart from the machine that carries them; these are the machines that SkyPilot 0.14 puts below.
-GCP_HOSTS = {
-    ("T4", 1): "n1-standard-4",
-    ("T4", 2): "n1-standard-8",
-    ("V100", 1): "n1-standard-8",
-    ("L4", 1): "g2-standard-4",
-    ("L4", 2): "g2-standard-24",
-    ("L4", 4): "g2-standard-48",
-    ("L4", 8): "g2-standard-96",
-    **{("A100", count): f"a2-highgpu-{count}g" for count in (1, 2, 4, 8)},
-    **{("A100-80GB", count): f"a2-ultragpu-{count}g" for count in (1, 2, 4, 8)},
-    ("H100", 1): "a3-highgpu-1g",
-    ("H100", 8): "a3-highgpu-8g",
-}
-GCP_SOLD_WITH_GPU = ("a2-", "a3-", "g2-")
 
 
 @dataclass(frozen=True)
@@ -46,8 +32,8 @@ class Offer:
 
 
 def _rows(cloud: str) -> list[dict[str, str]]:
-    text = resources.files("mistralctl").joinpath("clouds", cloud, "vms.csv").read_text("utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    file = resources.files(f"mistralctl.clouds.{cloud}") / "vms.csv"
+    return list(csv.DictReader(file.read_text("utf-8").splitlines())) if file.is_file() else []
 
 
 def _lower(old: float | None, new: str) -> float | None:
@@ -74,18 +60,18 @@ def _cheapest_zone(cloud: str) -> dict[tuple[str, str, str, int], tuple[float, f
 @cache
 def offers(cloud: str) -> tuple[Offer, ...]:
     """Every machine of the snapshot for one cloud, cheapest on-demand price first."""
-    rows = _cheapest_zone(cloud)
+    rows, known = _cheapest_zone(cloud), facts(cloud)
     result = []
     for (region, instance_type, accelerator, count), (vcpus, memory, price, spot) in rows.items():
-        if not instance_type:  # a GPU that GCP sells apart: add the machine below it
-            instance_type = GCP_HOSTS[accelerator, count]
+        if not instance_type:  # a GPU that is sold apart: add the machine below it
+            instance_type = known.hosts[accelerator, count]
             host = rows.get((region, instance_type, "", 0))
             if host is None:
                 continue
             vcpus, memory = host[0], host[1]
             price = None if price is None or host[2] is None else round(price + host[2], 6)
             spot = None if spot is None or host[3] is None else round(spot + host[3], 6)
-        elif cloud == "gcp" and not accelerator and instance_type.startswith(GCP_SOLD_WITH_GPU):
+        elif not accelerator and instance_type.startswith(known.sold_with_gpu):
             continue
         if price is not None:
             result.append(Offer(cloud, region, instance_type, accelerator or None, count, vcpus, memory, price, spot))

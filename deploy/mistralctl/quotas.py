@@ -1,14 +1,12 @@
 """Quotas: how much of a kind of machine a cloud lets an account run, and whether that is enough for a plan.
 
-What a machine counts against is a table, `clouds/CLOUD/quotas.py`; asking the cloud is one function in the same file.
+What a machine counts against, and how a cloud is asked, is in its `clouds/CLOUD/quotas.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Protocol, cast
 
 from mistralctl import tables
 from mistralctl.errors import figure
@@ -69,27 +67,6 @@ class Unknown(Exception):
 
 
 Found = Mapping[str, tuple[float, float | None]]
-
-
-class Asking(Protocol):
-    """What the module of a cloud can be asked."""
-
-    def needs(self, wanted: Wanted) -> Sequence[Need]:
-        """What the machine counts against; empty if the table does not know it."""
-
-    def ask(self, region: str, needs: Sequence[Need]) -> Found:
-        """Limit and use of these quotas in a region, by code; `Unknown` if the cloud does not say."""
-
-    def regions(self) -> Sequence[str]:
-        """Every region in which this account could run a machine; `Unknown` if the cloud does not say."""
-
-    def page(self, region: str, code: str) -> str:
-        """Where to ask for more."""
-
-
-def asking(cloud: str) -> Asking:
-    """The module that asks a cloud for its quotas."""
-    return cast(Asking, import_module(f"mistralctl.clouds.{cloud}.quotas"))
 
 
 def _places(quotas: Iterable[Quota]) -> dict[tuple[str, str, str], list[bool | None]]:

@@ -5,70 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
 
-from mistralctl import tables
+from mistralctl import clouds, tables
+from mistralctl.clouds import Errors, Kind
 from mistralctl.errors import Exit, UserError, figure
 
-Kind = Literal["capacity", "quota", "permission", "registration", "credentials", "other"]
-
-# The clouds' own codes. AWS: API reference of EC2, error codes; GCP: Compute Engine, error messages; Azure: Resource Manager, common
-# deployment errors.
-CODES: dict[str, Kind] = {
-    "InsufficientInstanceCapacity": "capacity",
-    "InsufficientHostCapacity": "capacity",
-    "SpotMaxPriceTooLow": "capacity",
-    "Unsupported": "capacity",
-    "ZONE_RESOURCE_POOL_EXHAUSTED": "capacity",
-    "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS": "capacity",
-    "UNSUPPORTED_OPERATION": "capacity",
-    "insufficientCapacity": "capacity",
-    "SkuNotAvailable": "capacity",
-    "ZonalAllocationFailed": "capacity",
-    "AllocationFailed": "capacity",
-    "OverconstrainedAllocationRequest": "capacity",
-    "VcpuLimitExceeded": "quota",
-    "MaxSpotInstanceCountExceeded": "quota",
-    "InstanceLimitExceeded": "quota",
-    "QUOTA_EXCEEDED": "quota",
-    "quotaExceeded": "quota",
-    "QuotaExceeded": "quota",
-    "OperationNotAllowed": "quota",
-    "UnauthorizedOperation": "permission",
-    "AccessDenied": "permission",
-    "AuthFailure": "credentials",
-    "InvalidClientTokenId": "credentials",
-    "SignatureDoesNotMatch": "credentials",
-    "ExpiredToken": "credentials",
-    "ExpiredTokenException": "credentials",
-    "RequestExpired": "credentials",
-    "AuthorizationFailed": "permission",
-    "InvalidAuthenticationToken": "credentials",
-    "ExpiredAuthenticationToken": "credentials",
-    "ReadOnlyDisabledSubscription": "permission",
-    "MissingSubscriptionRegistration": "registration",
-    "TooManyRequests": "other",
-    "PERMISSION_DENIED": "permission",
-    "forbidden": "permission",
-    "accessNotConfigured": "permission",
-    "invalid_grant": "credentials",
-    "rateLimitExceeded": "other",
-}
-# Entra, where Azure's users sign in, numbers its refusals.
-_CODE = re.compile(r"\b(AADSTS\d+|" + "|".join(sorted(CODES, key=len, reverse=True)) + r")\b")
-_ZONE = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d[a-z]|[a-z]+-[a-z]+\d+-[a-f])\b")
-_REGION = re.compile(r"\b([a-z]{2}(?:-gov)?-[a-z]+-\d|[a-z]+-[a-z]+\d+)\b")
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|<rich_[^>]*>|</rich_[^>]*>")
 _PRICE_LIMIT = re.compile(
     r"Max hourly cost limit\s+\(\$([\d.e+-]+)/hr\)"
 )  # SkyPilot's hint where its catalog has nothing for the price
-_QUOTA = re.compile(r"[Qq]uota '([A-Za-z0-9_-]+)'|'([A-Z0-9_]+_CPUS|[A-Z0-9_]*GPUS[A-Z0-9_-]*)'|approved ([\w ]+?) Cores quota")
 # What SkyPilot says where a quota is 0, without an attempt.
 _NO_QUOTA = re.compile(r"Found no quota for (\S+) (spot|on-demand) instances in region (\S+) in \w+")
-# Azure's words, and those of its libraries, which try to register a resource provider that is missing and say how that went.
-_PROVIDER = re.compile(r"(?:not registered to use namespace|Resource provider) '([\w.]+)'")
-_REGISTERED = "Registration succeeded."
 TOLD = 8  # regions and reasons in one line
 ADVICE: dict[Kind, str] = {
     "capacity": "try again later, or allow more: --cloud, another --region, --accelerators, --no-spot",
@@ -90,10 +39,54 @@ class Refusal:
     detail: str
 
 
+@cache
+def _kinds() -> dict[str, Kind]:
+    """The clouds' own codes, with what they mean."""
+    return {code: kind for errors in clouds.errors() for code, kind in errors.codes.items()}
+
+
+def _any(patterns: Iterable[str | None]) -> re.Pattern[str]:
+    """What any of these patterns matches; nothing if there are none."""
+    return re.compile("|".join(filter(None, patterns)) or r"(?!)")
+
+
+@cache
+def _codes() -> re.Pattern[str]:
+    known = [*(errors.numbered for errors in clouds.errors()), *sorted(_kinds(), key=len, reverse=True)]
+    return re.compile(rf"\b(?:{_any(known).pattern})\b")
+
+
+@cache
+def _places() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """The names of zones, and of regions."""
+    of_zones, of_regions = (_any(getattr(errors, kind) for errors in clouds.errors()) for kind in ("zone", "region"))
+    return re.compile(rf"\b(?:{of_zones.pattern})\b"), re.compile(rf"\b(?:{of_regions.pattern})\b")
+
+
+def _named(patterns: Iterable[str], text: str) -> str:
+    """What the first match of these patterns names; empty without one."""
+    found = _any(patterns).search(text)
+    return next(filter(None, found.groups()), "") if found else ""
+
+
+def _provider(text: str) -> tuple[Errors, str] | None:
+    """The resource provider that a cloud says is not registered."""
+    for errors in clouds.errors():
+        if errors.provider and (found := re.search(errors.provider, text)):
+            return errors, found[1]
+    return None
+
+
 def registering(texts: Iterable[str]) -> str:
-    """What to run where Azure's words name resource providers that the subscription has not registered; empty if they name none."""
-    named = dict.fromkeys(provider for text in texts for provider in _PROVIDER.findall(text))
-    return f"run {', '.join(f'az provider register -n {space} --wait' for space in named)}" if named else ""
+    """What to run where a cloud's words name resource providers that are not registered; empty if they name none."""
+    known = [errors for errors in clouds.errors() if errors.provider]
+    found = ((errors, name) for text in texts for errors in known for name in re.findall(str(errors.provider), text))
+    return _run(errors.register.format(provider=name) for errors, name in found)
+
+
+def _run(commands: Iterable[str]) -> str:
+    every = list(dict.fromkeys(commands))
+    return f"run {', '.join(every)}" if every else ""
 
 
 def plain(text: str) -> str:
@@ -105,22 +98,18 @@ def _of(text: str) -> Refusal | None:
     none = _NO_QUOTA.search(text)
     if none:
         return Refusal(none[3], "quota", "no quota", f"{none[1]} {none[2]}")
-    if provider := _PROVIDER.search(text):
-        return Refusal("", "registration", "MissingSubscriptionRegistration", provider[1])
-    code = _CODE.search(text)
+    if missing := _provider(text):
+        return Refusal("", "registration", missing[0].unregistered, missing[1])
+    code = _codes().search(text)
     if code is None:
         return None
-    zone, region = _ZONE.search(text), _REGION.search(text)
-    quota = _QUOTA.search(text)
-    place = zone or region
-    kind = CODES.get(code[1], "credentials")
-    named = next((group for group in quota.groups() if group), "") if quota and kind == "quota" else ""
-    operation = re.search(
-        r"calling the (\w+) operation|perform(?: action)?[:\s]+'?([\w:./]+)|Required '([\w.]+)' permission", text
-    )
-    if kind == "permission" and operation:
-        named = operation[1] or operation[2] or operation[3]
-    return Refusal(place[1] if place else "", kind, code[1], named)
+    place = next(filter(None, (names.search(text) for names in _places())), None)
+    kind, named = _kinds().get(code[0], "credentials"), ""
+    if kind == "quota":
+        named = _named((pattern for errors in clouds.errors() for pattern in errors.quotas), text)
+    elif kind == "permission":
+        named = _named((pattern for errors in clouds.errors() for pattern in errors.operations), text)
+    return Refusal(place[0] if place else "", kind, code[0], named)
 
 
 def read(texts: Iterable[str]) -> list[Refusal]:
@@ -132,7 +121,7 @@ def read(texts: Iterable[str]) -> list[Refusal]:
             tried = re.search(r"Launching on .*?\(([^)]+)\)|Launching on \S+ (\S+?)[.(]", line)
             if tried:
                 near = (tried[1] or tried[2] or "").split(",")[0]
-            if _REGISTERED in line:
+            if any(errors.registered and errors.registered in line for errors in clouds.errors()):
                 found = {key: row for key, row in found.items() if row.kind != "registration"}
             refusal = _of(line)
             if refusal is not None:
@@ -152,7 +141,9 @@ def on_the_way(log: Path) -> str:
         return ""
     zones: dict[tuple[str, str], list[str]] = {}  # of one region that refused alike
     for row in rows:
-        region, zone = (row.place[:-1].rstrip("-"), row.place[-1]) if _ZONE.fullmatch(row.place) else (row.place or "?", "")
+        region, zone = (
+            (row.place[:-1].rstrip("-"), row.place[-1]) if _places()[0].fullmatch(row.place) else (row.place or "?", "")
+        )
         why = f"{row.kind}, {row.code}{': ' + row.detail if row.detail else ''}"
         zones.setdefault((region, why), []).append(zone)
     alike = [f"{' '.join([region, *filter(None, of)])} ({why})" for (region, why), of in zones.items()]
@@ -175,7 +166,8 @@ def refused(message: str, history: Sequence[BaseException], log: Path) -> UserEr
         first = next((line.strip() for line in plain(message).splitlines() if line.strip()), "no reason was given")
         return UserError(f"no cloud gave a machine: {first[:300]} (log: {log})", Exit.CLOUD)
     kinds = [kind for kind in ADVICE if any(row.kind == kind for row in rows)]
-    commands = registering(f"Resource provider '{row.detail}'" for row in rows if row.kind == "registration")
+    unregistered = [(errors, row) for row in rows for errors in clouds.errors() if row.code == errors.unregistered]
+    commands = _run(errors.register.format(provider=row.detail) for errors, row in unregistered)
     advice = "; ".join(f"{kind}: {commands if kind == 'registration' and commands else ADVICE[kind]}" for kind in kinds)
     cells = [[f"  {row.place or '?'}", row.kind, f"{row.code}{': ' + row.detail if row.detail else ''}"] for row in rows]
     details = "\n".join(tables.lines(cells))

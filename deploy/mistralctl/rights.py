@@ -1,32 +1,13 @@
-"""The table of rights: what reading or writing a bucket needs, and whether a node's role on each cloud has it."""
+"""Rights: what reading or writing a bucket needs, and whether a node's role on each cloud has it."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
-from mistralctl.clouds import LOCAL
-
-Has = Literal["yes", "grant", "no"]
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A kind of bucket: the cloud whose identities it knows, and the rights that reading and mirroring to it need.
-
-    `variables` name another server than the cloud's in this machine's environment, the one that counts first; `domains` are the cloud's.
-    """
-
-    cloud: str
-    vendor: str
-    form: str
-    read: str
-    write: str
-    variables: tuple[str, ...]
-    domains: tuple[str, ...]
+from mistralctl.clouds import LOCAL, Bucket, Has, buckets, facts
 
 
 @dataclass(frozen=True)
@@ -51,53 +32,6 @@ class Right:
         return f"{self.uri} from {self.cloud}: needs {self.needs}; {verb}: {self.why}{mend}"
 
 
-BUCKETS = {
-    "s3": Bucket(
-        "aws", "AWS", "s3://BUCKET/PREFIX",
-        "s3:GetObject and s3:ListBucket on the bucket {bucket}",
-        "s3:PutObject, s3:DeleteObject, s3:GetObject and s3:ListBucket on the bucket {bucket}",
-        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), (".amazonaws.com", ".amazonaws.com.cn"),
-    ),
-    "gs": Bucket(
-        "gcp", "Google", "gs://BUCKET/PREFIX",
-        "storage.objects.get and storage.objects.list (roles/storage.objectViewer) on the bucket {bucket}",
-        "storage.objects.create, delete, get and list (roles/storage.objectUser) on the bucket {bucket}",
-        ("STORAGE_EMULATOR_HOST",), (".googleapis.com",),
-    ),
-    "az": Bucket(
-        "azure", "Azure", "az://ACCOUNT/CONTAINER/PREFIX",
-        "the role Storage Blob Data Reader on the container {bucket}",
-        "the role Storage Blob Data Contributor on the container {bucket}",
-        ("AZURE_STORAGE_SERVICE_ENDPOINT",), (".core.windows.net", ".core.chinacloudapi.cn", ".core.usgovcloudapi.net"),
-    ),
-}  # fmt: skip
-
-# What the identity that SkyPilot 0.14 gives a node may do with buckets of its own cloud.
-NODE_ROLES: dict[str, tuple[Has, str, str]] = {
-    "aws": (
-        "yes",
-        "SkyPilot's role skypilot-v1 has AmazonS3FullAccess: every bucket of this account",
-        "another account's bucket must name that role in its policy",
-    ),
-    "gcp": (
-        "yes",
-        "SkyPilot's service account skypilot-v1 has roles/storage.admin: every bucket of this project",
-        "another project's bucket must grant it to that account",
-    ),
-    "azure": (
-        "grant",
-        "the identity that SkyPilot makes for each machine is Contributor of its resource group, which does not open blobs",
-        "name one of your own in ~/.sky/config.yaml (azure: remote_identity: ID) that is {role} of the container and Contributor of the "
-        "subscription",
-    ),
-}
-NAMES = {"aws": "an AWS node", "gcp": "a GCP node", "azure": "an Azure node"}
-
-
-def _bucket(scheme: str, rest: str) -> str:
-    return "/".join(rest.split("/")[: 2 if scheme == "az" else 1])
-
-
 def _foreign(endpoint: str, bucket: Bucket) -> tuple[Has, str, str] | None:
     """What a node's identity is worth at a server of these settings; None if it is the cloud's own."""
     host = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}").hostname or ""
@@ -120,20 +54,19 @@ def right(uri: str, cloud: str, *, write: bool = False, endpoints: Mapping[str, 
     `endpoints` are the clouds' variables that name another server than the cloud's.
     """
     scheme, _, rest = uri.partition("://")
-    bucket = BUCKETS.get(scheme)
+    bucket = buckets().get(scheme)
     if bucket is None:
         return None
-    needs = (bucket.write if write else bucket.read).format(bucket=_bucket(scheme, rest))
+    needs = (bucket.write if write else bucket.read).format(bucket="/".join(rest.split("/")[: bucket.parts]))
     if cloud == LOCAL:
         return Right(uri, cloud, "yes", needs, f"this machine's own {bucket.vendor} credentials are used", "")
     if cloud == bucket.cloud:
         endpoint = (endpoints or {}).get(bucket.variables[0], "")
-        has, why, mend = (endpoint and _foreign(endpoint, bucket)) or NODE_ROLES[cloud]
-        role = "Storage Blob Data Contributor" if write else "Storage Blob Data Reader"
-        return Right(uri, cloud, has, needs, why, mend.format(role=role))
-    own = next(kind.form for kind in BUCKETS.values() if kind.cloud == cloud)
-    mend = "choose the bucket's own cloud" if write else f"mistralctl weights mirror {uri} {own} --here"
-    return Right(uri, cloud, "no", needs, f"{NAMES[cloud]} has no {bucket.vendor} identity", mend)
+        has, why, mend = (endpoint and _foreign(endpoint, bucket)) or (bucket.has, bucket.why, bucket.mend)
+        return Right(uri, cloud, has, needs, why, mend.format(role=bucket.roles[write]))
+    own = next((kind.form for kind in buckets().values() if kind.cloud == cloud), None)
+    mend = f"mistralctl weights mirror {uri} {own} --here" if own and not write else "choose the bucket's own cloud"
+    return Right(uri, cloud, "no", needs, f"{facts(cloud).node} has no {bucket.vendor} identity", mend)
 
 
 def rights(uris: Iterable[str], clouds: Iterable[str], endpoints: Mapping[str, str] | None = None) -> Iterator[Right]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mistral_contract.suggest import suggest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mistralctl import durations, images
+from mistralctl import clouds, durations, images
 from mistralctl.fields import About
 from mistralctl.gpus import GPUS
 from mistralctl.models import DEFAULT_MODEL, MODELS
 
-CloudName = Literal["aws", "gcp", "azure", "local"]
+if TYPE_CHECKING:
+    CloudName = str
+else:
+    CloudName = Literal[(*clouds.names(), clouds.LOCAL)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DiskTier = Literal["low", "medium", "high", "best"]
 Quantization = Literal["fp8", "awq", "gptq", "compressed-tensors"]
@@ -173,12 +176,12 @@ def _image(value: object) -> object:
         return value
     if not isinstance(value, dict) or not value:
         raise ValueError(
-            f"{value!r} is not an image; write its id, or a mapping of clouds to ids: {{aws: ami-0123456789abcdef0}}"
+            f"{value!r} is not an image; write its id, or a mapping of clouds to ids: {{{images.example().replace('=', ': ', 1)}}}"
         )
     for cloud, image in value.items():
-        if cloud not in images.FORMS:
+        if cloud not in images.known():
             raise ValueError(
-                f"{cloud!r} is not one of {', '.join(images.FORMS)}; write CLOUD=ID, for example aws=ami-0123456789abcdef0"
+                f"{cloud!r} is not one of {', '.join(images.known())}; write CLOUD=ID, for example {images.example()}"
             )
         if not isinstance(image, str) or (wrong := images.misspelt(cloud, image)):
             raise ValueError(f"{image!r} {wrong if isinstance(image, str) else 'is no text; put quotes around it'}")

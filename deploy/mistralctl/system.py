@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from mistralctl import clouds
 from mistralctl.errors import Exit, UserError
 
 NAMES = {"darwin": "macOS", "win32": "Windows", "cygwin": "Windows"}
@@ -28,9 +29,9 @@ def rents() -> bool:
 def require_serving(place: str) -> None:
     """UserError unless this machine could serve."""
     if not serves():
-        raise UserError(
-            f"{place}: local needs Linux, and this is {name()}; {LINUX}, or a cloud: --cloud aws, gcp or azure", Exit.MACHINE
-        )
+        *others, last = clouds.names()
+        cloud = f"--cloud {', '.join(others)} or {last}"
+        raise UserError(f"{place}: local needs Linux, and this is {name()}; {LINUX}, or a cloud: {cloud}", Exit.MACHINE)
 
 
 def require_renting(what: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from mistral_contract import files
 
 from mistralctl import package_dir
+from mistralctl.clouds import buckets, facts
 from mistralctl.errors import Exit, UserError
 
 sys.path.insert(0, str(package_dir("model") / "weights"))
@@ -50,8 +51,6 @@ CODES = {
     Kind.MISSING: Exit.MACHINE,
     Kind.INTERRUPTED: Exit.INTERRUPTED,
 }
-# The extra of mistralctl that brings a store's SDK; the others are always there.
-EXTRAS = {"s3": "aws", "gs": "gcp", "az": "azure"}
 HUB = "hf://"
 # Long enough for a slow hub, short enough to wait for before a machine is rented.
 BRIEFLY = Patience(connect=5.0, stall=15.0, tries=3, tries_refused=1, longest_wait=2.0)
@@ -65,8 +64,8 @@ def explained() -> Iterator[None]:
         yield
     except WeightsError as error:
         message = str(error)
-        for scheme, extra in EXTRAS.items():
-            message = message.replace(f"install mistral-weights[{scheme}]", f"pip install 'mistralctl[{extra}]'")
+        for scheme, bucket in buckets().items():  # the SDKs of the other stores are always there
+            message = message.replace(f"install mistral-weights[{scheme}]", facts(bucket.cloud).install)
         raise UserError(message, CODES[error.kind]) from error
     except KeyboardInterrupt:
         raise UserError("interrupted; run the same command again: it continues where it was", Exit.INTERRUPTED) from None
@@ -89,7 +88,7 @@ def described(uri: str, revision: str = "", place: str = "") -> Described | None
     try:
         return describe(Describe(uri, revision, patience=patience, seconds=LOOK_SECONDS))
     except WeightsError as error:
-        if scheme in EXTRAS and error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
+        if scheme in buckets() and error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
             return None
         theirs = error.kind in (Kind.DENIED, Kind.UNREACHABLE)  # not a fault of what was written there
         raise UserError(str(error) if theirs or not place else f"{place}: {error}", CODES[error.kind]) from error

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from mistral_contract import driver
 from mistralctl import checkpoints, images, package_dir, plan, prices
+from mistralctl.clouds import Image
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.plan import Plan
@@ -33,7 +34,7 @@ def refusal(**flags: Any) -> str:
     return str(error.value)
 
 
-def shown(image: images.Image) -> list[str]:
+def shown(image: Image) -> list[str]:
     """A row of the table as docs/gpu.md has it."""
     sold = dict.fromkeys(offer.accelerator for offer in prices.offers(image.cloud))
     served = sorted(gpu for gpu in sold if gpu and images.default(image.cloud, gpu) == image)
@@ -53,7 +54,7 @@ def test_the_page_shows_the_table() -> None:
         for line in section.splitlines()
         if re.match(r"\| (aws|gcp|azure) ", line)
     ]
-    assert rows == [shown(image) for image in images.IMAGES]
+    assert rows == [shown(image) for table in images.known().values() for image in table.rows]
 
 
 def test_the_nodes_set_up_wants_the_driver_that_the_laptop_wants() -> None:
@@ -62,16 +63,19 @@ def test_the_nodes_set_up_wants_the_driver_that_the_laptop_wants() -> None:
 
 
 def test_every_gpu_of_the_catalog_has_a_row_and_what_cannot_serve_is_never_planned() -> None:
-    for cloud in images.SKYPILOTS:
+    for cloud in images.known():
         for gpu in {offer.accelerator for offer in prices.offers(cloud)} - {None}:
             assert gpu
             image = images.default(cloud, gpu)
+            assert image
             assert (images.refusal(cloud, gpu, None) is None) == (not driver.too_old(image.driver))
     everywhere = make(max_price=1000)
     assert {(option.cloud, option.label) for option in everywhere.options} >= {("azure", "A100-80GB:1"), ("azure", "H100:1")}
     for option in everywhere.options:
         assert option.accelerator
-        assert not driver.too_old(images.default(option.cloud, option.accelerator).driver)
+        image = images.default(option.cloud, option.accelerator)
+        assert image
+        assert not driver.too_old(image.driver)
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def test_every_runtime_has_the_protocol(implementation: type) -> None:
 
 
 TOO_MANY = {
-    ("fit.py", "cache_bytes"), ("fit.py", "fit"), ("images.py", "_hpc"), ("tasks/serve.py", "_envs"),
+    ("fit.py", "cache_bytes"), ("fit.py", "fit"), ("tasks/serve.py", "_envs"),
     ("tasks/serve.py", "render"), ("clouds/gcp/api.py", "_left_behind"),
 }  # fmt: skip
 

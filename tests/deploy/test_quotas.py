@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from mistralctl import checkpoints
 from mistralctl import plan as planning
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds import HasQuotas, names
+from mistralctl.clouds import quotas as of_cloud
 from mistralctl.clouds.aws import quotas as aws
 from mistralctl.clouds.azure import quotas as azure
 from mistralctl.clouds.gcp import quotas as gcp
@@ -25,7 +26,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.output import plan_text
 from mistralctl.plan import Plan
 from mistralctl.prices import offers
-from mistralctl.quotas import Need, Unknown, Wanted, asking
+from mistralctl.quotas import Need, Unknown, Wanted
 
 G, G_NAME = "L-DB2E81BA", "Running On-Demand G and VT instances"
 MODEL = "mistral-7b-instruct-v0.1"
@@ -34,6 +35,12 @@ MODEL = "mistral-7b-instruct-v0.1"
 def wanted(cloud: str, instance_type: str, *, spot: bool = False) -> Wanted:
     [offer, *_] = [offer for offer in offers(cloud) if offer.instance_type == instance_type]
     return Wanted(cloud, instance_type, offer.accelerator, offer.count, offer.vcpus, spot)
+
+
+def asking(cloud: str) -> HasQuotas:
+    found = of_cloud(cloud)
+    assert found is not None
+    return found
 
 
 def make(**flags: Any) -> Plan:
@@ -72,7 +79,7 @@ def test_what_a_machine_counts_against(
     assert [(need.code, need.amount, need.unit) for need in found] == expected
 
 
-@pytest.mark.parametrize("cloud", CLOUDS)
+@pytest.mark.parametrize("cloud", names())
 def test_every_machine_of_the_snapshot_counts_against_one_quota_of_its_own_at_least(cloud: str) -> None:
     for offer in offers(cloud):
         for spot in (False, True):
@@ -262,7 +269,7 @@ def test_what_google_refuses_is_unknown_by_name(google: dict[str, tuple[int, Any
 
 def test_without_credentials_of_google_it_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("names()DK_CONFIG", str(tmp_path))
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     gcp._signed_in.cache_clear()
     with pytest.raises(Unknown, match="gcloud auth application-default login"):

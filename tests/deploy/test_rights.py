@@ -6,8 +6,8 @@ from collections.abc import Callable
 from subprocess import CompletedProcess
 
 import pytest
-from mistralctl.clouds import CLOUDS
-from mistralctl.rights import BUCKETS, right, rights
+from mistralctl.clouds import buckets, names
+from mistralctl.rights import right, rights
 
 Run = Callable[..., CompletedProcess[str]]
 URIS = {"s3": "s3://bucket/v03", "gs": "gs://bucket/v03", "az": "az://account/container/v03"}
@@ -18,21 +18,21 @@ READ = {
 }
 
 
-@pytest.mark.parametrize(("cloud", "scheme"), list(itertools.product(CLOUDS, BUCKETS)))
+@pytest.mark.parametrize(("cloud", "scheme"), list(itertools.product(names(), buckets())))
 def test_every_cloud_and_every_bucket(cloud: str, scheme: str) -> None:
     got = right(URIS[scheme], cloud)
     assert got is not None
     assert (got.uri, got.cloud, got.needs) == (URIS[scheme], cloud, READ[scheme])
-    if BUCKETS[scheme].cloud != cloud:
+    if buckets()[scheme].cloud != cloud:
         assert got.has == "no"
-        own = next(bucket.form for bucket in BUCKETS.values() if bucket.cloud == cloud)
+        own = next(bucket.form for bucket in buckets().values() if bucket.cloud == cloud)
         assert got.mend == f"mistralctl weights mirror {URIS[scheme]} {own} --here"
     else:
         assert got.has == ("grant" if cloud == "azure" else "yes")
 
 
 def test_who_has_it_and_who_does_not_in_words() -> None:
-    words = {(r.cloud, r.uri[:2]): r.why for r in rights(URIS.values(), CLOUDS)}
+    words = {(r.cloud, r.uri[:2]): r.why for r in rights(URIS.values(), names())}
     assert words["gcp", "s3"] == "a GCP node has no AWS identity"
     assert words["aws", "gs"] == "an AWS node has no Google identity"
     assert words["aws", "az"] == "an AWS node has no Azure identity"
@@ -56,7 +56,7 @@ def test_this_machine_uses_its_own_credentials_and_other_places_need_no_right() 
     local = right("s3://bucket/x", "local")
     assert local is not None
     assert (local.has, local.needs) == ("yes", READ["s3"])
-    assert list(rights(["hf://a/b", "pypi://a@1/b", "file:///a"], [*CLOUDS, "local"])) == []
+    assert list(rights(["hf://a/b", "pypi://a@1/b", "file:///a"], [*names(), "local"])) == []
 
 
 def test_plan_says_it_for_each_cloud_of_the_options(mistralctl: Run) -> None:

@@ -112,7 +112,7 @@ def test_the_catalog_has_the_machine_that_skypilot_takes_for_each_gpu_and_count(
 
 def test_the_table_of_images_has_what_skypilot_takes_for_each_machine(takes: dict[str, dict[str, Any]]) -> None:
     found = takes["images"]
-    for cloud in images.SKYPILOTS:
+    for cloud in images.known():
         for offer in prices.offers(cloud):
             by = offer.accelerator if cloud == "gcp" else offer.instance_type
             if by:

@@ -10,9 +10,9 @@ from subprocess import CompletedProcess
 import pytest
 import yaml
 from mistralctl import package_dir
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds import buckets, names
 from mistralctl.errors import UserError
-from mistralctl.rights import BUCKETS, right
+from mistralctl.rights import right
 from mistralctl.stores import endpoints
 
 Run = Callable[..., CompletedProcess[str]]
@@ -92,9 +92,9 @@ def test_a_password_in_an_address_does_not_travel() -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", BUCKETS)
+@pytest.mark.parametrize("scheme", buckets())
 def test_what_a_nodes_identity_is_worth_there(scheme: str) -> None:
-    bucket = BUCKETS[scheme]
+    bucket = buckets()[scheme]
     uri, name = f"{scheme}://account/container/v03", bucket.variables[0]
 
     def has(endpoint: str, cloud: str = bucket.cloud) -> str:
@@ -107,7 +107,7 @@ def test_what_a_nodes_identity_is_worth_there(scheme: str) -> None:
     assert {has(f"https://account{domain}") for domain in bucket.domains} == {own.has}
     assert {has(url) for url in ("http://127.0.0.1:9000", "http://localhost", "http://[::1]:1", "localhost:4443")} == {"no"}
     assert has("https://minio.lab:9000") == "grant"
-    assert {has("https://minio.lab", cloud) for cloud in CLOUDS if cloud != bucket.cloud} == {"no"}
+    assert {has("https://minio.lab", cloud) for cloud in names() if cloud != bucket.cloud} == {"no"}
     assert has("http://127.0.0.1:9000", "local") == "yes"
 
 
@@ -151,4 +151,4 @@ def test_a_mirror_takes_it_along(mistralctl: Run) -> None:
 
 def test_the_contract_names_the_variables() -> None:
     page = (package_dir("model").parent / "docs" / "contract.md").read_text("utf-8")
-    assert all(f"`{bucket.variables[0]}`" in page for bucket in BUCKETS.values())
+    assert all(f"`{bucket.variables[0]}`" in page for bucket in buckets().values())

@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 import tomllib
 from mistralctl import adapters, package_dir, weights
+from mistralctl.clouds import buckets, facts
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
 from mistralctl.errors import Exit
@@ -291,5 +292,6 @@ def test_the_laptops_dependencies_cover_the_tools() -> None:
     assert set(tool["dependencies"]) | set(tool["optional-dependencies"]["hf"] + tool["optional-dependencies"]["pypi"]) <= set(
         laptop["dependencies"]
     )
-    for scheme, extra in weights.EXTRAS.items():
+    for scheme, bucket in buckets().items():
+        extra = facts(bucket.cloud).package.removeprefix("mistralctl[").removesuffix("]")
         assert set(tool["optional-dependencies"][scheme]) <= set(laptop["optional-dependencies"][extra])

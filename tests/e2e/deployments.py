@@ -200,6 +200,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
     assert on_node(sim, "gpu", "nvidia-smi -L").startswith(f"GPU 0: {called(place.cloud, place.gpu)} (UUID: GPU-")
     default = images.default(place.cloud, place.gpu)
+    assert default
     assert on_node(sim, "gpu", "nvidia-smi --query-gpu=driver_version --format=csv,noheader").startswith(default.driver)
     asks_for_nothing_that_is_not_there(sim, "gpu")
     log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout

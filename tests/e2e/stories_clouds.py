@@ -210,7 +210,7 @@ def test_a_driver_that_is_too_old_is_named_with_its_version(sim: SimCloud, place
 def test_what_the_table_says_cannot_serve_is_never_rented(sim: SimCloud, place: Place) -> None:
     with story("an old image that the table knows, and Azure's A10: refused, nothing rented", place.cloud):
         before = len(sim.journal(place.cloud))
-        old = next(one for one in images.IMAGES if one.cloud == place.cloud and one.driver.startswith("535") and not one.grid)
+        old = next(one for one in images.known()[place.cloud].rows if one.driver.startswith("535") and not one.grid)
         refused = sim.run(
             [*gpu(place), "--weights", place.weights, "--image", f"{place.cloud}={old.id}"], check=False, timeout=120
         )

@@ -20,9 +20,10 @@ FAILED = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA 
 
 
 def test_each_gpu_of_the_catalog_gets_the_driver_of_its_default_image() -> None:
-    for cloud in table.SKYPILOTS:
+    for cloud in table.known():
         for gpu in {offer.accelerator for offer in prices.offers(cloud)} - {None}:
             wanted = table.asked_for(cloud, gpu, None) or table.skypilots(cloud, gpu)
+            assert wanted
             ids = [row["ImageId"] for row in catalog.images(cloud) if row["Tag"] == wanted] or [wanted]
             for image_id in ids:
                 named = dict(zip(HPC, image_id.split(":"), strict=True)) if image_id.startswith("microsoft") else image_id

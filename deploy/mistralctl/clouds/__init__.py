@@ -1,38 +1,166 @@
-"""The clouds: each is a folder here, which holds all that is known of it. Its `CLOUD` is a row of the table."""
+"""The clouds: each is a folder here that holds all that is known of it, found by being there.
+
+Its `__init__.py` has the facts (`CLOUD`), its `vms.csv` the prices. What else mistralctl can do on a cloud is said by which of these
+protocols the folder's other files implement; each file and each protocol may be left out:
+
+    images.py   HasImages                           which image and driver a machine gets
+    buckets.py  HasBuckets                          its buckets, and what a node's identity may do with them
+    errors.py   HasErrors                           its error codes and how it words them
+    quotas.py   HasQuotas                           what a machine counts against, and asking for it
+    api.py      CanList, CanFirewall, HasIdentity, HasChecks
+
+No SDK is imported before a function is called.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Protocol, cast
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from mistralctl.errors import UserError
+from mistralctl.errors import Exit, UserError
+from mistralctl.quotas import Found, Need, Wanted
 
 LOCAL = "local"
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """A row of the table.
+    """The facts of a cloud. `name` is SkyPilot's; clouds are listed by `order`, then by name.
 
-    `regions` are those that offer GPUs, by each cloud's own list of regions in 2026; `zone` is the pattern of a zone's
-    name with the region as `{region}`; None where SkyPilot takes no zones. `page` says how to get credentials.
-    Clouds are named by `order`, then by name.
+    `regions` are those that offer GPUs, by the cloud's own list of regions in 2026; `zone` is the pattern of a zone's
+    name with the region as `{region}`; None where SkyPilot takes no zones. `page` says how to get credentials, `variables` and `files` (below
+    the user's home) where they lie; `package` brings SkyPilot and the SDKs; `roles` are the role files under docs/roles.
+
+    `disk_tier` is the tier of the disk of a machine with a GPU, in SkyPilot's words, where its own (medium) makes a start wait.
+    `disk_price` is in USD for a GiB of the disks that SkyPilot asks for, a month, without what a tier adds; `address_price` in USD an hour for
+    a public address that nothing uses; None where unknown.
+    `hosts` are the machines below GPUs that are sold apart, by GPU and count; `sold_with_gpu` begin the types that are sold with their GPUs
+    alone. `spot_only` are types that are not sold on demand.
     """
 
     name: str
+    title: str
     regions: frozenset[str]
     zone: str | None
     sign_in: str
     page: str
+    package: str
     order: int = 100
+    variables: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    disk_tier: str | None = None
+    disk_price: float | None = None
+    address_price: float | None = None
+    hosts: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    sold_with_gpu: tuple[str, ...] = ()
+    spot_only: frozenset[str] = frozenset()
 
     def has_zone(self, region: str, zone: str) -> bool:
         """Whether `zone` is spelt like one of that region's."""
         return self.zone is not None and re.fullmatch(self.zone.format(region=re.escape(region)), zone) is not None
+
+    @property
+    def node(self) -> str:
+        """A node there, in words: `an AWS node`."""
+        return f"{'an' if self.title[0] in 'AEIO' else 'a'} {self.title} node"
+
+    @property
+    def install(self) -> str:
+        """The command that installs SkyPilot and the SDKs for it."""
+        return f"pip install '{self.package}'"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a machine. `id` is what SkyPilot takes as `image_id`; `ids` are other names of the same image.
+
+    `driver` is empty where the image has none. `grid`: the driver is for a vGPU, which works with no other, and no other GPU works with it.
+    A row with `since` is a release of a series: `id` ends with `:`, the version follows, and the row holds from that one on.
+    """
+
+    cloud: str
+    id: str
+    driver: str
+    cuda: str
+    source: str
+    date: str
+    ids: tuple[str, ...] = ()
+    grid: bool = False
+    since: str = ""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a cloud, and how one is spelt: the pattern `form`, an `example`, and `regional`, the pattern of those of one region.
+
+    `skypilots` is what SkyPilot takes where nothing is asked for, by GPU ("" is none, "*" any other); `instead` is what mistralctl asks for
+    where that one is too old; `vgpu` are GPUs that are vGPUs, which work with a GRID driver alone.
+    """
+
+    rows: tuple[Image, ...]
+    skypilots: Mapping[str, str]
+    form: str
+    example: str
+    instead: Mapping[str, str] = field(default_factory=dict)
+    vgpu: frozenset[str] = frozenset()
+    regional: str | None = None
+
+
+Has = Literal["yes", "grant", "no"]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A cloud's kind of bucket: its scheme and form, the rights that reading and mirroring to it need, the roles that have them.
+
+    `variables` name another server than the cloud's in this machine's environment, the one that counts first; `domains` are the cloud's;
+    `parts` of a path name the bucket. `has`, `why` and `mend` say what the identity that SkyPilot gives a node may do with it.
+    """
+
+    cloud: str
+    vendor: str
+    scheme: str
+    form: str
+    read: str
+    write: str
+    variables: tuple[str, ...]
+    domains: tuple[str, ...]
+    has: Has
+    why: str
+    mend: str
+    parts: int = 1
+    roles: tuple[str, str] = ("", "")
+
+
+Kind = Literal["capacity", "quota", "permission", "registration", "credentials", "other"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How a cloud refuses: its codes, each of a kind, and patterns of its words.
+
+    `numbered` is the pattern of codes of its sign-in; `zone` and `region` are those of its places' names. Each of `quotas` and `operations` has
+    one group: the quota that is too small, the right that is missing. `unregistered` is the code for a resource provider that is not
+    registered, which `provider` finds in its words; `register` is the command that registers one, `registered` what is said when that went well.
+    """
+
+    codes: Mapping[str, Kind]
+    numbered: str | None = None
+    zone: str | None = None
+    region: str | None = None
+    quotas: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    provider: str | None = None
+    unregistered: str = ""
+    register: str = ""
+    registered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +179,22 @@ class Part:
     labels: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What one more check of an account found, and the command that mends it."""
+
+    name: str
+    ok: bool
+    found: str
+    mend: str
+
+
 class NotUsed(UserError):
     """This user has no SDK or no credentials for a cloud here: it is not asked, which is no failure of it."""
+
+
+class Lacking(UserError):
+    """mistralctl cannot do this on that cloud."""
 
 
 # How the clouds call a machine that is on its way out, and one that is stopped (GCP says TERMINATED), in small letters.
@@ -60,8 +202,50 @@ GOING = frozenset(("shutting-down", "deleting"))
 STOPPED = frozenset(("stopping", "stopped", "suspending", "suspended", "terminated", "deallocating", "deallocated"))
 
 
-class Listing(Protocol):
-    """What the module of a cloud can be asked. Each raises NotUsed, or UserError when the cloud refuses."""
+@runtime_checkable
+class HasImages(Protocol):
+    """The images of a cloud are known."""
+
+    IMAGES: Images
+
+
+@runtime_checkable
+class HasBuckets(Protocol):
+    """A cloud has buckets for weights."""
+
+    BUCKET: Bucket
+
+    def endpoint(self, environ: Mapping[str, str]) -> str:
+        """The server that this machine's settings name instead of the cloud's; empty if none."""
+
+
+@runtime_checkable
+class HasErrors(Protocol):
+    """The errors of a cloud are known."""
+
+    ERRORS: Errors
+
+
+@runtime_checkable
+class HasQuotas(Protocol):
+    """A cloud can be asked for its quotas."""
+
+    def needs(self, wanted: Wanted) -> Sequence[Need]:
+        """What the machine counts against; empty if the table does not know it."""
+
+    def ask(self, region: str, needs: Sequence[Need]) -> Found:
+        """Limit and use of these quotas in a region, by code; `Unknown` if the cloud does not say."""
+
+    def regions(self) -> Sequence[str]:
+        """Every region in which this account could run a machine; `Unknown` if the cloud does not say."""
+
+    def page(self, region: str, code: str) -> str:
+        """Where to ask for more."""
+
+
+@runtime_checkable
+class CanList(Protocol):
+    """What bears our labels on a cloud can be listed, labelled and deleted. Each raises NotUsed, or UserError when the cloud refuses."""
 
     def ours(self, owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
         """Machines that are not gone, and disks, addresses and interfaces without one, with our labels; `owner` None: everybody's."""
@@ -69,43 +253,116 @@ class Listing(Protocol):
     def machines(self, owner: str | None, within: Iterable[str]) -> list[Part]:
         """The machines of what `ours` lists, in fewer questions."""
 
-    def identity(self) -> str:
-        """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
-
     def delete(self, parts: Sequence[Part]) -> None:
         """Asks the cloud to take these away; what is gone already is no error. `ours` says when they are gone."""
 
     def relabel(self, part: Part, labels: Mapping[str, str]) -> None:
         """Sets these labels of a machine and leaves its others as they are."""
 
+
+@runtime_checkable
+class CanFirewall(Protocol):
+    """A cloud's firewall can be set."""
+
     def narrow(self, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
         """Lets a port of a deployment's machines be reached from these networks and from nowhere else."""
 
 
-# The tier of the disk of a machine with a GPU, in SkyPilot's words, where its own (medium) makes a start wait: vLLM's environment and the
-# weights, some 25 GB, are written and read once. SkyPilot 0.14.1 makes of high, with 90 GiB:
-#   AWS: gp3 with 7000 IOPS and 437 MB/s instead of 3500 and 218 (sky/clouds/aws.py, _get_disk_specs);
-#   GCP: pd-ssd, 283 MiB/s instead of pd-balanced's 165 (https://cloud.google.com/compute/docs/disks/performance).
-# Not on Azure: there high is the performance tier P50, which is billed as a disk of 4 TiB (sky/clouds/azure.py, disk_performance_tier).
-DISK_TIERS = {"aws": "high", "gcp": "high"}
-# USD for a GiB of the disks that SkyPilot asks for, a month, without what a tier adds. AWS: EBS, gp3, us-east-1; GCP: balanced persistent
-# disk, us-central1
-# (https://cloud.google.com/compute/disks-image-pricing); Azure: premium SSD, East US, P10 (128 GiB at 19.71;
-# https://azure.microsoft.com/pricing/details/managed-disks).
-DISK_PRICES = {"aws": 0.08, "gcp": 0.10, "azure": 0.154}
-# USD an hour for a public address that nothing uses. AWS: public IPv4, all regions, by its price list of EC2 and VPC.
-ADDRESS_PRICES = {"aws": 0.005}
+@runtime_checkable
+class HasIdentity(Protocol):
+    """A cloud says whose credentials it sees."""
+
+    def identity(self) -> str:
+        """Who the cloud says that this laptop is; UserError if it takes the credentials for nobody's."""
 
 
-def listing(cloud: str) -> Listing:
-    """The module that asks a cloud what of ours it has."""
-    return cast(Listing, import_module(f"mistralctl.clouds.{cloud}.api"))
+@runtime_checkable
+class HasChecks(Protocol):
+    """There is more of an account that `doctor` looks at."""
+
+    def checks(self) -> Sequence[Finding]:
+        """What it found, also where the cloud refuses to say."""
 
 
-def _found() -> dict[str, Cloud]:
-    """The facts of every folder beside this file, by name."""
-    every = [import_module(f"{__name__}.{one.name}").CLOUD for one in iter_modules(__path__) if one.ispkg]
-    return {cloud.name: cloud for cloud in sorted(every, key=lambda cloud: (cloud.order, cloud.name))}
+@cache
+def every() -> tuple[Cloud, ...]:
+    """The facts of every cloud, in their order."""
+    found: list[Cloud] = [import_module(f"{__name__}.{one.name}").CLOUD for one in iter_modules(__path__) if one.ispkg]
+    return tuple(sorted(found, key=lambda cloud: (cloud.order, cloud.name)))
 
 
-CLOUDS = _found()
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all clouds, in their order."""
+    return tuple(cloud.name for cloud in every())
+
+
+def facts(cloud: str) -> Cloud:
+    """The facts of a cloud."""
+    return next(one for one in every() if one.name == cloud)
+
+
+@cache
+def _implementing(cloud: str, file: str, protocol: Any) -> Any:
+    """The module of that name in a cloud's folder if it implements the protocol, else None."""
+    if cloud not in names() or find_spec(f"{__name__}.{cloud}.{file}") is None:
+        return None
+    module = import_module(f"{__name__}.{cloud}.{file}")
+    return module if isinstance(module, protocol) else None
+
+
+def images(cloud: str) -> Images | None:
+    """The images of a cloud; None where they are not known."""
+    found: HasImages | None = _implementing(cloud, "images", HasImages)
+    return found.IMAGES if found else None
+
+
+def bucket_files() -> list[HasBuckets]:
+    """What is known of the buckets of every cloud that has some."""
+    return [found for cloud in names() if (found := _implementing(cloud, "buckets", HasBuckets))]
+
+
+@cache
+def buckets() -> Mapping[str, Bucket]:
+    """The buckets of all clouds, by scheme."""
+    return {one.BUCKET.scheme: one.BUCKET for one in bucket_files()}
+
+
+@cache
+def errors() -> tuple[Errors, ...]:
+    """How each cloud refuses whose errors are known."""
+    return tuple(found.ERRORS for cloud in names() if (found := _implementing(cloud, "errors", HasErrors)))
+
+
+def quotas(cloud: str) -> HasQuotas | None:
+    """What asks a cloud for its quotas; None where nothing does."""
+    found: HasQuotas | None = _implementing(cloud, "quotas", HasQuotas)
+    return found
+
+
+def listing(cloud: str) -> CanList:
+    """What lists what of ours a cloud has; Lacking where nothing does."""
+    found: CanList | None = _implementing(cloud, "api", CanList)
+    if found is None:
+        raise Lacking(f"mistralctl cannot list what runs on {cloud}; look in its console", Exit.CLOUD)
+    return found
+
+
+def firewall(cloud: str) -> CanFirewall | None:
+    """What sets a cloud's firewall; None where nothing does."""
+    found: CanFirewall | None = _implementing(cloud, "api", CanFirewall)
+    return found
+
+
+def identity(cloud: str) -> str:
+    """Who a cloud says that this laptop is; Lacking where it cannot be asked."""
+    found: HasIdentity | None = _implementing(cloud, "api", HasIdentity)
+    if found is None:
+        raise Lacking(f"mistralctl cannot ask {cloud} for an identity", Exit.CLOUD)
+    return found.identity()
+
+
+def checks(cloud: str) -> Sequence[Finding]:
+    """What more there is to look at in an account on a cloud."""
+    found: HasChecks | None = _implementing(cloud, "api", HasChecks)
+    return found.checks() if found else ()

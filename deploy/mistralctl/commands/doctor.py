@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mistralctl import node, state, system
-from mistralctl.clouds import CLOUDS, listing
+from mistralctl.clouds import Cloud, Lacking, every, facts, identity, names
+from mistralctl.clouds import checks as further
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.machine import this_machine
@@ -54,24 +55,21 @@ def _skypilot() -> str | None:
         return None
 
 
-def _credentials(cloud: str) -> str | None:
+def _credentials(cloud: Cloud) -> str | None:
     """Where this account's credentials for a cloud seem to be; only looks for them, asks nobody."""
-    home = Path.home()
-    places = {
-        "aws": (home / ".aws" / "credentials", home / ".aws" / "config"),
-        "gcp": (home / ".config" / "gcloud" / "application_default_credentials.json",),
-        "azure": (home / ".azure" / "msal_token_cache.json", home / ".azure" / "azureProfile.json"),
-    }
-    variables = {"aws": ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"), "gcp": ("GOOGLE_APPLICATION_CREDENTIALS",), "azure": ()}
-    found = [f"${name}" for name in variables[cloud] if os.environ.get(name)]
-    return next(iter(found + [str(path) for path in places[cloud] if path.exists()]), None)
+    found = [f"${name}" for name in cloud.variables if os.environ.get(name)]
+    return next(iter(found + [str(path) for name in cloud.files if (path := Path.home() / name).exists()]), None)
 
 
 def _system() -> list[Check]:
     """Whether this operating system can do it at all."""
     local = Check("system for local", system.serves(), system.name(), "--cloud local", f"{system.LINUX}, or name a cloud")
     clouds = Check(
-        "system for clouds", system.rents(), system.name(), "--cloud aws, gcp, azure", "wsl --install, then run mistralctl there"
+        "system for clouds",
+        system.rents(),
+        system.name(),
+        f"--cloud {', '.join(names())}",
+        "wsl --install, then run mistralctl there",
     )
     return [local, clouds]
 
@@ -96,9 +94,11 @@ def _local_checks() -> list[Check]:
 
 
 def _asked(check: str, cloud: str, ask: Callable[[], str]) -> Check:
-    use, mend = f"--cloud {cloud}", CLOUDS[cloud].sign_in
+    use, mend = f"--cloud {cloud}", facts(cloud).sign_in
     try:
         return Check(f"{check} on {cloud}", True, ask(), use, mend)
+    except Lacking as error:
+        return Check(f"{check} on {cloud}", True, str(error), use, mend)
     except UserError as error:
         return Check(f"{check} on {cloud}", False, str(error), use, mend)
 
@@ -113,22 +113,9 @@ def _ask(cloud: str) -> list[Check]:
             raise UserError(why)
         return "enabled"
 
-    checks = [_asked("identity", cloud, listing(cloud).identity), _asked("machines", cloud, enabled)]
-    return [*checks, _providers()] if cloud == "azure" else checks
-
-
-def _providers() -> Check:
-    """Asks whether the subscription has registered what Azure's machines are made of; a new one has not."""
-    from mistralctl.clouds.azure import api
-
-    name, use = "resource providers on azure", "--cloud azure"
-    try:
-        states = api.providers()
-    except UserError as error:
-        return Check(name, False, str(error), use, CLOUDS["azure"].sign_in)
-    missing = [provider for provider, state in states.items() if state != "Registered"]
-    found = ", ".join(f"{provider} {state}" for provider, state in states.items() if not missing or provider in missing)
-    return Check(name, not missing, found, use, "; ".join(f"az provider register -n {provider} --wait" for provider in missing))
+    checks = [_asked("identity", cloud, lambda: identity(cloud)), _asked("machines", cloud, enabled)]
+    more = [Check(f"{one.name} on {cloud}", one.ok, one.found, f"--cloud {cloud}", one.mend) for one in further(cloud)]
+    return [*checks, *more]
 
 
 def node_facts(name: str) -> dict[str, Any]:
@@ -144,11 +131,11 @@ def node_facts(name: str) -> dict[str, Any]:
 def run(clouds: Sequence[str] = ()) -> Doctor:
     """Looks at this machine and account; starts nothing. Asks only the clouds that are named."""
     for named in clouds:
-        if named not in CLOUDS:
-            raise UserError(f"--cloud: {named!r} is not one of {', '.join(CLOUDS)}")
+        if named not in names():
+            raise UserError(f"--cloud: {named!r} is not one of {', '.join(names())}")
     sky = _skypilot()
     checks = [*_system(), *_local_checks()]
-    for cloud in CLOUDS.values():
+    for cloud in every():
         use = f"--cloud {cloud.name}"
         checks.append(
             Check(
@@ -156,10 +143,10 @@ def run(clouds: Sequence[str] = ()) -> Doctor:
                 sky is not None,
                 sky or "none",
                 use,
-                f"pip install 'mistralctl[{cloud.name}]'",
+                cloud.install,
             )
         )
-        found = _credentials(cloud.name)
+        found = _credentials(cloud)
         checks.append(Check(f"credentials for {cloud.name}", found is not None, found or "none", use, cloud.sign_in))
         if cloud.name in clouds and sky is not None:
             checks += _ask(cloud.name)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from mistralctl.clouds import quotas as of_cloud
 from mistralctl.errors import Exit, UserError, figure
 from mistralctl.plan import SMALLEST_CPU_NODE, Option, Plan
 from mistralctl.prices import offers
-from mistralctl.quotas import Need, Quota, Unknown, Wanted, asking, table, too_small_everywhere
+from mistralctl.quotas import Need, Quota, Unknown, Wanted, table, too_small_everywhere
 
 SECONDS = 5.0  # for every cloud and region together; what has not answered by then is unknown
 
@@ -53,23 +54,24 @@ def _unknown(option: Option, region: str, why: str) -> Quota:
 
 def _ask(places: Sequence[Place], spot: bool, deadline: float) -> list[Quota]:
     """The quotas of these places; each region of a cloud is asked once, for all machines that may run there."""
-    needs = {place: asking(place[0].cloud).needs(_wanted(place[0], spot)) for place in places}
+    asking = {cloud: module for cloud in dict.fromkeys(option.cloud for option, _ in places) if (module := of_cloud(cloud))}
+    needs = {place: asking[place[0].cloud].needs(_wanted(place[0], spot)) for place in places if place[0].cloud in asking}
     wanted: dict[tuple[str, str], dict[str, Need]] = {}
     for (option, region), every in needs.items():
         wanted.setdefault((option.cloud, region), {}).update({need.code: need for need in every})
     answers = _at_once(
         {
-            f"{cloud}/{region}": partial(asking(cloud).ask, region, list(every.values()))
+            f"{cloud}/{region}": partial(asking[cloud].ask, region, list(every.values()))
             for (cloud, region), every in wanted.items() if every
         },
         deadline,
     )  # fmt: skip
     found: list[Quota] = []
-    for (option, region), every in needs.items():
+    for option, region in places:
+        every = needs.get((option, region), ())
         if not every:
-            found.append(
-                _unknown(option, region, f"mistralctl knows no quota of {option.instance_type}{' as spot' if spot else ''}")
-            )
+            what = f"quota of {option.instance_type}{' as spot' if spot else ''}" if option.cloud in asking else "quotas there"
+            found.append(_unknown(option, region, f"mistralctl knows no {what}"))
             continue
         answer = answers[f"{option.cloud}/{region}"]
         for need in every:
@@ -82,7 +84,7 @@ def _ask(places: Sequence[Place], spot: bool, deadline: float) -> list[Quota]:
                 why = "it is not in the cloud's list"
             found.append(
                 Quota(option.cloud, region, option.label, need.code, need.name, need.amount, need.unit, limit, used,
-                      asking(option.cloud).page(region, need.code), why)
+                      asking[option.cloud].page(region, need.code), why)
             )  # fmt: skip
     return found
 
@@ -100,10 +102,10 @@ def _others(plan: Plan, asked: Sequence[Place], deadline: float) -> list[Quota]:
     """The quotas in every other region, to which SkyPilot goes on when the first ones refuse."""
     known = {(option.cloud, region) for option, region in asked}
     clouds = dict.fromkeys(option.cloud for option in plan.options)
-    regions = _at_once({cloud: asking(cloud).regions for cloud in clouds}, deadline)
+    regions = _at_once({cloud: asking.regions for cloud in clouds if (asking := of_cloud(cloud))}, deadline)
     places, found = [], []
     for option in plan.options:
-        there = regions[option.cloud]
+        there = regions.get(option.cloud, ())
         if isinstance(there, Unknown):
             found.append(_unknown(option, "elsewhere", str(there)))
         else:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from mistralctl.clouds import ADDRESS_PRICES, CLOUDS, DISK_PRICES, STOPPED, NotUsed, Part, listing
+from mistralctl.clouds import STOPPED, Lacking, NotUsed, Part, facts, listing, names
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
 from mistralctl.tasks import owner
@@ -62,10 +62,10 @@ def _per_day(part: Part) -> float | None:
     if part.kind in ("interface", "rule"):
         return 0.0
     if part.kind == "address":
-        hour = ADDRESS_PRICES.get(part.cloud)
+        hour = facts(part.cloud).address_price
         return None if hour is None else round(hour * 24, 2)
     if part.kind == "disk":
-        price = DISK_PRICES.get(part.cloud)
+        price = facts(part.cloud).disk_price
         return None if price is None else round(float(part.size.split()[0]) * price / GIB_MONTH_DAYS, 2)
     if part.state.lower() in STOPPED:
         return None
@@ -92,7 +92,7 @@ def judge(part: Part, now: float, with_machine: Collection[str] = ()) -> str:
 def _ask(cloud: str, asked: str | None) -> tuple[Asked, list[Part]]:
     try:
         return Asked(cloud, "asked"), listing(cloud).ours(asked)
-    except NotUsed as error:
+    except (NotUsed, Lacking) as error:
         return Asked(cloud, "not used", str(error)), []
     except UserError as error:
         return Asked(cloud, "unknown", str(error)), []
@@ -113,11 +113,11 @@ def _delete(due: Sequence[Part], asked: str | None) -> None:
 def run(clouds: Sequence[str], *, all_owners: bool, dry_run: bool, confirm: Callable[[list[Found]], bool]) -> Reaped:
     """What bears our labels on these clouds (none: on all); what is due is deleted after `confirm` said yes."""
     for cloud in clouds:
-        if cloud not in CLOUDS:
-            raise UserError(f"--cloud: {cloud} is not one of {', '.join(CLOUDS)}")
+        if cloud not in names():
+            raise UserError(f"--cloud: {cloud} is not one of {', '.join(names())}")
     asked = None if all_owners else owner(os.environ)
-    with ThreadPoolExecutor(len(CLOUDS)) as pool:
-        answers = list(pool.map(lambda cloud: _ask(cloud, asked), dict.fromkeys(clouds or CLOUDS)))
+    with ThreadPoolExecutor(len(names())) as pool:
+        answers = list(pool.map(lambda cloud: _ask(cloud, asked), dict.fromkeys(clouds or names())))
     now = time.time()
     parts = [part for _, every in answers for part in every]
     with_machine = {_name(part) for part in parts if part.kind == "machine"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mistralctl import prices
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds import names
 from mistralctl.gpus import GPUS
 from mistralctl.models import MODELS, Model
 
@@ -42,7 +42,7 @@ def models() -> list[Model]:
 def gpus() -> GpuTable:
     """Every GPU of every cloud in the snapshot, cheapest first."""
     best: dict[tuple[str, str, int], GpuRow] = {}
-    for cloud in CLOUDS:
+    for cloud in names():
         for offer in prices.offers(cloud):
             key = (cloud, offer.accelerator or "", offer.count)
             if offer.accelerator is None or key in best:

@@ -14,7 +14,7 @@ from mistral_contract import files
 from mistral_contract.envs import Serve, value
 
 from mistralctl import certificates, endpoint, readiness, state, sweep
-from mistralctl.clouds import NotUsed, listing
+from mistralctl.clouds import Lacking, NotUsed, firewall, identity
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Machine, Observed, places, serves
 from mistralctl.phases import PhaseEvent, Progress
@@ -155,7 +155,8 @@ def publish(record: Record, text: str) -> None:
     """Pin the certificate of a public server, open the cloud's firewall to those who may ask, and wait until that is so."""
     allowed = value(Serve, "allow", record.task["envs"])
     certificates.pin(record.name, text)
-    listing(record.cloud).narrow(owner(os.environ), record.name, record.region, record.port, list(allowed) or ["0.0.0.0/0"])
+    if (asked := firewall(record.cloud)) is not None:
+        asked.narrow(owner(os.environ), record.name, record.region, record.port, list(allowed) or ["0.0.0.0/0"])
     deadline = time.monotonic() + PUBLIC_SECONDS
     while not readiness.answers(record, probing=True):
         if why := readiness.refusal(record):
@@ -248,7 +249,8 @@ class Rented:
             # SkyPilot does not change a machine's labels, and its life begins anew
             ttl = env(record.task, "ttl_minutes")
             until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
-            sweep.tell_cloud(replace(record, cloud=observed.cloud, region=observed.region), until)
+            with contextlib.suppress(Lacking):
+                sweep.tell_cloud(replace(record, cloud=observed.cloud, region=observed.region), until)
         return Progress(attempt.on_phase)
 
     def _follow(self, record: Record, job: int, progress: Progress) -> Job:
@@ -301,8 +303,15 @@ class Rented:
         return sky.down(record.cluster, state.folder(record.name) / "down.log")
 
     def sweep(self, record: Record, *, promised: bool) -> None:
-        """Wait until the cloud lists nothing of the deployment, and delete what outlives its machine."""
-        sweep.wait_until_gone(record, promised=promised)
+        """Wait until the cloud lists nothing of the deployment, and delete what outlives its machine.
+
+        Where mistralctl cannot list a cloud, SkyPilot's promise holds; Lacking if there is none.
+        """
+        try:
+            sweep.wait_until_gone(record, promised=promised)
+        except Lacking:
+            if not promised:
+                raise
 
     def forget(self, record: Record) -> Record:
         """Remove the way to the machine."""
@@ -330,7 +339,9 @@ class Rented:
         if len(clouds) == 1:
             # Of credentials that are refused SkyPilot says all kinds of things; this says it plainly.
             try:
-                listing(record.cloud).identity()
+                identity(record.cloud)
+            except Lacking:
+                pass
             except NotUsed:
                 attempt.keep(replace(record, state="down") if nothing else record)
                 raise

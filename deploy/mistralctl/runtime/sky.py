@@ -20,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from mistralctl import refusals, state
-from mistralctl.clouds import CLOUDS
+from mistralctl import clouds, refusals, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.heavy import uncollected
 from mistralctl.runtime import api_server
@@ -82,7 +81,7 @@ def configuration(existing: Mapping[str, Any], users: Mapping[str, Any]) -> dict
     An identity that the user's configuration (`users`) or the folder's names for a cloud is kept.
     """
     found: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in existing.items()}
-    for cloud in (*CLOUDS, "kubernetes"):
+    for cloud in (*clouds.names(), "kubernetes"):
         section = found.setdefault(cloud, {})
         named = section.get("remote_identity", (users.get(cloud) or {}).get("remote_identity"))
         if named in COPIES_KEYS:
@@ -138,7 +137,8 @@ def _sdk() -> Iterator[Any]:
                 from sky.server import common
         except ImportError as error:
             raise UserError(
-                "SkyPilot is not installed; pip install 'mistralctl[aws]' (or gcp, azure), or use --cloud local", Exit.CLOUD
+                f"SkyPilot is not installed; {' or '.join(cloud.install for cloud in clouds.every())}, or use --cloud local",
+                Exit.CLOUD,
             ) from error
         if common.is_api_server_local():
             from sky.server.requests.queues import mp_queue
@@ -172,7 +172,7 @@ def _in_our_words(sky: Any, error: Exception) -> UserError:
         return UserError("SkyPilot's API server is of another version; run: sky api stop; sky api start", Exit.CLOUD)
     if isinstance(error, sky.exceptions.ClusterOwnerIdentityMismatchError):
         return UserError(f"this machine belongs to another identity of the cloud: {first}", Exit.CLOUD)
-    mend = refusals.registering([text]) if "MissingSubscriptionRegistration" in text else ""
+    mend = refusals.registering([text])
     return UserError(f"SkyPilot: {first[:400]} ({kind}){mend and f'; {mend}'}", Exit.CLOUD)
 
 

@@ -18,8 +18,8 @@ import yaml
 from mistral_contract.envs import variable
 
 from mistralctl import package_dir
+from mistralctl.clouds import buckets
 from mistralctl.errors import Exit, UserError, figure
-from mistralctl.rights import BUCKETS
 
 Task = dict[str, Any]
 
@@ -123,7 +123,7 @@ def env(task: Task, field: str) -> str:
 
 def setup_id(task: Task) -> str:
     """A hash of what the node's set-up is made from: with the same one, a changed server needs no new set-up."""
-    endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in BUCKETS.values()]
+    endpoints = [task["envs"].get(bucket.variables[0], "") for bucket in buckets().values()]
     return digest([*(env(task, name) for name in _SETUP), *endpoints, tree(package_dir("model"))])
 
 

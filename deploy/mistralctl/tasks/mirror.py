@@ -12,11 +12,11 @@ from mistral_contract import envs, files
 from mistral_contract.envs import Mirror
 
 from mistralctl import package_dir
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds import buckets, facts
 from mistralctl.errors import UserError
 from mistralctl.models import MODELS
 from mistralctl.plan import SMALLEST_CPU_NODE
-from mistralctl.rights import BUCKETS, Right, right
+from mistralctl.rights import Right, right
 from mistralctl.spec import check_uri
 from mistralctl.tasks import NODE_DIR, NODE_PYTHON, Kind, Task, digest, environment_id
 
@@ -51,7 +51,7 @@ class MirrorSpec:
     @property
     def cloud(self) -> str | None:
         """The cloud of the target's bucket; None for a folder."""
-        bucket = BUCKETS.get(self.target.partition("://")[0])
+        bucket = buckets().get(self.target.partition("://")[0])
         return bucket.cloud if bucket else None
 
 
@@ -70,14 +70,14 @@ def checked(asked: MirrorSpec) -> MirrorSpec:
     spec = replace(asked, source=_checked(asked.source, "SOURCE"), target=_checked(asked.target, "TARGET"))
     target, revision, region = spec.target, spec.revision, spec.region
     scheme = target.partition("://")[0]
-    if scheme not in BUCKETS and scheme != "file":
+    if scheme not in buckets() and scheme != "file":
         raise UserError(f"TARGET: weights cannot be written to {scheme}://; name a bucket or a folder")
     if revision and spec.source.partition("://")[0] not in ("hf", "pypi"):
         raise UserError(f"--revision: {spec.source} has no revisions; leave it out")
     if region is not None:
         if spec.cloud is None:
             raise UserError("--region: a folder is in no region; leave it out")
-        known = CLOUDS[spec.cloud].regions
+        known = facts(spec.cloud).regions
         if region not in known:
             raise UserError(f"--region: {spec.cloud} has no region {region!r}; one of {', '.join(sorted(known))}")
     return spec

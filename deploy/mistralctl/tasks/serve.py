@@ -12,7 +12,7 @@ from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 
 from mistralctl import images, package_dir
-from mistralctl.clouds import DISK_TIERS
+from mistralctl.clouds import facts
 from mistralctl.errors import UserError
 from mistralctl.fit import MEMORY_UTILIZATION, disk_bytes
 from mistralctl.gpus import GIB
@@ -48,7 +48,7 @@ def _resources(plan: Plan) -> dict[str, Any]:
             entry |= {"cpus": f"{SMALLEST_CPU_NODE[0]}+", "memory": f"{SMALLEST_CPU_NODE[1]}+"}
         if image := images.asked_for(option.cloud, option.accelerator, spec.images.get(option.cloud)):
             entry["image_id"] = image
-        if tier := spec.disk_tier or (DISK_TIERS.get(option.cloud) if option.accelerator else None):
+        if tier := spec.disk_tier or (facts(option.cloud).disk_tier if option.accelerator else None):
             entry["disk_tier"] = tier
         if entry not in entries:
             entries.append(entry)

@@ -1,7 +1,7 @@
 """What lies on the image that a machine was asked for, by the reference of it that the cloud was given.
 
-Which driver that is, says mistralctl's own table (deploy/mistralctl/images.py). A node's system is this machine's own, without anything of
-NVIDIA's and without ninja (image.py hides that); what a real image has of it, gpus.py puts there. Sources:
+Which driver that is, says mistralctl's own table (deploy/mistralctl/clouds/CLOUD/images.py). A node's system is this machine's own, without
+anything of NVIDIA's and without ninja (image.py hides that); what a real image has of it, gpus.py puts there. Sources:
 
 - SkyPilot's images, its sky/catalog/images/provisioners: cuda.sh (AWS, GCP) installs gcc 12 and CUDA's toolkit with nvcc in /usr/local/cuda, which
   /etc/profile puts on PATH and LD_LIBRARY_PATH; cuda-azure-grid.sh (A10) does so by ~/.bashrc. No ninja there, in skypilot.sh, in user-toolkit.sh.
@@ -80,7 +80,7 @@ def of(cloud: str, reference: str | dict[str, Any]) -> Image:
 
 def trouble(cloud: str, gpu: str, image: Image) -> tuple[str, int] | None:
     """What nvidia-smi says instead of showing such a GPU, and its code; None if it shows it. Azure's A10 is one of vGPU."""
-    if (cloud, gpu) not in table.VGPU:
+    if not table.needs_grid(cloud, gpu):
         return None
     if not image.grid:
         return NOT_LOADED

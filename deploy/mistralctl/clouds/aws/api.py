@@ -10,8 +10,8 @@ from typing import Any
 
 from mistralctl import state
 from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds.aws.errors import ERRORS
 from mistralctl.errors import Exit, UserError
-from mistralctl.refusals import CODES
 
 GONE = "terminated"
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
@@ -99,7 +99,7 @@ def _asked() -> Iterator[None]:
         raise NotUsed("there are no credentials for AWS here; run aws configure", Exit.CLOUD) from error
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
-        what = "sign in again: aws configure" if CODES.get(code) == "credentials" else "give this identity that right"
+        what = "sign in again: aws configure" if ERRORS.codes.get(code) == "credentials" else "give this identity that right"
         raise UserError(f"AWS refused {error.operation_name} ({code}); {what}", Exit.CLOUD) from error
     except BotoCoreError as error:
         raise UserError(f"AWS cannot be asked: {error}", Exit.CLOUD) from error

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mistralctl import refusals, state
-from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds import Finding, NotUsed, Part
+from mistralctl.clouds.azure import CLOUD
+from mistralctl.clouds.azure.errors import ERRORS
 from mistralctl.clouds.azure.quotas import subscription
 from mistralctl.errors import Exit, UserError
 from mistralctl.quotas import Unknown
@@ -24,7 +26,6 @@ CLUSTER_TAG = "skypilot-cluster-name"
 # What SkyPilot 0.14.1 makes a machine of (sky/provision/azure; Microsoft.Authorization is registered in every subscription). Its disks are
 # Microsoft.Compute's, and weights lie in a storage account that is there already.
 PROVIDERS = ("Microsoft.Compute", "Microsoft.Network", "Microsoft.ManagedIdentity")
-UNREGISTERED = "MissingSubscriptionRegistration"
 TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 30}
 
 
@@ -44,7 +45,7 @@ def _asked() -> Iterator[None]:
         raise UserError(f"Azure does not accept the sign-in ({_code(error)}); run az login", Exit.CLOUD) from error
     except HttpResponseError as error:
         words = " ".join(str(getattr(error.error, "message", None) or error.message).split())[:300]
-        mend = refusals.registering([words]) if _code(error) == UNREGISTERED else ""
+        mend = refusals.registering([words]) if _code(error) == ERRORS.unregistered else ""
         raise UserError(f"Azure refused ({_code(error)}): {words}{mend and f'; {mend}'}", Exit.CLOUD) from error
     except AzureError as error:
         raise UserError(f"Azure cannot be asked: {str(error).splitlines()[0][:300]}", Exit.CLOUD) from error
@@ -56,11 +57,18 @@ def _code(error: Any) -> str:
     return str(known or (aad and aad[0]) or getattr(error, "status_code", None) or type(error).__name__)
 
 
-def providers() -> dict[str, str]:
-    """The resource providers that machines need, each with its state in this subscription (`Registered`); UserError if Azure refuses."""
-    with _asked():
-        _, resource = _clients()
-        return {name: str(resource.providers.get(name).registration_state) for name in PROVIDERS}
+def checks() -> list[Finding]:
+    """Whether the subscription has registered the resource providers that machines need, which a new one has not."""
+    try:
+        with _asked():
+            _, resource = _clients()
+            states = {name: str(resource.providers.get(name).registration_state) for name in PROVIDERS}
+    except UserError as error:
+        return [Finding("resource providers", False, str(error), CLOUD.sign_in)]
+    missing = [provider for provider, state in states.items() if state != "Registered"]
+    found = ", ".join(f"{provider} {state}" for provider, state in states.items() if not missing or provider in missing)
+    mend = "; ".join(ERRORS.register.format(provider=provider) for provider in missing)
+    return [Finding("resource providers", not missing, found, mend)]
 
 
 def _every(listed: Iterable[Any]) -> list[Any]:
@@ -70,7 +78,7 @@ def _every(listed: Iterable[Any]) -> list[Any]:
     try:
         return list(listed)
     except HttpResponseError as error:
-        if _code(error) != UNREGISTERED:
+        if _code(error) != ERRORS.unregistered:
             raise
         return []
 

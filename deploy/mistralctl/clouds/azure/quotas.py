@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from mistralctl import state
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds.azure import CLOUD
 from mistralctl.quotas import Found, Need, Unknown, Wanted
 
 SECONDS = 4
@@ -106,4 +106,4 @@ def ask(region: str, needs: Sequence[Need]) -> Found:
 
 def regions() -> Sequence[str]:
     """Those of the table: every subscription lists all of them."""
-    return sorted(CLOUDS["azure"].regions)
+    return sorted(CLOUD.regions)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from mistralctl import state
-from mistralctl.clouds import CLOUDS
+from mistralctl.clouds.gcp import CLOUD
 from mistralctl.quotas import Found, Need, Unknown, Wanted
 
 SECONDS = 4
@@ -101,4 +101,4 @@ def ask(region: str, needs: Sequence[Need]) -> Found:
 
 def regions() -> Sequence[str]:
     """Those of the table: every project has all of them."""
-    return sorted(CLOUDS["gcp"].regions)
+    return sorted(CLOUD.regions)
