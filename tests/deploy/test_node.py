@@ -19,6 +19,7 @@ from mistralctl.tasks import environment_id, tree
 from packaging.requirements import Requirement
 from test_adapters import adapter
 
+pytestmark = pytest.mark.linux  # so is a node
 NODE = package_dir("model") / "node"
 UV = Path(sys.executable).parent / "uv"
 
@@ -174,6 +175,7 @@ def gpu_check(tmp_path: Path, smi: str, command: str, **variables: str) -> subpr
     return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_failed_download_is_tried_three_times_and_named(tmp_path: Path) -> None:
     nobody = {"UV_OFFLINE": "0", "UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple", "UV_HTTP_RETRIES": "0", "UV_FIND_LINKS": ""}
     done = set_up(
@@ -224,6 +226,7 @@ def run_with_fakes(tmp_path: Path, script: str, *words: str, **variables: str) -
     return subprocess.run(["bash", str(NODE / script), *words], env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_weights_that_fail_while_vllm_is_installed_are_named_every_time(tmp_path: Path) -> None:
     def once(number: int) -> list[str]:
         home = tmp_path / str(number)
