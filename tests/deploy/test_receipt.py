@@ -31,7 +31,7 @@ def record(home: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setenv("MISTRALCTL_HOME", str(home / ".mistralctl"))
     sourced = config.load({"model": "smollm2-135m-instruct", "cloud": ["local"], "name": "mine"}, {}, None)
     made = serve.render(
-        plan.make(sourced, checkpoints.resolve(sourced), this_machine()), owner="tests", node_dir=str(home / "node")
+        plan.make(sourced, checkpoints.resolve(sourced), this_machine()), owner="tests", node=serve.Node(str(home / "node"))
     )
     found = Record(
         "mine", "local", "up", "smollm2-135m-instruct", "smollm2-135m-instruct", 8000, str(home / "node"), "1", time.time(),

@@ -128,20 +128,19 @@ def test_after_a_refusal_the_clouds_that_were_asked_are_swept(calls: list[str], 
     swept: list[Any] = []
     monkeypatch.setattr(sweep, "after_refusal", lambda record, clouds, since, refused: swept.append((clouds, since)))
 
-    class Listing:
-        answer: UserError | None = None
+    answers: list[UserError] = []
 
-        def identity(self) -> str:
-            if self.answer is not None:
-                raise self.answer
-            return "me"
+    def identity(cloud: str) -> str:
+        if answers:
+            raise answers[0]
+        return "me"
 
-    monkeypatch.setattr(rented, "listing", lambda cloud: Listing())
+    monkeypatch.setattr(rented, "identity", identity)
     give_up(UserError("its server ended", Exit.SERVER))
     assert swept == []
     give_up(UserError("no capacity", Exit.CLOUD))
     assert swept == [(["aws"], 0.0)]
-    Listing.answer = NotUsed("no credentials", Exit.CLOUD)
+    answers.append(NotUsed("no credentials", Exit.CLOUD))
     with pytest.raises(NotUsed, match="no credentials"):
         give_up(UserError("refused", Exit.CLOUD))
     assert (state.known("m").state, len(swept)) == ("down", 1)

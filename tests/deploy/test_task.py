@@ -44,7 +44,7 @@ def rendered(name: str) -> tasks.Task:
     sourced = load(CASES[name], {}, None)
     made = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 * GIB, 2))
     if name == "local":
-        return serve.render(made, owner="0123456789ab", node_dir="/node", port=8123, python="3.11")
+        return serve.render(made, owner="0123456789ab", node=serve.Node("/node", 8123, "3.11"))
     return serve.render(made, owner="0123456789ab")
 
 

@@ -11,5 +11,5 @@ def run(name: str) -> Client:
     """Open the tunnel to a deployment again, on the same port; what its clients need. UserError if it needs no tunnel."""
     record = state.known(name)
     tasks.kind(record.kind).require_endpoint(name)
-    state.save(runtime.of(record.cloud).reconnect(record))
+    runtime.of(record.cloud).reconnect(record)
     return env.run(name)

@@ -18,6 +18,7 @@ from mistralctl.lifecycle import Do, Step
 from mistralctl.plan import Plan
 from mistralctl.state import Record
 from mistralctl.tasks import serve
+from mistralctl.tasks.serve import Node
 
 # No option of a deployment: they follow from the others, from this machine, or from what `keys` did.
 NOT_SHOWN = set(map(variable, ("serving_id", "port", "node_dir", "python", "keys", "secrets")))
@@ -52,12 +53,12 @@ def render_plan(plan: Plan, port: int | None = None, secrets: Collection[str] = 
     """
     owner = tasks.owner(os.environ)
     if not plan.local:
-        task = serve.render(plan, owner=owner, certificate_id=certificates.own(plan.spec).id if plan.spec.cert else "")
+        task = serve.render(plan, owner=owner, node=Node(certificate_id=certificates.own(plan.spec).id if plan.spec.cert else ""))
     else:
         if port is None:
             record = state.read(plan.name)
             port = plan.spec.port or (record.port if record else FIRST_PORT)
-        task = serve.render(plan, owner=owner, node_dir=str(node.local_dir()), port=port, python=node.local_python_version())
+        task = serve.render(plan, owner=owner, node=Node(str(node.local_dir()), port, node.local_python_version()))
     task["envs"] |= {variable("keys"): keys.sent(plan.name), variable("secrets"): json.dumps(awaited(plan, secrets))}
     return task
 

@@ -285,6 +285,7 @@ class Rented:
         if not endpoint.is_free(record.port):
             raise UserError(f"port {record.port} is taken by another program; stop that program", Exit.CONFLICT)
         record = open_tunnel(learn(record), state.save)
+        state.save(record)
         reach(record)
         return record
 

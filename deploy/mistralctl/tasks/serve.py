@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -84,24 +85,38 @@ def _tls(plan: Plan, certificate_id: str) -> str | None:
     return f"own-{certificate_id}" if plan.spec.cert else "self-signed"
 
 
-def _envs(
-    plan: Plan, node_dir: str, port: int, python: str, weights: str, lora: Mapping[str, str], certificate_id: str
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class Node:
+    """What a server runs in: the node's folder, its port (None: the usual one), the Python of vLLM's environment.
+
+    `certificate_id` is a hash of the user's own certificate, where there is one.
+    """
+
+    folder: str = NODE_DIR
+    port: int | None = None
+    python: str = NODE_PYTHON
+    certificate_id: str = ""
+
+
+RENTED = Node()
+
+
+def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict[str, str]:
     spec, model = plan.spec, plan.model
     serve = Serve(
         name=plan.name,
-        node_dir=Path(node_dir),
+        node_dir=Path(node.folder),
         device=plan.engine,
-        python=python,
-        env_id=environment_id(plan.engine, python),
+        python=node.python,
+        env_id=environment_id(plan.engine, node.python),
         model=model.name if model.shape else "custom",
         weights=weights,
         revision=plan.revision,
         weights_id=plan.weights_id,
         served_name=plan.served_model_name,
         host="0.0.0.0" if spec.public else "127.0.0.1",  # noqa: S104 - asked for, with TLS
-        port=port,
-        tls=_tls(plan, certificate_id),
+        port=node.port or node_port(plan),
+        tls=_tls(plan, node.certificate_id),
         allow=tuple(spec.allow),
         gate="probe",
         serve_user=None if plan.local else SERVE_USER,
@@ -130,22 +145,11 @@ def _envs(
     return options | {envs.variable("serving_id"): digest([options, tree(package_dir("model"))])}
 
 
-def render(
-    plan: Plan,
-    *,
-    owner: str,
-    node_dir: str = NODE_DIR,
-    port: int | None = None,
-    python: str = NODE_PYTHON,
-    certificate_id: str = "",
-) -> Task:
-    """The task of a plan: plain data that SkyPilot accepts whole, and that the local runtime runs as well.
-
-    `certificate_id` is a hash of the user's own certificate, where there is one.
-    """
+def render(plan: Plan, *, owner: str, node: Node = RENTED) -> Task:
+    """The task of a plan: plain data that SkyPilot accepts whole, and that the local runtime runs as well."""
     task: Task = yaml.safe_load((package_dir("task_templates") / "serve.yaml").read_text("utf-8"))
     local = plan.local
-    run_dir = f"{node_dir}/{files.RUN.of(plan.name)}"
+    run_dir = f"{node.folder}/{files.RUN.of(plan.name)}"
     weights, mounts = plan.weights, {f"{run_dir}/{files.MODEL.name}": str(package_dir("model"))}
     if weights.startswith("file://") and not local:  # a folder of this machine travels with the task
         folder, one = unquote(weights.removeprefix("file://")), weights.rpartition("/")[2] if weights.endswith(".gguf") else ""
@@ -162,6 +166,6 @@ def render(
     wanted = {} if local else _resources(plan)
     task["name"] = plan.name
     task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}
-    task["envs"] = _envs(plan, node_dir, port or node_port(plan), python, weights, lora, certificate_id)
+    task["envs"] = _envs(plan, node, weights, lora)
     task["file_mounts"] = mounts
     return task

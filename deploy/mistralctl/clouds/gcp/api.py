@@ -29,6 +29,7 @@ BUSY = {429, 500, 502, 503}
 CLUSTER = r"(?P<cluster>mctl-(?P<name>.+)-(?P<user>[0-9a-f]{8}))"
 DISK = re.compile(rf"{CLUSTER}-(?:head|worker)-.+")
 RULE = re.compile(rf"sky-ports-{CLUSTER}")
+PATTERNS = {"disk": DISK, "rule": RULE}
 SHORTENED = 35  # SkyPilot's limit for a cluster's name on GCP; of a longer one it keeps the beginning and adds two letters
 _SIGNING_IN = threading.Lock()
 
@@ -148,11 +149,9 @@ def named_like(found: re.Match[str], name: str) -> bool:
     return len(added) == 2 and len(found["cluster"]) <= SHORTENED and whole.startswith(kept)
 
 
-def _left_behind(
-    kind: str, one: Mapping[str, Any], pattern: re.Pattern[str], living: set[str], owner: str | None, name: str | None
-) -> Part | None:
+def _left_behind(kind: str, one: Mapping[str, Any], living: set[str], owner: str | None, name: str | None) -> Part | None:
     """A disk or rule without its machine, if it is of the deployment and the user that are asked for."""
-    found = pattern.fullmatch(one["name"])
+    found = PATTERNS[kind].fullmatch(one["name"])
     labels = dict(one.get("labels", {}))
     if found is None or found["cluster"] in living or (name and not named_like(found, name)):
         return None
@@ -196,8 +195,8 @@ def ours(owner: str | None, name: str | None = None, within: Iterable[str] | Non
     found = [part for part in machines if _is_ours(part.labels, owner, name)]
     disks = [one for one in _everywhere("disks") if not one.get("users")]  # one that is attached goes with its machine
     rules = [one for page in _pages("global/firewalls") for one in page.get("items", [])]
-    left = [_left_behind("disk", one, DISK, living, owner, name) for one in disks]
-    left += [_left_behind("rule", one, RULE, living, owner, name) for one in rules]
+    left = [_left_behind("disk", one, living, owner, name) for one in disks]
+    left += [_left_behind("rule", one, living, owner, name) for one in rules]
     return _within(found + [part for part in left if part is not None], within)
 
 
