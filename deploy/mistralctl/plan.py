@@ -316,6 +316,9 @@ def _options(draft: _Draft, sourced: Sourced, cloud: str, on_cpu: bool) -> list[
             if offer.accelerator is None
             else _gpu_option(draft, cloud, GPUS[offer.accelerator], count, offer)
         )
+        if offer.spot_only and not spec.spot:
+            why = f"{cloud} sells {offer.instance_type} as a spot machine only; add --spot"
+            option = replace(option, price=None, reason=option.reason or why)
         found.append(replace(option, price=None) if offer.price == math.inf else option)
     return found
 

@@ -17,7 +17,8 @@ SNAPSHOT_SOURCE = "skypilot-org/skypilot-catalog (a hand-kept subset; see mistra
 class Offer:
     """A machine of a cloud in a region: cores, GiB of memory, USD per hour on demand and (if known) as spot.
 
-    `accelerator` is SkyPilot's name, None for a machine without a GPU. The spot price is that of the cheapest zone.
+    `accelerator` is SkyPilot's name, None for a machine without a GPU. The spot price is that of the cheapest zone. A machine that is
+    `spot_only` is not sold on demand, whatever its price is.
     """
 
     cloud: str
@@ -29,6 +30,7 @@ class Offer:
     memory_gib: float
     price: float
     spot_price: float | None
+    spot_only: bool = False
 
 
 def _rows(cloud: str) -> list[dict[str, str]]:
@@ -74,5 +76,6 @@ def offers(cloud: str) -> tuple[Offer, ...]:
         elif not accelerator and instance_type.startswith(known.sold_with_gpu):
             continue
         if price is not None:
-            result.append(Offer(cloud, region, instance_type, accelerator or None, count, vcpus, memory, price, spot))
+            kind = accelerator or None, count, vcpus, memory
+            result.append(Offer(cloud, region, instance_type, *kind, price, spot, instance_type in known.spot_only))
     return tuple(sorted(result, key=lambda offer: (offer.price, offer.region, offer.instance_type)))

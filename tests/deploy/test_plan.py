@@ -51,11 +51,23 @@ def test_a_price_limit_admits_whatever_is_below_it() -> None:
     assert [f"{o.cloud} {o.label}" for o in got.options] == [
         "gcp L4:1", "aws L4:1", "aws A10G:1", "aws L40S:1", "gcp A100:1", "gcp A100-80GB:1",
     ]  # fmt: skip
-    assert refused(got)["gcp H100:1"] == "5.38 USD/h is above --max-price 3"
+    assert refused(got)["aws H100:1"] == "6.88 USD/h is above --max-price 3"
+
+
+def test_a_machine_that_is_sold_as_spot_only_is_planned_as_spot_only() -> None:
+    why = "gcp sells a3-highgpu-1g as a spot machine only; add --spot"
+    assert refused(make())["gcp H100:1"] == why
+    with pytest.raises(UserError, match=why):
+        make(cloud=["gcp"], accelerators="H100")
+    assert make(cloud=["gcp"], accelerators="H100", spot=True).chosen.instance_type == "a3-highgpu-1g"
+    assert make(cloud=["gcp"], accelerators="H100:8").chosen.instance_type == "a3-highgpu-8g"
+    [row] = [row for row in facts.gpus().rows if row.instance_type == "a3-highgpu-1g"]
+    assert row.price is None
+    assert row.spot_price
 
 
 def test_a_price_limit_is_repeated_as_it_was_typed_and_never_in_exponents() -> None:
-    assert refused(make(max_price="3.00"))["gcp H100:1"] == "5.38 USD/h is above --max-price 3.00"
+    assert refused(make(max_price="3.00"))["aws H100:1"] == "6.88 USD/h is above --max-price 3.00"
     cheap = make(
         cloud=["aws"], region="eu-central-1", max_price=0.00001
     )  # no price is known there, so it is SkyPilot's to refuse
@@ -173,7 +185,7 @@ def test_a_limit_of_the_file_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("max_price: 3")
     sourced = load({}, {}, tmp_path / "m.yaml")
     got = plan.make(sourced, checkpoints.resolve(sourced), SMALL)
-    assert refused(got)["gcp H100:1"] == f"5.38 USD/h is above {tmp_path / 'm.yaml'}:1: max_price 3"
+    assert refused(got)["aws H100:1"] == f"6.88 USD/h is above {tmp_path / 'm.yaml'}:1: max_price 3"
 
 
 def test_a_region_without_a_price_is_planned_with_an_unknown_price() -> None:

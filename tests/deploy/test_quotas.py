@@ -260,7 +260,7 @@ def test_what_google_refuses_is_unknown_by_name(google: dict[str, tuple[int, Any
         gcp.ask("us-central1", needs)
     google["/compute/v1/projects/mine/regions/us-central1"] = 200, metrics(CPUS=(24.0, 0.0))
     google["/compute/v1/projects/mine"] = 200, metrics()
-    quotas = preflight.run(make(cloud=["gcp"], accelerators="H100:1", region="us-central1"))
+    quotas = preflight.run(make(cloud=["gcp"], accelerators="H100:1", region="us-central1", spot=True))
     assert {(quota.limit, quota.enough, quota.why) for quota in quotas} == {(None, None, "it is not in the cloud's list")}
     monkeypatch.setattr(gcp, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(Unknown, match="Google does not answer"):

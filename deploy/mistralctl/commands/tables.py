@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mistralctl import prices
@@ -12,7 +13,7 @@ from mistralctl.models import MODELS, Model
 
 @dataclass(frozen=True)
 class GpuRow:
-    """A GPU on a cloud, one of it: memory in GiB, and the cheapest region's prices of the snapshot in USD per hour."""
+    """A GPU on a cloud, one of it: memory in GiB, and the cheapest region's prices of the snapshot in USD per hour; None: not sold so."""
 
     accelerator: str
     memory_gib: float
@@ -21,7 +22,7 @@ class GpuRow:
     count: int
     instance_type: str
     region: str
-    price: float
+    price: float | None
     spot_price: float | None
 
 
@@ -50,7 +51,7 @@ def gpus() -> GpuTable:
             gpu = GPUS[offer.accelerator]
             best[key] = GpuRow(
                 gpu.name, gpu.memory_gib, gpu.bfloat16, cloud, offer.count, offer.instance_type, offer.region,
-                offer.price, offer.spot_price,
+                None if offer.spot_only else offer.price, offer.spot_price,
             )  # fmt: skip
-    rows = tuple(sorted(best.values(), key=lambda row: (row.price, row.cloud)))
+    rows = tuple(sorted(best.values(), key=lambda row: (math.inf if row.price is None else row.price, row.cloud)))
     return GpuTable(prices.SNAPSHOT_DATE, prices.SNAPSHOT_SOURCE, rows)

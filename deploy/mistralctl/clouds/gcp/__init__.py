@@ -41,4 +41,6 @@ CLOUD = Cloud(
     disk_price=0.10,  # balanced persistent disk, us-central1 (https://cloud.google.com/compute/disks-image-pricing)
     hosts=HOSTS,
     sold_with_gpu=("a2-", "a3-", "g2-"),
+    # As spot or flex-start machines, though the API of prices has one on demand: dstackai/gpuhunt#176.
+    spot_only=frozenset(("a3-highgpu-1g",)),
 )
