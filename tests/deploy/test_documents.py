@@ -9,15 +9,17 @@ import dataclasses
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import typer
 import yaml
 from conftest import Run
-from mistralctl import documents, weights
+from mistralctl import cli, documents, weights
 from mistralctl.commands import doctor, down, env, extend, reap, receipt, status, tables, up
+from mistralctl.commands import keys as keys_command
 from mistralctl.commands import weights as weights_command
 from mistralctl.models import Model
 from mistralctl.plan import Plan
@@ -28,6 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 DOCUMENTS: dict[str, Any] = {
     "up": up.UpResult, "plan": Plan, "down": list[down.DownResult], "status": list[status.Status], "reap": reap.Reaped,
     "extend": extend.Extended, "receipt": receipt.Receipt, "env, connect": env.Client, "models": list[Model], "gpus": tables.GpuTable,
+    "keys list": keys_command.KeyList, "keys add, keys revoke, keys rotate": keys_command.KeyChange,
     "doctor": doctor.Doctor, "weights mirror": weights_command.Mirrored, "weights mirror --here": weights.Mirrored,
     "weights pull": weights.Pulled, "weights verify": weights.Verified, "weights ls": weights.Listed,
 }  # fmt: skip
@@ -73,16 +76,18 @@ def test_the_page_has_the_keys_of_every_document(request: pytest.FixtureRequest)
         assert fence == described()
 
 
-def test_every_command_with_an_output_has_its_document(mistralctl: Run) -> None:
-    groups = {"": mistralctl("--help").stdout, "weights ": mistralctl("weights", "--help").stdout}
-    commands = {
-        f"{group}{word}"
-        for group, text in groups.items()
-        for word in re.findall(r"(?m)^  ([a-z]+)  ", text.partition("Commands:")[2])
-    }
-    with_output = {one for one in commands if "--output" in mistralctl(*one.split(), "--help").stdout}
+def commands(group: Any, before: str = "") -> Iterator[str]:
+    """The words of every command that takes --output."""
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{word} ")
+        elif any("--output" in option.opts for option in command.params):
+            yield before + word
+
+
+def test_every_command_with_an_output_has_its_document() -> None:
     documented = {one.removesuffix(" --here") for line in DOCUMENTS for one in line.split(", ")}
-    assert with_output == documented
+    assert set(commands(typer.main.get_command(cli.app))) == documented
 
 
 @pytest.mark.parametrize(
