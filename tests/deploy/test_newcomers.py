@@ -126,7 +126,7 @@ def greet(name: Annotated[str, typer.Argument()], output: Output = Form.text) ->
     """Greet somebody."""
     from mistralctl.commands import greet as greet_command
 
-    _say(greet_command.run(name), output)
+    say(greet_command.run(name), output)
 
 
 '''
