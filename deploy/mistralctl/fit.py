@@ -38,7 +38,7 @@ class Serving:
 
     dtype: str
     max_model_len: int
-    engine: str
+    device: str
     gpus: int = 1
     requests: int = 1
 
@@ -106,17 +106,17 @@ def max_batched_tokens(window: int | None) -> int:
     return WINDOWED_CHUNK if window else CHUNK
 
 
-def blocks_per_request(max_model_len: int, window: int | None, engine: str, chunk: int | None = None) -> int:
+def blocks_per_request(max_model_len: int, window: int | None, device: str, chunk: int | None = None) -> int:
     """Most blocks that one request of `max_model_len` tokens holds at any time.
 
     >>> blocks_per_request(32768, None, "cuda"), blocks_per_request(32768, 4096, "cuda")
     (2048, 385)
     """
-    block_size = BLOCK_SIZE[engine]
+    block_size = BLOCK_SIZE[device]
     if window is None:
         return cdiv(max_model_len, block_size)
     # The 1 is the block that the window's edge cuts; vLLM counts it also where the whole request is shorter.
-    in_flight = STEPS_IN_FLIGHT[engine] * (chunk or max_batched_tokens(window))
+    in_flight = STEPS_IN_FLIGHT[device] * (chunk or max_batched_tokens(window))
     return cdiv(min(window - 1 + in_flight, max_model_len), block_size) + 1
 
 
@@ -149,10 +149,10 @@ class _Pool:
         token = cdiv(2 * shape.kv_heads * shape.head_dim * DTYPE_BYTES[serving.dtype], serving.gpus)
         chunk = max_batched_tokens(shape.sliding_window)
         held, full = (
-            sum(blocks_per_request(serving.max_model_len, window, serving.engine, chunk) for window in each)
+            sum(blocks_per_request(serving.max_model_len, window, serving.device, chunk) for window in each)
             for each in (windows, (None,) * len(windows))
         )
-        return cls(BLOCK_SIZE[serving.engine] * layers * token, len(windows), held, full)
+        return cls(BLOCK_SIZE[serving.device] * layers * token, len(windows), held, full)
 
 
 def cache_bytes(shape: Shape, serving: Serving) -> int:
@@ -163,7 +163,7 @@ def cache_bytes(shape: Shape, serving: Serving) -> int:
 
 def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) -> Fit:
     """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take) beside so many bytes of weights."""
-    pool, size = _Pool.of(shape, serving), BLOCK_SIZE[serving.engine]
+    pool, size = _Pool.of(shape, serving), BLOCK_SIZE[serving.device]
     weights = cdiv(weights, serving.gpus)
     cache = int(memory_bytes) - weights - OVERHEAD_BYTES
     blocks = max(0, cache // pool.block_bytes)

@@ -26,6 +26,6 @@ def local_dir(environ: Mapping[str, str] = os.environ) -> Path:
     return state.home(environ) / "node"
 
 
-def local_python(engine: str) -> Path:
+def local_python(device: str) -> Path:
     """The Python of the node's environment on this machine, whether or not it was made already."""
-    return local_dir() / files.ENVIRONMENTS.name / environment_id(engine, local_python_version()) / "bin" / "python"
+    return local_dir() / files.ENVIRONMENTS.name / environment_id(device, local_python_version()) / "bin" / "python"

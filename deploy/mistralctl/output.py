@@ -69,7 +69,7 @@ def plan_text(plan: Plan) -> str:
         by = f" ({found})" if found else ""
         lines += [
             f"weights {fit.weight_bytes / GIB:.2f} GiB{by} and {fit.kv_bytes_per_token:,} B of cache a token on each GPU"
-            if plan.engine == "cuda"
+            if plan.device == "cuda"
             else f"weights {fit.weight_bytes / GIB:.2f} GiB{by}, {fit.kv_bytes_per_token:,} B of cache a token",
             f"one request holds at most {fit.request_tokens:,} tokens of cache ({window}); "
             f"with full attention {fit.request_tokens_without_window:,}",

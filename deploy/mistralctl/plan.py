@@ -69,7 +69,7 @@ class Plan:
     name: str
     model: Model
     spec: DeploymentSpec
-    engine: str
+    device: str
     weights: str
     revision: str
     weights_id: str
@@ -252,9 +252,9 @@ class _Draft:
         return memory.weight_bytes(shape, self.dtype, self.spec.quantization, stored) if shape else 0
 
 
-def _most_seqs(spec: DeploymentSpec, engine: str) -> int:
+def _most_seqs(spec: DeploymentSpec, device: str) -> int:
     """How many requests the server computes at a time."""
-    return spec.max_concurrency or DEFAULT_SEQS[engine]
+    return spec.max_concurrency or DEFAULT_SEQS[device]
 
 
 def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
@@ -471,9 +471,9 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
             raise ValueError("a local plan needs the machine")
         option = _local(draft, sourced, machine)
         fitting, refused = ([], [option]) if option.reason else ([option], [])
-        engine = "cuda" if machine.gpus else "cpu"
+        device = "cuda" if machine.gpus else "cpu"
     else:
-        engine = "cpu" if on_cpu else "cuda"
+        device = "cpu" if on_cpu else "cuda"
         possible = spec.cloud or [cloud for cloud in clouds.names() if not spec.allow or clouds.firewall(cloud)]
         every = [o for cloud in possible for o in _options(draft, sourced, cloud, on_cpu)]
         every.sort(key=lambda o: (_price(o, spec), o.cloud, o.label))
@@ -495,18 +495,18 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
         name=deployment_name(spec, model),
         model=model,
         spec=spec,
-        engine=engine,
+        device=device,
         weights=weights,
         revision=revision,
         weights_id=f"{slug}-{hashlib.sha256(came_from.encode()).hexdigest()[:8]}",
         served_model_name=spec.served_model_name or model.name,
         max_model_len=draft.max_model_len,
-        max_num_seqs=_most_seqs(spec, engine),
+        max_num_seqs=_most_seqs(spec, device),
         max_batched_tokens=memory.max_batched_tokens(window),
         sliding_window=window,
         dtype=dtype,
-        tensor_parallel=max(1, fitting[0].count) if engine == "cuda" else 1,
-        kv_cache_gib=max(1, _cpu_cache_gib(draft, node_bytes)) if engine == "cpu" else 0,
+        tensor_parallel=max(1, fitting[0].count) if device == "cuda" else 1,
+        kv_cache_gib=max(1, _cpu_cache_gib(draft, node_bytes)) if device == "cpu" else 0,
         idle_minutes=minutes(spec.idle),
         ttl_minutes=minutes(spec.ttl),
         options=tuple(fitting),

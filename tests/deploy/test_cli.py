@@ -96,7 +96,7 @@ def keys(data: object) -> object:
     return type(data).__name__
 
 
-PLAN_KEYS = ["name", "model", "spec", "engine", "weights", "revision", "weights_id", "served_model_name", "max_model_len",
+PLAN_KEYS = ["name", "model", "spec", "device", "weights", "revision", "weights_id", "served_model_name", "max_model_len",
              "max_num_seqs", "max_batched_tokens", "sliding_window", "dtype", "tensor_parallel", "kv_cache_gib",
              "idle_minutes", "ttl_minutes", "options", "refused", "rights", "quotas", "endpoints", "lora_versions"]  # fmt: skip
 OPTION_KEYS = ["cloud", "accelerator", "count", "instance_type", "region", "price", "spot_price", "fit", "reason"]

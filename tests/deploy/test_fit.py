@@ -32,7 +32,7 @@ def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "engine", "chunk", "blocks"),
+    ("length", "window", "device", "chunk", "blocks"),
     [
         (32768, None, "cuda", 2048, 2048),
         (32768, 4096, "cuda", 2048, 513),  # 4095 + 2 x 2048 = 8191 tokens are 512 blocks, and the one that the edge cuts
@@ -42,8 +42,8 @@ def test_tokens_that_fit_beside_the_weights(name: str, thousands: int) -> None:
         (32768, 4096, "cpu", 2048, 49),
     ],
 )
-def test_blocks_that_one_request_holds(length: int, window: int | None, engine: str, chunk: int, blocks: int) -> None:
-    assert fit.blocks_per_request(length, window, engine, chunk) == blocks
+def test_blocks_that_one_request_holds(length: int, window: int | None, device: str, chunk: int, blocks: int) -> None:
+    assert fit.blocks_per_request(length, window, device, chunk) == blocks
 
 
 def test_cache_that_requests_fill() -> None:

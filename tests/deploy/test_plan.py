@@ -110,8 +110,8 @@ def test_more_requests_at_once_need_a_larger_gpu() -> None:
 
 def test_a_small_model_needs_no_gpu() -> None:
     got = make(model="smollm2-135m-instruct")
-    assert (got.engine, [o.cloud for o in got.options]) == ("cpu", ["aws", "gcp", "azure"])
-    assert make(model="smollm2-135m-instruct", accelerators="L4").engine == "cuda"
+    assert (got.device, [o.cloud for o in got.options]) == ("cpu", ["aws", "gcp", "azure"])
+    assert make(model="smollm2-135m-instruct", accelerators="L4").device == "cuda"
 
 
 @pytest.mark.parametrize(

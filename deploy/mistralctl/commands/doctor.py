@@ -150,6 +150,6 @@ def run(clouds: Sequence[str] = ()) -> Doctor:
         checks.append(Check(f"credentials for {cloud.name}", found is not None, found or "none", use, cloud.sign_in))
         if cloud.name in clouds and sky is not None:
             checks += _ask(cloud.name)
-    engine = "cuda" if this_machine().gpus else "cpu"
-    python = node.local_python(engine)
+    device = "cuda" if this_machine().gpus else "cpu"
+    python = node.local_python(device)
     return Doctor(str(state.home()), Place(sys.executable, True), Place(str(python), python.exists()), tuple(checks))

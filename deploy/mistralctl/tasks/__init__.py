@@ -105,11 +105,11 @@ def tree(folder: Path) -> str:
     return found.hexdigest()
 
 
-def environment_id(engine: str, python: str) -> str:
+def environment_id(device: str, python: str) -> str:
     """The name of the node's environment: what it is made from, hashed."""
     node = package_dir("model") / "node"
     script = (node / "environment.sh").read_text("utf-8")
-    return f"{engine}-{digest([python, script, tree(node / f'vllm-{engine}')])}"
+    return f"{device}-{digest([python, script, tree(node / f'vllm-{device}')])}"
 
 
 # What a node's set-up is made from; everything else is the server's alone.
