@@ -92,7 +92,7 @@ test-others: .venv/.made
 # What needs neither root nor vLLM nor a server of another project: under three minutes on two cores, on Linux and macOS.
 test-fast: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not slow' tests/deploy
-	cd tests/weights && PYTHONPATH=../../model/weights ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not servers and not slow' .
+	cd tests/weights && PYTHONPATH=../../model/weights ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not servers and not slow' .
 
 test-deploy: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy
