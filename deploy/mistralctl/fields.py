@@ -115,10 +115,13 @@ def _choices(annotation: Any) -> tuple[str, ...]:
 
 def fields(spec: type[BaseModel]) -> dict[str, SpecField]:
     """Every field of a spec, by its name and in its order."""
-    return {
-        name: SpecField(name, info, next(m for m in info.metadata if isinstance(m, About)))
-        for name, info in spec.model_fields.items()
-    }
+    found = {}
+    for name, info in spec.model_fields.items():
+        about = next((m for m in info.metadata if isinstance(m, About)), None)
+        if about is None:
+            raise TypeError(f"{spec.__name__}.{name} has no About(...) in its Annotated; see the fields beside it")
+        found[name] = SpecField(name, info, about)
+    return found
 
 
 def json_schema(spec: type[BaseModel]) -> dict[str, Any]:

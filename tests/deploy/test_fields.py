@@ -128,6 +128,14 @@ def test_an_option_touches_one_file() -> None:
         assert not {one.flag for one in fields.fields(DeploymentSpec).values()} & words_of(node)
 
 
+def test_a_field_that_says_nothing_of_itself_is_named() -> None:
+    class Silent(DeploymentSpec):
+        quiet: bool = False
+
+    with pytest.raises(TypeError, match=r"Silent\.quiet has no About"):
+        fields.fields(Silent)
+
+
 def test_every_field_says_what_it_is() -> None:
     for one in fields.fields(DeploymentSpec).values():
         assert one.info.description, one.name
