@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-from mistral_contract import architecture, quantization
+from mistral_contract import architecture, gguf, quantization, safetensors, tensors
+from mistral_contract.architecture import Architecture
 
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -19,6 +20,11 @@ from mistralctl.models import MODELS, Model, Shape, Stored
 
 if TYPE_CHECKING:
     from mistralctl.weights import Described
+
+
+INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+SMALL = 1_000_000_000  # parameters that a machine without a GPU answers with at a usable speed
 
 
 def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
@@ -42,20 +48,52 @@ def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
             Exit.WEIGHTS,
         )
     try:
-        config = json.loads(found.documents[name])
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {file} cannot be read ({error}); correct it") from None
-    try:
-        model = architecture.read_params(config) if name == "params.json" else architecture.read(config)
-        scheme = quantization.read(config, {each: _json(found, each) for each in quantization.BESIDE})
+        model = architecture.read_file(name, found.documents[name])
+        scheme = quantization.read(_json(found, name), {each: _json(found, each) for each in quantization.BESIDE})
         size = quantization.weight_bytes(scheme, model) if scheme else 0
     except architecture.Refused as refused:
         raise UserError(f"{place}: {file}: {refused}") from None
     except quantization.NotServed as refused:
         raise UserError(f"{place}: {file}: {refused}", Exit.WEIGHTS) from None
-    return Shape.of(model), Stored(scheme, bytes=size, floats=found.floats, fixed=found.fixed, size=found.bytes)
+    except ValueError as error:
+        raise UserError(f"{place}: {file} cannot be read ({error}); correct it") from None
+    floats, fixed = _tensors(found, model, scheme is not None, place)
+    return Shape.of(model), Stored(scheme, bytes=size, floats=floats, fixed=fixed, size=found.bytes)
+
+
+def _tensors(found: Described, model: Architecture, quantized: bool, place: str) -> tuple[int, int]:
+    """(numbers of floats, bytes of all other tensors) by the headers of the files; UserError unless they are the model's."""
+    files = {}
+    for name, header in found.headers.items():
+        try:
+            files[name] = safetensors.read(found.files[name], header)
+        except safetensors.Damaged as error:
+            raise UserError(f"{place}: {name} at {found.uri} {error}; take a whole copy", Exit.WEIGHTS) from None
+    named = _json(found, INDEX).get("weight_map")
+    strays = sorted(set(files) - set(map(str, named.values()))) if isinstance(named, dict) else []
+    if strays:
+        raise UserError(
+            f"{place}: {found.uri} holds {strays[0]}, which its {INDEX} does not name; keep the files of one set of weights",
+            Exit.WEIGHTS,
+        )
+    try:
+        tensors.judge(model, quantized, files)
+    except tensors.Unfit as error:
+        raise UserError(f"{place}: {found.uri}: {error}", Exit.WEIGHTS) from None
+    every = [tensor for each in files.values() for tensor in each.values()]
+    floats = sum((t.stop - t.start) // safetensors.FLOATS[t.dtype] for t in every if t.dtype in safetensors.FLOATS)
+    return floats, sum(t.stop - t.start for t in every if t.dtype not in safetensors.FLOATS)
+
+
+def _gguf(found: Described, place: str) -> tuple[Shape | None, Stored]:
+    """The shape by the beginning of a GGUF file, None where that does not tell it; UserError if such a model is not served."""
+    [(name, header)] = found.headers.items()
+    try:
+        model = gguf.model(gguf.read(header))
+    except ValueError as error:
+        raise UserError(f"{place}: {name} at {found.uri}: {error}; name another file", Exit.WEIGHTS) from None
+    made = 2 * model.parameters if model else 0  # of its numbers the node makes a copy in 16 bits
+    return Shape.of(model) if model else None, Stored(size=found.bytes + made)
 
 
 class Tokenizer(NamedTuple):
@@ -66,7 +104,7 @@ class Tokenizer(NamedTuple):
     tool_parser: str | None
 
 
-def _tokenizer(found: Described) -> Tokenizer:
+def _tokenizer(found: Described, place: str) -> Tokenizer:
     """Hugging Face's tokenizer where it is there, else Mistral's: that one knows the chat, and from v3 on the calls of tools.
 
     The versions are in the names of the files (tokenizer.model.v3) or, for tekken.json, inside; vLLM takes tekken.json first.
@@ -80,6 +118,11 @@ def _tokenizer(found: Described) -> Tokenizer:
             said = re.search(rb'"version"\s*:\s*"v(\d+)"', found.documents["tekken.json"])
             version = int(said[1]) if said else 3  # the first that Tekken had
         return Tokenizer("mistral", True, "mistral" if version >= 3 else None)
+    if not any(name.startswith(TOKENIZERS) or name.endswith(".tiktoken") for name in names):
+        raise UserError(
+            f"{place}: {found.uri} has no tokenizer; add tokenizer.json, tekken.json or tokenizer.model of the model that it was made from",
+            Exit.WEIGHTS,
+        )
     return Tokenizer("hf", "chat_template.jinja" in names or "chat_template" in _json(found, "tokenizer_config.json"), None)
 
 
@@ -130,13 +173,15 @@ def _model(uri: str, found: Described | None, place: str) -> Model:
     note = "a folder of this machine" if here else "read where it lies"
     links = _links(found) if here else ()
     if found.form == "gguf":
-        stored = Stored(size=found.bytes, links=links)
-        return Model(name, uri, "", None, "unknown", True, "hf", runs_on_cpu=True, note=note, stored=stored)
+        sizes, stored = _gguf(found, place)
+        small = sizes is None or sizes.parameters < SMALL
+        stored = replace(stored, links=links)
+        return Model(name, uri, "", sizes, "unknown", True, "hf", runs_on_cpu=small, note=note, stored=stored)
     shape, stored = _shape(found, place)
-    tokenizer = _tokenizer(found)
+    tokenizer = _tokenizer(found, place)
     return Model(
         name=name, weights=uri, revision="", shape=shape, licence=found.license or "unknown", chat=tokenizer.chat,
-        tokenizer_mode=tokenizer.mode, tool_parser=tokenizer.tool_parser, runs_on_cpu=shape.parameters < 1_000_000_000,
+        tokenizer_mode=tokenizer.mode, tool_parser=tokenizer.tool_parser, runs_on_cpu=shape.parameters < SMALL,
         note=note, stored=replace(stored, links=links),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.machine import Machine
 from mistralctl.models import MODELS, Model
 from mistralctl.tasks import serve
-from weights_folders import SMOLLM2, tensors
+from weights_folders import AWQ, GPTQ, SMOLLM2, Shapes, gguf, tensors, whole, write
 
 GIB = 1 << 30
 CONFIG: dict[str, Any] = {
@@ -28,10 +28,19 @@ PARAMS = {
 
 
 def folder(path: Path, files: dict[str, Any]) -> Path:
+    """Writes a folder; *.safetensors hold the whole model of its configuration, if it has one that is served."""
     path.mkdir(parents=True)
+    config = next((files[name] for name in ("config.json", "params.json") if isinstance(files.get(name), dict)), None)
     for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (path / name).write_bytes(tensors() if name.endswith(".safetensors") else text.encode())
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        if name.endswith(".safetensors") and content == "":
+            try:
+                write(path / name, whole(config) if config and name.startswith(("model", "consolidated")) else {})
+            except ValueError:
+                write(path / name, {})
+    if not any(name.startswith("tok") or "tekken" in name for name in files) and config:
+        (path / "tokenizer.model").touch()
     return path
 
 
@@ -116,7 +125,6 @@ def tekken(version: str) -> dict[str, Any]:
         ({"tokenizer.json": "{}", "tokenizer_config.json": {"chat_template": "x"}, "tokenizer.model.v3": ""}, ("hf", True, None)),
         ({"tokenizer.json": "{}", "chat_template.jinja": "x"}, ("hf", True, None)),
         ({"tokenizer.model": ""}, ("hf", False, None)),  # any model's, by SentencePiece
-        ({}, ("hf", False, None)),
     ],
 )  # fmt: skip
 def test_a_mistral_tokenizer_means_chat_and_from_v3_on_tools(
@@ -190,6 +198,8 @@ def test_a_folder_that_is_not_whole_is_refused(files: dict[str, Any], code: int,
         (POINTER.encode(), "is a pointer of git-lfs, not the weights; run git lfs pull"),
         (tensors(a=("BF16", [1000]))[:-100], r"has \d+ bytes, and by its header \d+; take a whole copy"),
         (b"", "is cut short, or no safetensors file: it has 0 bytes"),
+        (b"<!DOCTYPE html>" * 20, "is cut short, or no safetensors file"),
+        ((9).to_bytes(8, "little") + b'{"a": [1]' + b"x", "has a header that cannot be read"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_whole_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
@@ -201,12 +211,14 @@ def test_a_file_that_is_not_whole_is_refused(data: bytes, says: str, tmp_path: P
 
 
 def test_the_size_is_that_of_the_tensors_where_they_are_more_than_config_json_says(tmp_path: Path) -> None:
-    path = folder(tmp_path / "x", {"config.json": CONFIG})
-    (path / "model.safetensors").write_bytes(tensors(a=("F32", [1_000_000]), b=("I32", [250_000])))
+    config, query = CONFIG | {"quantization_config": AWQ}, "model.layers.0.self_attn.q_proj"
+    path = folder(tmp_path / "x", {"config.json": config})
+    more = {f"{query}.scales": ("F32", [1_000_000]), f"{query}.qzeros": ("I32", [250_000])}
+    write(path / "model.safetensors", whole(config) | more)
     sourced = load({"model": str(path), "cloud": ["local"], "dtype": "bfloat16"}, {}, None)
     got = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 * GIB, 2))
     assert got.chosen.fit is not None
-    assert got.chosen.fit.weight_bytes == 2 * 1_000_000 + 4 * 250_000
+    assert got.chosen.fit.weight_bytes == 2 * 1_000_000 + 4 * 250_000 + 4 * len(whole(config))
 
 
 def mounts(path: Path, **more: Any) -> tuple[dict[str, str], str]:
@@ -220,16 +232,20 @@ def mounts(path: Path, **more: Any) -> tuple[dict[str, str], str]:
 
 def test_a_snapshot_of_the_hubs_cache_travels_file_by_file(tmp_path: Path) -> None:
     home = tmp_path / "models--ORG--My-Model"
-    blobs = folder(home / "blobs", {"one": CONFIG, "two.safetensors": ""})
+    blobs = folder(home / "blobs", {"one": CONFIG, "three": ""})
+    write(blobs / "two.safetensors", whole(CONFIG))
     snapshot = folder(home / "snapshots" / "0123abcd", {})
     (snapshot / "config.json").symlink_to("../../blobs/one")
     (snapshot / "model.safetensors").symlink_to("../../blobs/two.safetensors")
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/three")
     assert planned(snapshot).model.name == "my-model"
-    assert mounts(snapshot) == ({"/config.json": f"{blobs}/one", "/model.safetensors": f"{blobs}/two.safetensors"}, "")
+    assert mounts(snapshot) == (
+        {"/config.json": f"{blobs}/one", "/model.safetensors": f"{blobs}/two.safetensors", "/tokenizer.model": f"{blobs}/three"}, "",
+    )  # fmt: skip
 
 
 def test_one_file_of_a_folder_travels_alone(tmp_path: Path) -> None:
-    path = folder(tmp_path / "x", {"a.Q2_K.gguf": "x", "b.Q8_0.gguf": "x"})
+    path = folder(tmp_path / "x", {"a.Q2_K.gguf": "x", "b.Q8_0.gguf": gguf()})
     assert mounts(path / "b.Q8_0.gguf") == ({"/b.Q8_0.gguf": f"{path}/b.Q8_0.gguf"}, "/b.Q8_0.gguf")
     assert mounts(path / "b.Q8_0.gguf", quantization="fp8")  # it is loaded in 16 bits
     with pytest.raises(UserError, match="awq needs weights that are so quantized"):
@@ -264,3 +280,130 @@ def test_a_row_whose_config_json_nobody_has_read_is_looked_at_before_anything_is
     assert asked == [("hf://HuggingFaceH4/zephyr-7b-beta", MODELS["zephyr-7b-beta"].revision, "MODEL")]
     checkpoints.resolve(load({"model": "mistral-7b-v0.1"}, {}, None), ask=True)
     assert len(asked) == 1
+
+
+QUERY, BIAS = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias"
+WHOLE = whole(CONFIG)
+
+
+def test_tensors_are_judged_by_the_headers_before_anything_starts(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"config.json": CONFIG, "model.safetensors": ""})
+    half = {name: one for name, one in WHOLE.items() if ".layers.1." not in name}
+    cases: list[tuple[Shapes, str]] = [
+        (WHOLE | {BIAS: ("BF16", [128])}, f"{BIAS} is a bias, and the class has none"),
+        (
+            WHOLE | {"model.layers.2.mlp.up_proj.weight": ("BF16", [256, 128])},
+            r"layers.2.mlp.up_proj.weight (BF16) has no place in",
+        ),
+        (WHOLE | {QUERY: ("I8", [128, 128])}, f"{QUERY} (I8) has no place in the class"),
+        (WHOLE | {QUERY: ("BF16", [128, 64])}, f"{QUERY} has the shape [128, 64], and by its configuration [128, 128]"),
+        (
+            WHOLE | {"model.embed_tokens.weight": ("BF16", [514, 128])},
+            "model.embed_tokens.weight has the shape [514, 128], and by its",
+        ),
+        (half, "the weights have no model.layers.1.self_attn.q_proj and 8 others; take the whole model"),
+    ]
+    for given, says in cases:
+        write(path / "model.safetensors", given)
+        with pytest.raises(UserError) as error:
+            resolved(path)
+        assert (error.value.code, str(error.value).count("\n")) == (Exit.WEIGHTS, 0)
+        assert says in str(error.value)
+    write(path / "model.safetensors", WHOLE | {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", [16])})
+    assert resolved(path).shape is not None
+
+
+def test_a_head_that_is_missing_and_one_that_is_tied(tmp_path: Path) -> None:
+    headless = {name: one for name, one in WHOLE.items() if not name.startswith("lm_head")}
+    for tied in (False, True):
+        path = folder(tmp_path / f"tied-{tied}", {"config.json": CONFIG | {"tie_word_embeddings": tied}})
+        write(path / "model.safetensors", headless)
+        if tied:
+            assert resolved(path).shape is not None
+            continue
+        with pytest.raises(UserError, match="the weights have no lm_head; take the whole model"):
+            resolved(path)
+
+
+def test_mistrals_own_names_are_judged_as_well(tmp_path: Path) -> None:
+    path = folder(tmp_path / "own", {"params.json": PARAMS, "consolidated.safetensors": "", "tokenizer.model.v3": ""})
+    given = whole(PARAMS)
+    write(path / "consolidated.safetensors", given | {"layers.1.attention.wk.weight": ("BF16", [64, 64])})
+    with pytest.raises(
+        UserError, match=r"layers\.1\.attention\.wk\.weight has the shape \[64, 64\], and by its configuration \[64, 128\]"
+    ):
+        resolved(path)
+    write(path / "consolidated.safetensors", {name: one for name, one in given.items() if "wo" not in name})
+    with pytest.raises(UserError, match=r"the weights have no model\.layers\.0\.self_attn\.o_proj and 1 others"):
+        resolved(path)
+
+
+def test_two_sets_of_weights_in_a_folder(tmp_path: Path) -> None:
+    index = {"weight_map": dict.fromkeys(WHOLE, "model-00001-of-00001.safetensors")}
+    files = {"config.json": CONFIG, "model-00001-of-00001.safetensors": "", "model.safetensors": ""}
+    with pytest.raises(UserError, match=r"both have .*; keep the files of one set of weights"):
+        resolved(folder(tmp_path / "x", files))
+    with pytest.raises(
+        UserError, match=r"holds model\.safetensors, which its model\.safetensors\.index\.json does not name; keep the"
+    ):
+        resolved(folder(tmp_path / "y", files | {"model.safetensors.index.json": index}))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"config.json": CONFIG, "model.safetensors": ""})
+    (path / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer; add tokenizer\.json, tekken\.json or tokenizer\.model") as error:
+        resolved(path)
+    assert error.value.code is Exit.WEIGHTS
+
+
+def test_gptq_in_marlins_format(tmp_path: Path) -> None:
+    marlin = CONFIG | {"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}
+    with pytest.raises(
+        UserError, match=r"gptq in Marlin's format is not served by vLLM 0\.32, only in GPTQ's own; use another copy"
+    ):
+        resolved(folder(tmp_path / "x", {"config.json": marlin, "model.safetensors": ""}))
+    config = CONFIG | {"quantization_config": GPTQ}
+    path = folder(tmp_path / "y", {"config.json": config})
+    write(path / "model.safetensors", whole(config) | {"model.layers.0.mlp.up_proj.B": ("I32", [8, 512])})
+    with pytest.raises(UserError, match=r"up_proj\.B is quantized in Marlin's format"):
+        resolved(path)
+    write(path / "model.safetensors", {name: one for name, one in whole(config).items() if "down_proj" not in name})
+    with pytest.raises(UserError, match=r"the weights have no model\.layers\.0\.mlp\.down_proj and 1 others"):
+        resolved(path)
+
+
+@pytest.mark.parametrize("factor", [1e9, 1e300])
+def test_a_factor_of_the_rotary_embedding_that_no_model_was_trained_with(tmp_path: Path, factor: float) -> None:
+    config = CONFIG | {"rope_scaling": {"type": "linear", "factor": factor}}
+    with pytest.raises(UserError, match=r"rope_parameters\.factor = .* which no model was trained for \(at most 16777216\)"):
+        resolved(folder(tmp_path / "x", {"config.json": config, "model.safetensors": ""}))
+
+
+def test_what_a_gguf_file_is_is_read_here(tmp_path: Path) -> None:
+    def named(data: bytes | str) -> Model:
+        path = tmp_path / "x"
+        path.mkdir(exist_ok=True)
+        (path / "m.gguf").write_bytes(data if isinstance(data, bytes) else data.encode())
+        return resolved(path)
+
+    whole = named(gguf(("token_embd.weight", "output_norm.weight")))
+    assert whole.shape == MODELS["smollm2-135m-instruct"].shape
+    assert whole.runs_on_cpu
+    tokens = gguf(llama__vocab_size=0, tokenizer__ggml__tokens=["a"] * 500)
+    for cut in (tokens, tokens[:-100]):  # the length of an array stands before it
+        found = named(cut).shape
+        assert found is not None
+        assert found.vocabulary == 500
+    for data, says in (
+        (b"x" * 100, "m.gguf at .*: it does not begin like a GGUF file"),
+        (b"", "it does not begin like a GGUF file"),
+        (b"GGUF\x01\0\0\0" + bytes(16), "it is of version 1 with 0 keys"),
+        (gguf(general__architecture="qwen2"), "its architecture is qwen2, not llama"),
+        (gguf(general__type="adapter"), "it is of the type adapter, not model"),
+        (gguf(llama__expert_count=8), r"its llama\.expert_count = 8 asks for a computation"),
+        (gguf(llama__attention__head_count=7), "7 query heads, 3 key-value heads"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            named(data)
+        assert (error.value.code, str(error.value).count("\n")) == (Exit.WEIGHTS, 0)

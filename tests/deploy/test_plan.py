@@ -18,7 +18,7 @@ from mistralctl.models import MODELS
 from mistralctl.output import models_text, plan_text
 from mistralctl.plan import Plan
 from mistralctl.tasks import mirror, serve
-from weights_folders import AWQ, FP8, GPTQ, W4A16, folder, tensors
+from weights_folders import AWQ, FP8, GPTQ, W4A16, folder, whole, write
 
 SMALL = Machine(24 * GIB, 2)
 
@@ -211,7 +211,8 @@ def test_a_folder_is_planned_by_its_own_config(tmp_path: Any) -> None:
         '{"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,'
         ' "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 512, "sliding_window": 32}'
     )
-    (tmp_path / "model.safetensors").write_bytes(tensors())
+    write(tmp_path / "model.safetensors", whole(json.loads((tmp_path / "config.json").read_text())))
+    (tmp_path / "tokenizer.model").touch()
     got = make(model=str(tmp_path), cloud=["local"])
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     assert got.model.shape is not None
@@ -272,8 +273,8 @@ def test_weights_quantized_otherwise_are_refused_before_anything_is_rented(
 
 
 def test_a_configuration_of_older_tools_beside_config_json_counts(tmp_path: Path) -> None:
-    old = folder(tmp_path / "m")
-    (old / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": 128, "desc_act": False, "sym": True}))
+    quantized = {"bits": 8, "group_size": 128, "desc_act": False, "sym": True}
+    old = folder(tmp_path / "m", files={"quantize_config.json": json.dumps(quantized).encode()})
     scheme = make(model=str(old), accelerators="L4").model.stored.scheme
     assert scheme is not None
     assert scheme.label == "gptq, 8 bits"

@@ -7,24 +7,33 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import tomllib
+from mistral_contract import architecture
 from mistralctl import adapters, package_dir, weights
 from mistralctl.clouds import buckets, facts
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
 from mistralctl.errors import Exit
 from test_adapters import adapter
-from weights_folders import AWQ, MISTRAL_7B, SMOLLM2, tensors
+from weights_folders import AWQ, MISTRAL_7B, SMOLLM2, gguf, tensors, whole
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 import hub as hubs
 
 Run = Callable[..., CompletedProcess[str]]
-SMALL = {
-    "model.safetensors": tensors(a=("BF16", [25_000])), "config.json": json.dumps(SMOLLM2).encode(), "tokenizer.json": b"{}",
+TINY = SMOLLM2 | {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "num_key_value_heads": 1, "vocab_size": 99,
 }  # fmt: skip
+
+
+def model(config: dict[str, Any]) -> dict[str, bytes]:
+    return {"model.safetensors": tensors(**whole(config)), "config.json": json.dumps(config).encode(), "tokenizer.json": b"{}"}
+
+
+SMALL = model(TINY)
 SIZE = sum(map(len, SMALL.values()))
 
 # Where nobody listens: what comes behind the question to the hub ends there, and no machine is asked for.
@@ -57,6 +66,7 @@ def test_up_asks_the_hub_before_anything_is_rented(
 
 
 def test_a_token_that_may_opens_the_way(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
+    hub.add("test/gated", model(SMOLLM2), gated=True)
     command = ("up", "smollm2-135m-instruct", "--cloud", "aws", "--weights", "hf://test/gated")
     variable = mistralctl(*command, HF_ENDPOINT=hub.url, HF_TOKEN=hubs.TOKEN, **NO_SKYPILOT)
     assert BEYOND in variable.stderr
@@ -68,7 +78,9 @@ def test_a_token_that_may_opens_the_way(hub: hubs.Hub, mistralctl: Run, home: Pa
 
 
 def quantized(**more: object) -> dict[str, bytes]:
-    return {"model.safetensors": tensors(a=("BF16", [4])), "config.json": json.dumps(MISTRAL_7B | more).encode()}
+    config = MISTRAL_7B | more
+    files = model(config) if more.get("quantization_config") == AWQ else {"model.safetensors": tensors()}
+    return files | {"config.json": json.dumps(config).encode()}
 
 
 def test_plan_refresh_and_up_look_at_the_weights_where_they_lie(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
@@ -88,11 +100,14 @@ def test_plan_refresh_and_up_look_at_the_weights_where_they_lie(hub: hubs.Hub, m
 
 def test_what_cannot_be_served_is_refused_before_anything_is_rented(hub: hubs.Hub, mistralctl: Run, home: Path) -> None:
     index = json.dumps({"weight_map": {"a": "model-2.safetensors"}}).encode()
-    hub.add("test/GGUF", {"m.Q2_K.gguf": b"x" * 10, "m.Q8_0.gguf": b"x" * 10})
+    hub.add("test/GGUF", {"m.Q2_K.gguf": b"x" * 10, "m.Q8_0.gguf": gguf()})
     hub.add("test/part", quantized() | {"model.safetensors.index.json": index})
     hub.add("test/bnb", quantized(quantization_config={"quant_method": "bitsandbytes"}))
     hub.add("test/qwen", quantized(model_type="qwen2"))
-    hub.add("test/base", quantized())
+    hub.add("test/base", SMALL)
+    bias = {"model.layers.0.self_attn.q_proj.bias": ("BF16", [64])}
+    hub.add("test/biased", SMALL | {"model.safetensors": tensors(**whole(TINY), **bias)})
+    hub.add("test/no-gguf", {"m.gguf": b"x" * 10})
     for name, code, says in (
         ("GGUF", 10, "the source holds 2 GGUF files (m.Q2_K.gguf, m.Q8_0.gguf), and one is served; add its name to the URI"),
         ("part", 10, "lacks model-2.safetensors, which its index names"),
@@ -100,6 +115,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_rented(hub: hubs.Hu
         ("qwen", 2, "model type 'qwen2'"),
         ("base --quantization awq", 2, "awq needs weights that are so quantized, and these are not"),
         ("nothing", 8, "test/nothing is not there"),
+        ("biased", 10, "q_proj.bias is a bias, and the class has none"),
+        ("no-gguf", 10, "m.gguf at hf://test/no-gguf: it does not begin like a GGUF file"),
     ):
         done = mistralctl(
             "up", *f"hf://test/{name}".split(), "--cloud", "aws", "--accelerators", "L4", HF_ENDPOINT=hub.url, **NO_SKYPILOT
@@ -115,7 +132,10 @@ def test_what_cannot_be_served_is_refused_before_anything_is_rented(hub: hubs.Hu
 def test_weights_of_another_model_than_the_row_are_refused(hub: hubs.Hub, mistralctl: Run) -> None:
     done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/open", HF_ENDPOINT=hub.url, **NO_SKYPILOT)
     assert done.returncode == 2
-    assert "--weights: hf://test/open is not mistral-7b-instruct-v0.1: parameters 134515008 instead of 7241732096" in done.stderr
+    parameters = architecture.read(TINY).parameters
+    assert (
+        f"--weights: hf://test/open is not mistral-7b-instruct-v0.1: parameters {parameters} instead of 7241732096" in done.stderr
+    )
 
 
 def test_a_bucket_that_this_machine_may_not_read_is_left_to_the_node(mistralctl: Run) -> None:

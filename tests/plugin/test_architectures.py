@@ -19,7 +19,7 @@ from mistral_node.weights import model_dir
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, MinistralForCausalLM
 from vllm.config import set_current_vllm_config
-from vllm_mistral.model import MistralSWAForCausalLM, refuse_other_models
+from vllm_mistral.model import MistralSWAForCausalLM, served
 
 LIMIT = 5e-5
 Measured = Callable[[str, float, float], None]
@@ -157,7 +157,7 @@ def test_another_model_is_refused_by_name(tmp_path: Path, case: str) -> None:
     with pytest.raises(architecture.Refused) as by_laptop:
         architecture.read(json.loads((tmp_path / "config.json").read_text()))
     with pytest.raises(ValueError, match=r"served|computation|contradict|computed") as by_class:
-        refuse_other_models(config)
+        served(config)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(LaunchError) as by_launcher:
         model_dir(tmp_path)
@@ -250,6 +250,11 @@ def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path: Path) -> No
         ):
             assert f"{name} (float32) has no place" in refused(model, tensors | {name: ones})
         assert f"{query} (int8) has no place" in refused(model, tensors | {query: tensors[query].to(torch.int8)})
+        for name, shape in ((query, (128, 64)), ("model.norm.weight", (64,)), ("lm_head.weight", (500, 128))):
+            assert f"{name} has the shape {list(shape)}, and by its conf" in refused(model, tensors | {name: torch.zeros(shape)})
+        assert "layers.1.attention.wq.weight has the shape [130, 128]" in refused(
+            model, own | {"layers.1.attention.wq.weight": torch.zeros(130, 128)}
+        )
         for name in (f"{layer}.v_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
             assert f"the weights have no {name.removesuffix('.weight')};" in refused(model, without(tensors, name))
         assert "the weights have no lm_head;" in refused(model, without(own, "output.weight"))

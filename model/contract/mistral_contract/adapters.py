@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mistral_contract import architecture
+from mistral_contract import architecture, safetensors, tensors
+from mistral_contract.safetensors import Tensor
+from mistral_contract.tensors import Sizes
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-LARGEST_CONFIG, LARGEST_HEADER = 1 << 20, 100_000_000  # the latter is the safetensors format's own limit
+LARGEST_CONFIG = 1 << 20
 LFS_POINTER = b"version https://git-lfs"
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Initialisations of PEFT that leave the base model as it is (vllm/lora/peft_helper.py, _init_is_supported).
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 # Features of PEFT that vLLM does not compute, by their fields of adapter_config.json.
@@ -41,43 +41,6 @@ class AdapterError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(character if character.isprintable() else " " for character in message)[:600])
-
-
-class Sizes(Protocol):
-    """The sizes of the model that an adapter has to fit: `architecture.Architecture`, for example."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def intermediate(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-
-
-def matrix(base: Sizes, module: str) -> tuple[int, int]:
-    """Input and output size of a linear layer."""
-    queries, keys = base.heads * base.head_dim, base.kv_heads * base.head_dim
-    return {
-        "q_proj": (base.hidden, queries), "k_proj": (base.hidden, keys), "v_proj": (base.hidden, keys), "o_proj": (queries, base.hidden),
-        "gate_proj": (base.hidden, base.intermediate), "up_proj": (base.hidden, base.intermediate),
-        "down_proj": (base.intermediate, base.hidden),
-    }[module]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a safetensors file; `start` and `stop` are where its bytes lie in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +92,7 @@ def judge(sizes: Mapping[str, int], read: Read, base: Sizes | None) -> Adapter:
         if any(name.startswith("adapter_model") and name.endswith((".bin", ".pt")) for name in sizes):
             raise AdapterError(f"its tensors are pickled, which can run code; save it as {TENSORS} (PEFT: save_pretrained)")
         raise AdapterError(f"it has no {TENSORS}; save it with PEFT's save_pretrained, in one file")
-    tensors = header(TENSORS, sizes[TENSORS], read)
-    return Adapter(rank, _pairs(config, tensors, base))
+    return Adapter(rank, _pairs(config, header(TENSORS, sizes[TENSORS], read), base))
 
 
 def _no_pointer(name: str, beginning: bytes) -> None:
@@ -185,32 +147,18 @@ def _features(config: Mapping[str, Any]) -> int:
 
 
 def header(name: str, size: int, read: Read) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of `size` bytes, by its header; AdapterError where the file is not whole."""
+    """The tensors of a safetensors file of `size` bytes, by its header; AdapterError where the file is not whole, or not of numbers."""
     start = read(name, 0, min(size, 64))
     _no_pointer(name, start)
-    length = int.from_bytes(start[:8], "little")
-    if size < 8 or not 0 < length <= min(LARGEST_HEADER, size - 8):
-        raise AdapterError(f"its {name} is not a safetensors file, or is cut off ({size} bytes); copy it again")
     try:
-        data = json.loads(read(name, 8, 8 + length).decode("utf-8"))
-        data.pop("__metadata__", None)
-        found = {}
-        for key, facts in data.items():
-            first, last = map(operator.index, facts["data_offsets"])
-            found[key] = Tensor(str(facts["dtype"]), tuple(facts["shape"]), 8 + length + first, 8 + length + last)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"the header of its {name} cannot be read ({error!r}); copy it again") from None
-    end = 8 + length
-    for key, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if tensor.dtype not in DTYPES:
+        found = safetensors.read(size, read(name, 0, safetensors.header_end(size, start)))
+    except safetensors.Damaged as error:
+        raise AdapterError(f"its {name} {error}; copy it again") from None
+    for key, tensor in found.items():
+        if tensor.dtype not in safetensors.FLOATS:
             raise AdapterError(f"its tensor {key} is of type {tensor.dtype}; save it as bfloat16, float16 or float32")
-        if not all(_positive(count) for count in tensor.shape):
+        if not all(tensor.shape):
             raise AdapterError(f"its tensor {key} has the shape {list(tensor.shape)}; save the adapter again")
-        if tensor.start != end or tensor.stop - tensor.start != DTYPES[tensor.dtype] * math.prod(tensor.shape):
-            raise AdapterError(f"the header of its {name} does not fit the tensor {key}; copy it again")
-        end = tensor.stop
-    if end != size:
-        raise AdapterError(f"its {name} should have {end} bytes and has {size}; copy it again")
     return found
 
 
@@ -218,11 +166,11 @@ PREFIX = "base_model.model."
 MODULE = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)")
 
 
-def _pairs(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Sizes | None) -> tuple[tuple[Tensor, Tensor], ...]:
+def _pairs(config: Mapping[str, Any], found: Mapping[str, Tensor], base: Sizes | None) -> tuple[tuple[Tensor, Tensor], ...]:
     """A and B of each module, each of which the model has, with its shapes."""
     halves: dict[str, dict[str, Tensor]] = {}
     lost: list[str] = []
-    for name, tensor in tensors.items():
+    for name, tensor in found.items():
         plain = name.replace(PREFIX, "") if name.startswith(PREFIX) else name
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
         if match is None or not MODULE.fullmatch(match[1]):
@@ -233,7 +181,7 @@ def _pairs(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Sizes
             raise AdapterError(f"it has {plain} twice; save it with PEFT's save_pretrained")
         sides[match[2]] = tensor
     if lost:
-        raise AdapterError(_lost(lost, len(tensors)))
+        raise AdapterError(_lost(lost, len(found)))
     if not halves:
         raise AdapterError(f"its {TENSORS} has no tensor; save the adapter again")
     pairs = []
@@ -286,7 +234,7 @@ def _fits(module: str, a: Tensor, b: Tensor, rank: int, base: Sizes | None) -> N
     layer = int(module.split(".")[2])
     if layer >= base.layers:
         raise AdapterError(f"it adapts layer {layer} and the model has {base.layers} layers; it is another model's adapter")
-    inputs, outputs = matrix(base, module.rsplit(".", 1)[1])
+    outputs, inputs = tensors.linear(base)[module.split(".", 3)[3]]
     if (inputs, outputs) != (a.shape[1], b.shape[0]):
         raise AdapterError(
             f"{module} takes {inputs} and gives {outputs} in this model, {a.shape[1]} and {b.shape[0]} in the adapter; it is another "
@@ -296,15 +244,9 @@ def _fits(module: str, a: Tensor, b: Tensor, rank: int, base: Sizes | None) -> N
 
 def base_of(folder: Path) -> architecture.Architecture | None:
     """The model whose weights lie in a folder; None where a GGUF file holds its sizes. ValueError if it is not served."""
-    names = [path.name for path in folder.iterdir()]
-    file = folder / architecture.config_file(names)
-    if not any(name.endswith(".safetensors") for name in names):
+    if not any(path.suffix == ".safetensors" for path in folder.iterdir()):
         return None
-    try:
-        config = dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{file} cannot be read ({error}); pull the weights again") from None
-    return architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
+    return architecture.read_folder(folder)
 
 
 def changes_nothing(folder: Path, adapter: Adapter) -> bool:
@@ -314,7 +256,7 @@ def changes_nothing(folder: Path, adapter: Adapter) -> bool:
 
 def _zero(path: Path, tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are 0 or -0, whose last byte is the sign's."""
-    numbers, width = _part(path, tensor.start, tensor.stop), DTYPES[tensor.dtype]
+    numbers, width = _part(path, tensor.start, tensor.stop), safetensors.FLOATS[tensor.dtype]
     return not any(numbers[at::width].translate(None, b"\0\x80" if at == width - 1 else b"\0") for at in range(width))
 
 

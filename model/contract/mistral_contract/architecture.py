@@ -13,9 +13,11 @@ unknown field would refuse the notes that training tools leave in fine-tuned mod
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -85,6 +87,7 @@ LENGTHS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions", "max_sequence_length",
     "max_seq_length", "seq_len",
 )  # fmt: skip
+MOST_POSITIONS = 1 << 24  # vLLM makes a table with a row for each position before it serves
 READ = {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
@@ -129,6 +132,30 @@ def config_file(names: Iterable[str]) -> str:
     consolidated = [name for name in tensors if name.startswith("consolidated")]
     own = "params.json" in found and consolidated
     return "params.json" if own and not ("config.json" in found and len(tensors) > len(consolidated)) else "config.json"
+
+
+def read_file(name: str, text: str | bytes) -> Architecture:
+    """The model of a config.json or params.json, by its text; Refused if it is not served, ValueError if it cannot be read."""
+    try:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return read_params(config) if name == "params.json" else read(config)
+
+
+def read_folder(folder: Path) -> Architecture:
+    """The model whose weights lie in a folder; Refused, naming the file, if it is not served or cannot be read."""
+    file = folder / config_file(path.name for path in folder.iterdir())
+    try:
+        return read_file(file.name, file.read_bytes())
+    except FileNotFoundError:
+        raise Refused(f"{file} is missing; mirror the whole model, not only its tensors") from None
+    except Refused as refused:
+        raise Refused(f"{file}: {refused}") from None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{file} cannot be read ({error}); mirror the model again") from None
 
 
 def read(config: Mapping[str, Any]) -> Architecture:
@@ -284,6 +311,11 @@ def _rope_and_context(config: Mapping[str, Any]) -> tuple[str, int]:
         original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or trained
         original = _number("original_max_position_embeddings", original, 1)
         positions = original * factor if kind == "yarn" else trained
+    if max(context, positions) > MOST_POSITIONS:
+        raise Refused(
+            f"rope_parameters.factor = {_short(factor)} makes a context of {max(context, positions):g} tokens, which no model was "
+            f"trained for (at most {MOST_POSITIONS}); correct the file"
+        )
     if context > positions:
         raise Refused(
             f"a context of {int(context)} tokens is beyond the {int(positions)} positions of its rotary embedding; correct the file"

@@ -5,11 +5,13 @@ Facts are those of vLLM 0.32 (model_executor/layers/quantization); tests/plugin/
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mistral_contract import tensors
 from mistral_contract.architecture import Architecture
 
 HALVES = ("bfloat16", "float16")
@@ -131,12 +133,7 @@ def vllm_name(wanted: str | None, scheme: Scheme | None) -> str | None:
 
 def linear(model: Architecture) -> dict[str, int]:
     """The linear layers of a model by name, with the number of their weights."""
-    queries, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    layer = {
-        "self_attn.q_proj": model.hidden * queries, "self_attn.k_proj": model.hidden * kv, "self_attn.v_proj": model.hidden * kv,
-        "self_attn.o_proj": model.hidden * queries, "mlp.gate_proj": model.hidden * model.intermediate,
-        "mlp.up_proj": model.hidden * model.intermediate, "mlp.down_proj": model.hidden * model.intermediate,
-    }  # fmt: skip
+    layer = {name: math.prod(shape) for name, shape in tensors.linear(model).items()}
     found = {f"model.layers.{n}.{name}": size for n in range(model.layers) for name, size in layer.items()}
     return found if model.tied else found | {"lm_head": model.hidden * model.vocabulary}
 
@@ -197,6 +194,8 @@ def _awq(found: Mapping[str, Any]) -> Scheme:
 
 
 def _gptq(found: Mapping[str, Any]) -> Scheme:
+    if found.get("is_marlin_format") or found.get("checkpoint_format") == "marlin":
+        raise NotServed("in Marlin's format is not served by vLLM 0.32, only in GPTQ's own")
     bits = _bits(found, GPTQ_BITS, "bits")
     group, _, symmetric = (_first(found, key) for key in ("group_size", "desc_act", "sym"))
     rules = {str(rule): more for rule, more in (found.get("dynamic") or {}).items()}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral_contract import architecture
+from mistral_contract import gguf as metadata
 from mistral_contract import quantization as schemes
 from mistral_node.contract import Code, LaunchError
 
@@ -26,26 +25,15 @@ def is_consolidated(folder: Path) -> bool:
     return architecture.config_file(file.name for file in folder.glob("*")) == "params.json"
 
 
-def check_architecture(folder: Path) -> None:
-    """LaunchError if the class does not serve the model that the folder's configuration describes."""
-    file = folder / ("params.json" if is_consolidated(folder) else "config.json")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        architecture.read_params(config) if file.name == "params.json" else architecture.read(config)
-    except FileNotFoundError:
-        raise LaunchError(Code.WEIGHTS, f"{file} is missing; mirror the whole model, not only its tensors") from None
-    except architecture.Refused as refused:
-        raise LaunchError(Code.WEIGHTS, f"{file}: {refused}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise LaunchError(Code.WEIGHTS, f"{file} cannot be read ({error}); mirror the model again") from error
-
-
 def model_dir(folder: Path) -> Path:
     """The folder to serve; LaunchError if there is nothing that can be served in it."""
     if not folder.is_dir():
         raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
     if any(folder.glob("*.safetensors")):
-        check_architecture(folder)
+        try:
+            architecture.read_folder(folder)
+        except architecture.Refused as refused:
+            raise LaunchError(Code.WEIGHTS, str(refused)) from None
         return folder
     found = sorted(folder.rglob("*.gguf"))
     if len(found) != 1:
@@ -92,18 +80,6 @@ TENSORS = {
 
 # Tables of angles that old converters wrote, and that are computed anew.
 ANGLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
-# What a GGUF file says of the model (llama.*), and is read here.
-SAID = {
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "rope.scaling.original_context_length",
-}  # fmt: skip
-# Keys that change nothing with these values; any other key must be off.
-SAID_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,), "tensor_data_layout": ("Meta AI original pth",), "rope.scaling.finetuned": (True, False),
-    "rope.scaling.attn_factor": (1,), "logit_scale": (1,), "embedding_scale": (1,), "residual_scale": (1,),
-}  # fmt: skip
 
 
 def hugging_face_name(name: str) -> str:
@@ -117,73 +93,6 @@ def hugging_face_name(name: str) -> str:
     if not match or not part or (match[1] is None) != part.startswith(("model.", "lm_head")):
         raise ValueError(f"it has the tensor {name}, for which the class has no place")
     return f"{part}.weight" if match[1] is None else f"model.layers.{match[1]}.{part}.weight"
-
-
-def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any] | None:
-    """The scaling of which `rope_freqs.weight` is made, one factor for each frequency; ValueError if it is not Llama 3's.
-
-    Converters write only the factors. Llama 3.1 and 3.2 have the same two thresholds, so that the largest factor says the rest.
-    """
-    factor, low, high, original = max(factors), 1.0, 4.0, 8192
-    for index, found in enumerate(factors):
-        turns = original * theta ** (-index / len(factors)) / (2 * math.pi)  # over the original context
-        share = min(1.0, max(0.0, (turns - low) / (high - low)))
-        if abs(found - 1 / ((1 - share) / factor + share)) > 1e-4 * found:
-            raise ValueError("the factors of its rope_freqs.weight are not those of Llama 3")
-    scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    return None if factor == 1 else {"rope_type": "llama3", **scaling}
-
-
-def hugging_face_config(said: Mapping[str, Any], freqs: Sequence[float] | None) -> dict[str, Any]:
-    """The configuration of a llama-shaped GGUF model in the words of MistralConfig; ValueError if it computes something else.
-
-    `said` are the values of its keys, without `llama.`; `freqs` its rope_freqs.weight.
-    """
-
-    def value(key: str) -> Any:
-        if said.get(key) is None:
-            raise ValueError(f"it has no llama.{key}")
-        return said[key]
-
-    for key, found in said.items():
-        if key not in SAID and found and found not in SAID_NEUTRAL.get(key, ()):
-            raise ValueError(f"its llama.{key} = {str(found)[:60]} asks for a computation that the class does not have")
-    if said.get("attention.causal") is False:
-        raise ValueError("its attention is not causal")
-    hidden, heads, context = value("embedding_length"), value("attention.head_count"), value("context_length")
-    if (
-        isinstance(heads, list)
-        or isinstance(said.get("attention.head_count_kv"), list)
-        or isinstance(said.get("feed_forward_length"), list)
-    ):
-        raise ValueError("its layers differ in their sizes")
-    head_dim = said.get("attention.key_length") or hidden // heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if said.get(key) not in (None, 0, head_dim):
-            raise ValueError(f"its llama.{key} is {said[key]}, and its heads have {head_dim}")
-    theta = said.get("rope.freq_base") or 10000.0
-    factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1
-    kind = said.get("rope.scaling.type") or "linear"  # llama.cpp's default
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"its llama.rope.scaling.type is {kind}")
-    if kind != "none" and factor != 1:
-        original = said.get("rope.scaling.original_context_length") or context
-        # Of linear scaling, max_position_embeddings is the length that was trained, which vLLM multiplies by the factor; of YaRN the whole.
-        if kind == "linear":
-            rope, context = {"rope_type": "linear", "factor": factor}, min(context, original)
-        else:
-            rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    if freqs is not None and (scaling := llama3_scaling(freqs, theta)):
-        if rope["rope_type"] != "default":
-            raise ValueError(f"it has both rope_freqs.weight and llama.rope.scaling.type {kind}")
-        rope = scaling
-    return {
-        "hidden_size": hidden, "intermediate_size": value("feed_forward_length"), "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": said.get("attention.head_count_kv") or heads, "head_dim": head_dim,
-        "max_position_embeddings": context, "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope | {"rope_theta": theta}, "sliding_window": said.get("attention.sliding_window") or None,
-    }  # fmt: skip
 
 
 def convert(gguf_file: Path, target: Path) -> None:
@@ -209,15 +118,13 @@ def convert(gguf_file: Path, target: Path) -> None:
             return field.contents()
 
         kind = value("general.architecture")
-        if kind != "llama":
-            raise ValueError(f"its architecture is {kind}, not llama")
-        if (purpose := reader.get_field("general.type")) is not None and purpose.contents() != "model":
-            raise ValueError(f"it is of the type {purpose.contents()}, not model")
+        purpose = reader.get_field("general.type")
+        metadata.check_kind(kind, purpose and purpose.contents())
         ids = {word: int(value(f"tokenizer.ggml.{word}_token_id")) for word in ("bos", "eos")}
         words = len(field.data) if (field := reader.get_field("tokenizer.ggml.tokens")) else 0
         said = {name.removeprefix("llama."): value(name) for name in reader.fields if name.startswith("llama.")}
         freqs = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-        shape = hugging_face_config(said, freqs)
+        shape = metadata.hugging_face_config(said, freqs)
         tensors = {}
         for tensor in reader.tensors:
             if tensor.name == "rope_freqs.weight" or ANGLES.fullmatch(tensor.name):

@@ -9,13 +9,13 @@ pool while the request still runs.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-from mistral_contract import architecture
+from mistral_contract import architecture, tensors
+from mistral_contract.architecture import Architecture
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
@@ -48,22 +48,6 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_mistral.inspection import EngineReport
 
-# Names of Mistral's own checkpoints (consolidated.safetensors), as those of Hugging Face.
-CONSOLIDATED = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
-# The modules of a layer, as Hugging Face's checkpoints have them.
-PARTS = [name for name in CONSOLIDATED.values() if not name.startswith(("model.", "lm_head"))]
-# Tables of angles, which some checkpoints carry and which are computed anew.
-ANGLES = re.compile(r"\.rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$")
-
-
-def _others(names: list[str]) -> str:
-    return f" and {len(names) - 1} others" if len(names) > 1 else ""
-
 
 def window_of(config: Any, layer: int) -> int | None:
     """The window of a layer in tokens, None for full attention.
@@ -77,10 +61,10 @@ def window_of(config: Any, layer: int) -> int | None:
     return int(window) if window else None
 
 
-def refuse_other_models(config: Any) -> None:
-    """ValueError for a configuration that asks for a computation which is not in this file."""
+def served(config: Any) -> Architecture:
+    """Return the sizes of a model; ValueError for a configuration that asks for a computation which is not in this file."""
     try:
-        architecture.read(config.to_dict() | {"model_type": config.model_type})  # to_dict has the type of the class alone
+        return architecture.read(config.to_dict() | {"model_type": config.model_type})  # to_dict has the type of the class alone
     except architecture.Refused as refused:
         raise ValueError(str(refused)) from None
 
@@ -238,7 +222,8 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = vllm_config.model_config.hf_text_config
-        refuse_other_models(vllm_config.model_config.hf_config)
+        # The modules of the checkpoint with the shapes of their weights: of the whole model, and their names in this pipeline stage.
+        self.everything = tensors.shapes(served(vllm_config.model_config.hf_config))
         self.model = MistralDecoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -251,17 +236,16 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
         else:
             self.lm_head = PPMissingLayer()
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        layers = [[f"model.layers.{i}.{part}" for part in PARTS] for i in range(config.num_hidden_layers)]
         ends = {"model.embed_tokens": self.model.embed_tokens, "model.norm": self.model.norm, "lm_head": self.lm_head}
-        # The modules of the checkpoint, of the whole model and of this pipeline stage.
-        self.everything = {*ends, *chain.from_iterable(layers)}
+        stage = range(self.model.start_layer, self.model.end_layer)
         self.places = [
-            *(
-                name
-                for name, part in ends.items()
-                if hasattr(part, "weight") and not (name == "lm_head" and config.tie_word_embeddings)
-            ),
-            *chain.from_iterable(layers[self.model.start_layer : self.model.end_layer]),
+            name
+            for name in self.everything
+            if (
+                hasattr(ends[name], "weight") and not (name == "lm_head" and config.tie_word_embeddings)
+                if name in ends
+                else int(name.split(".")[2]) in stage
+            )
         ]
         self.loaded = False
         self.report = EngineReport(self, vllm_config)
@@ -296,7 +280,9 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
         loaded = AutoWeightsLoader(self).load_weights(self.placed(weights, filled), mapper=self.hf_to_vllm_mapper)
         missing = [name for name in self.places if name not in filled]
         if missing and not self.loaded:  # later, parts of the weights may be replaced
-            raise ValueError(f"the weights have no {missing[0]}{_others(missing)}; take the whole model, with all its files")
+            raise ValueError(
+                f"the weights have no {missing[0]}{tensors.others(missing)}; take the whole model, with all its files"
+            )
         self.loaded = True
         return loaded
 
@@ -306,21 +292,22 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
         Where a folder has the weights in both formats, those of Hugging Face count, whichever come first.
         """
         own, seen = set[str](), set[str]()
-        unfit = "; this is not the model that its configuration says: serve it with vLLM's own class"
         tables: dict[str, torch.Tensor] = {}
         for stored, given in weights:
-            if ANGLES.search(stored):
+            if tensors.ANGLES.search(stored):
                 continue
-            name, tensor = self.renamed(stored, given)
+            name = tensors.hugging_face(stored)
             module, _, kind = name.rpartition(".")
             if kind == "bias":  # GPTQ stores biases of models that have none, all zero
-                if tensor.count_nonzero():
-                    raise ValueError(f"{stored} is a bias, and the class has none{unfit}")
+                if given.count_nonzero():
+                    raise ValueError(f"{stored} is a bias, and the class has none; {tensors.UNFIT}")
                 continue
-            if self.quant_config is None and (
-                kind != "weight" or module not in self.everything or not tensor.is_floating_point()
-            ):
-                raise ValueError(f"{stored} ({str(tensor.dtype).removeprefix('torch.')}) has no place in the class{unfit}")
+            if self.quant_config is None:
+                if kind != "weight" or module not in self.everything or not given.is_floating_point():
+                    dtype = str(given.dtype).removeprefix("torch.")
+                    raise ValueError(f"{stored} ({dtype}) has no place in the class; {tensors.UNFIT}")
+                tensors.check_shape(stored, module, tuple(given.shape), self.everything)
+            tensor = given if name == stored else self.unpermuted(stored, given)
             if name != stored and module in filled:
                 continue
             if name == stored and name in seen:
@@ -339,20 +326,16 @@ class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, 
                 "lm_head is not model.embed_tokens, and tie_word_embeddings is true; set it to false in the configuration"
             )
 
-    def renamed(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """A tensor under Hugging Face's name, also one of a consolidated checkpoint.
+    def unpermuted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a consolidated checkpoint as Hugging Face keeps it.
 
         Mistral's own checkpoints keep the two numbers that one angle rotates beside each other, Hugging Face keeps them
         half a head apart: rows 0 1 2 3 of a head with head_dim 4 become 0 2 1 3.
         """
         heads = {"wq": self.config.num_attention_heads, "wk": self.config.num_key_value_heads}
-        match = re.fullmatch(r"(layers\.\d+\.)?(.+?)\.(weight|qscale_weight|qscale_act|bias)", name)
-        if name.startswith("model.") or match is None or match[2] not in CONSOLIDATED:
-            return name, tensor
-        part = match[2].removeprefix("attention.")
-        if part in heads and match[3] == "weight":
-            rows, columns = tensor.shape
-            n = heads[part]
-            tensor = tensor.view(n, rows // n // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-        layer = f"model.{match[1]}" if match[1] else ""
-        return f"{layer}{CONSOLIDATED[match[2]]}.{match[3]}", tensor
+        part, kind = name.split(".")[-2:]
+        if part not in heads or kind != "weight":
+            return tensor
+        rows, columns = tensor.shape
+        n = heads[part]
+        return tensor.view(n, rows // n // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
