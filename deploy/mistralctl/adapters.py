@@ -17,6 +17,7 @@ from mistralctl.models import Model
 from mistralctl.plan import Plan
 
 FILE = "file://"
+UNREAD_RANK = 64  # of an adapter that was not read yet: few have a larger one
 
 
 def folder_of(uri: str) -> Path | None:
@@ -42,6 +43,14 @@ def resolve(sourced: Sourced, model: Model) -> dict[str, str]:
                 raise UserError(f"{place}: {folder}: {error}", Exit.WEIGHTS) from None
         found[name] = uri
     return found
+
+
+def rank(lora: Mapping[str, str]) -> int:
+    """The rank of the slots that vLLM makes for these adapters; UNREAD_RANK is assumed of those that lie elsewhere, 0 without adapters."""
+    folders = [folder_of(uri) for uri in lora.values()]
+    if not folders or None in folders:
+        return UNREAD_RANK if folders else 0
+    return adapters.served_rank(adapters.read(folder, None) for folder in folders if folder)
 
 
 def versions(lora: Mapping[str, str], envs: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mistral_contract import tensors
 from mistral_contract.quantization import METHODS, Scheme
 
 from mistralctl.gpus import GIB, Gpu
@@ -34,13 +35,18 @@ BLOCK_SIZE = {"cuda": 16, "cpu": 128}
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served, as far as memory is concerned. `requests` of `max_model_len` tokens run at a time on `gpus` GPUs."""
+    """How a model is served, as far as memory is concerned. `requests` of `max_model_len` tokens run at a time on `gpus` GPUs.
+
+    `adapters` LoRA adapters have a slot each, of `rank`.
+    """
 
     dtype: str
     max_model_len: int
     device: str
     gpus: int = 1
     requests: int = 1
+    adapters: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Fit:
     concurrency: float
     concurrency_without_window: float
     reason: str | None = None
+    adapter_bytes: int = 0
 
 
 def cdiv(a: int, b: int) -> int:
@@ -99,6 +106,23 @@ def disk_bytes(shape: Shape, stored: Stored) -> int:
 def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
     """Bytes of keys and values that one token leaves in the cache, all layers: 131,072 for Mistral 7B in 16 bits."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+
+
+ROWS = ("o_proj", "down_proj")  # tensor parallel divides the inputs of these layers, and the outputs of the others
+
+
+def adapter_bytes(shape: Shape, serving: Serving) -> int:
+    """Bytes of the slots of LoRA adapters on each GPU: for every linear layer an A of [rank, inputs] and a B of [outputs, rank].
+
+    As vLLM's `create_lora_weights`: slots have the largest rank whatever an adapter's is, and tensor parallel divides one of the two. On a
+    CPU the adapters are in the same memory once more.
+    """
+    numbers = 0
+    for name, (outputs, inputs) in tensors.linear(shape).items():
+        split = name.endswith(ROWS)
+        numbers += cdiv(inputs, serving.gpus if split else 1) + cdiv(outputs, 1 if split else serving.gpus)
+    copies = 2 if serving.engine == "cpu" else 1
+    return copies * serving.adapters * serving.rank * shape.layers * numbers * DTYPE_BYTES[serving.dtype]
 
 
 def max_batched_tokens(window: int | None) -> int:
@@ -165,7 +189,8 @@ def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) ->
     """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take) beside so many bytes of weights."""
     pool, size = _Pool.of(shape, serving), BLOCK_SIZE[serving.device]
     weights = cdiv(weights, serving.gpus)
-    cache = int(memory_bytes) - weights - OVERHEAD_BYTES
+    adapters = adapter_bytes(shape, serving)
+    cache = int(memory_bytes) - weights - OVERHEAD_BYTES - adapters
     blocks = max(0, cache // pool.block_bytes)
 
     def tokens(blocks: int) -> int:
@@ -174,7 +199,8 @@ def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) ->
     length, requests, reason = serving.max_model_len, serving.requests, None
     if blocks < pool.held * requests:
         if not blocks:
-            reason = f"{weights / GIB:.1f} GiB of weights leave no room for the cache"
+            more = f" and {adapters / GIB:.1f} GiB of adapters" if adapters else ""
+            reason = f"{weights / GIB:.1f} GiB of weights{more} leave no room for the cache"
         else:
             many = f"{requests} requests" if requests > 1 else "one request"
             reason = (
@@ -185,6 +211,7 @@ def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) ->
     return Fit(
         weights, per_token, max(0, cache), tokens(blocks), tokens(pool.held), tokens(pool.held_without_window),
         round(blocks / pool.held, 2), round(blocks / pool.held_without_window, 2), reason,
+        adapters,
     )  # fmt: skip
 
 

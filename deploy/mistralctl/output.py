@@ -74,6 +74,8 @@ def plan_text(plan: Plan) -> str:
             f"one request holds at most {fit.request_tokens:,} tokens of cache ({window}); "
             f"with full attention {fit.request_tokens_without_window:,}",
         ]
+        if fit.adapter_bytes:
+            lines.append(f"the slots of {len(plan.spec.lora)} adapters take {fit.adapter_bytes / GIB:.2f} GiB")
     lines += plan.caveats
     lines.append("")
     head = ["CLOUD", "MACHINE", "TYPE", "REGION", "USD/H", "SPOT", "CACHE TOKENS", "REQUESTS", "WITHOUT WINDOW"]

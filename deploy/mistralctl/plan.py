@@ -216,7 +216,7 @@ def _gpu_option(plan: _Draft, cloud: str, gpu: Gpu, count: int, offer: prices.Of
     reasons = memory.refused(gpu, plan.dtype, plan.spec.quantization, plan.model.stored.scheme)
     fitted = None
     if plan.shape is not None:
-        serving = memory.Serving(plan.dtype, plan.max_model_len, "cuda", count, plan.spec.max_concurrency or 1)
+        serving = plan.serving("cuda", plan.spec.max_concurrency or 1, count)
         room = gpu.memory_gib * GIB * memory.MEMORY_UTILIZATION
         fitted = memory.fit(plan.shape, serving, memory_bytes=room, weights=plan.weight_bytes)
         if fitted.reason:
@@ -240,6 +240,11 @@ class _Draft:
     model: Model
     dtype: str
     max_model_len: int
+    lora_rank: int
+
+    def serving(self, engine: str, requests: int, gpus: int = 1) -> memory.Serving:
+        """Return how so many requests are served, with a slot for each adapter."""
+        return memory.Serving(self.dtype, self.max_model_len, engine, gpus, requests, len(self.spec.lora), self.lora_rank)
 
     @property
     def shape(self) -> Shape | None:
@@ -260,13 +265,13 @@ def _most_seqs(spec: DeploymentSpec, device: str) -> int:
 def _cpu_cache_gib(draft: _Draft, memory_bytes: float) -> int:
     """Whole GiB of cache that a machine of that memory can hold beside weights and system: at most CPU_CACHE_GIB, and no more than
     the requests that run at a time can fill, because vLLM writes to all of it before it serves."""
-    weights, most = 0, CPU_CACHE_GIB
+    weights, adapters, most = 0, 0, CPU_CACHE_GIB
     if draft.shape is not None:
         weights = draft.weight_bytes
-        serving = memory.Serving(draft.dtype, draft.max_model_len, "cpu", requests=_most_seqs(draft.spec, "cpu"))
-        filled = memory.cache_bytes(draft.shape, serving)
+        serving = draft.serving("cpu", _most_seqs(draft.spec, "cpu"))
+        adapters, filled = memory.adapter_bytes(draft.shape, serving), memory.cache_bytes(draft.shape, serving)
         most = min(most, memory.cdiv(filled, GIB))
-    free = memory_bytes - CPU_OVERHEAD_BYTES - weights * CPU_WEIGHTS_FACTOR
+    free = memory_bytes - CPU_OVERHEAD_BYTES - weights * CPU_WEIGHTS_FACTOR - adapters
     return max(0, min(most, math.floor(free / GIB / 2)))
 
 
@@ -280,8 +285,9 @@ def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: floa
                 f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for vLLM and the system leave no "
                 f"room for the cache in {memory_bytes / GIB:.0f} GiB"
             )
-        serving = memory.Serving(draft.dtype, draft.max_model_len, "cpu", requests=draft.spec.max_concurrency or 1)
-        fitted = memory.fit(draft.shape, serving, memory_bytes=gib * GIB + weights + memory.OVERHEAD_BYTES, weights=weights)
+        serving = draft.serving("cpu", draft.spec.max_concurrency or 1)
+        taken = weights + memory.OVERHEAD_BYTES + memory.adapter_bytes(draft.shape, serving)
+        fitted = memory.fit(draft.shape, serving, memory_bytes=gib * GIB + taken, weights=weights)
         reason = reason or fitted.reason
     if (method := _method(draft.model, draft.spec)) == "fp8" or (method and not draft.model.stored.known):
         reason = f"{method} needs a GPU"
@@ -444,8 +450,10 @@ def _auto_dtype(model: Model, method: str | None, on_cpu: bool) -> str:
     return "float32" if on_cpu and small else "bfloat16"
 
 
-def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Mapping[str, str] | None = None) -> Plan:
-    """The plan for a spec. `machine` is needed for `--cloud local` only. UserError when nothing fits."""
+def make(
+    sourced: Sourced, model: Model, machine: Machine | None, endpoints: Mapping[str, str] | None = None, lora_rank: int = 0
+) -> Plan:
+    """The plan for a spec. `machine` is needed for `--cloud local` only, `lora_rank` where adapters are. UserError when nothing fits."""
     endpoints = endpoints or {}
     spec = sourced.spec
     _check_places(sourced)
@@ -460,7 +468,7 @@ def make(sourced: Sourced, model: Model, machine: Machine | None, endpoints: Map
         on_cpu = machine is not None and not machine.gpus
     dtype = _auto_dtype(model, _method(model, spec), on_cpu) if spec.dtype == "auto" else spec.dtype
     _check_quantization(sourced, model, dtype)
-    draft = _Draft(spec, model, dtype, _context(sourced, model))
+    draft = _Draft(spec, model, dtype, _context(sourced, model), lora_rank)
     if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
         raise UserError(
             f"{sourced.place('tensor_parallel')}: {sourced.number('tensor_parallel')} GPUs cannot share {model.shape.kv_heads} key-value "

@@ -101,7 +101,7 @@ PLAN_KEYS = ["name", "model", "spec", "device", "weights", "revision", "weights_
              "idle_minutes", "ttl_minutes", "options", "refused", "rights", "quotas", "endpoints", "lora_versions"]  # fmt: skip
 OPTION_KEYS = ["cloud", "accelerator", "count", "instance_type", "region", "price", "spot_price", "fit", "reason"]
 FIT_KEYS = ["weight_bytes", "kv_bytes_per_token", "cache_bytes", "cache_tokens", "request_tokens",
-            "request_tokens_without_window", "concurrency", "concurrency_without_window", "reason"]  # fmt: skip
+            "request_tokens_without_window", "concurrency", "concurrency_without_window", "reason", "adapter_bytes"]  # fmt: skip
 
 
 def test_the_json_of_results_is_a_contract(mistralctl: Run, home: Path) -> None:

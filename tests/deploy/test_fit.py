@@ -112,6 +112,20 @@ def test_a_pattern_of_windows_holds_less_than_full_attention_and_more_than_windo
     assert got.concurrency == round(9 * GIB // block / (2048 + 3 * 385), 2)
 
 
+def test_adapters_take_memory_that_the_cache_would_have() -> None:
+    """Rank 16 of Mistral 7B: (4096 + 4096) x 2 of q and o, (4096 + 1024) x 2 of k and v, (4096 + 14336) x 3, in 32 layers."""
+    alone, two = fit.Serving("bfloat16", 32768, "cuda"), fit.Serving("bfloat16", 32768, "cuda", adapters=2, rank=16)
+    numbers = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert fit.adapter_bytes(V01, two) == 2 * 16 * 32 * numbers * 2 == 167_772_160
+    assert fit.adapter_bytes(V01, replace(two, engine="cpu")) == 2 * 167_772_160
+    got, without = (fit.fit(V01, each, memory_bytes=20 * GIB, weights=14_483_464_192) for each in (two, alone))
+    assert (got.adapter_bytes, without.cache_bytes - got.cache_bytes) == (167_772_160, 167_772_160)
+    shared = fit.adapter_bytes(V01, replace(two, gpus=2))
+    assert 167_772_160 / 2 < shared < 167_772_160
+    none = fit.fit(V01, replace(two, adapters=64, rank=256), memory_bytes=20 * GIB, weights=14_483_464_192)
+    assert none.reason == "13.5 GiB of weights and 80.0 GiB of adapters leave no room for the cache"
+
+
 def test_the_options_methods_are_those_of_the_contract() -> None:
     assert get_args(spec.Quantization) == tuple(METHODS) == tuple(fit.QUANTIZED_BYTES)
 

@@ -62,3 +62,16 @@ def test_the_cache_is_what_vllm_computes(pattern: str, tmp_path: Path) -> None:
     got = fit.fit(shape, serving, memory_bytes=cache + 10**6 + fit.OVERHEAD_BYTES, weights=10**6)
     assert (got.concurrency, got.reason) == (round(concurrency, 2), None)
     assert got.cache_tokens == fit.cdiv(made.num_blocks * fit.BLOCK_SIZE["cpu"], len(groups))
+
+
+def test_the_slots_of_adapters_are_what_vllm_allocates(tmp_path: Path) -> None:
+    folder = write(tmp_path / "weights")
+    shape = Shape.of(architecture.read(json.loads((folder / "config.json").read_text())))
+    with engine(folder, enable_lora=True, max_loras=2, max_lora_rank=16) as llm:
+        found = sum(
+            tensor.numel() * tensor.element_size()
+            for module in runner(llm).model.modules()
+            for name in ("lora_a_stacked", "lora_b_stacked")
+            for tensor in getattr(module, name, ())
+        )
+    assert found == fit.adapter_bytes(shape, fit.Serving("float32", LENGTH, "cuda", adapters=2, rank=16))
