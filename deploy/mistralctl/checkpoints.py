@@ -215,6 +215,15 @@ def _look(uri: str, place: str, ask: bool, revision: str = "") -> Described | No
     return weights.described(uri, revision, place)
 
 
+def check(uri: str, revision: str, place: str) -> None:
+    """UserError if a model lies at a URI that is not served; an adapter passes, and what cannot be looked at from here."""
+    from mistralctl import weights
+
+    found = weights.described(uri, revision, place)
+    if found is not None and ("adapter_config.json" not in found.files or "config.json" in found.files):
+        _model(uri, found, place)
+
+
 def resolve(sourced: Sourced, *, ask: bool = False) -> Model:
     """The model that the spec means. A folder is read here; what lies at another URI is read if `ask`, else it is not known here."""
     value, place = sourced.spec.model, sourced.place("model")

@@ -129,6 +129,14 @@ def test_what_cannot_be_served_is_refused_before_anything_is_rented(hub: hubs.Hu
     assert BEYOND in one.stderr
 
 
+def test_a_mirror_of_another_model_is_refused_before_anything_is_rented(hub: hubs.Hub, mistralctl: Run, tmp_path: Path) -> None:
+    hub.add("test/qwen", quantized(model_type="qwen2"))
+    hub.add("test/adapter", files_of(adapter(tmp_path / "a")))
+    for name, says in (("qwen", "SOURCE: hf://test/qwen/config.json: model type 'qwen2'"), ("adapter", BEYOND), ("open", BEYOND)):
+        done = mistralctl("weights", "mirror", f"hf://test/{name}", "s3://bucket/x", HF_ENDPOINT=hub.url, **NO_SKYPILOT)
+        assert says in done.stderr
+
+
 def test_weights_of_another_model_than_the_row_are_refused(hub: hubs.Hub, mistralctl: Run) -> None:
     done = mistralctl("up", "--cloud", "aws", "--weights", "hf://test/open", HF_ENDPOINT=hub.url, **NO_SKYPILOT)
     assert done.returncode == 2

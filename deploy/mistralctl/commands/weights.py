@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistralctl import node, phases, runtime, state, tasks, weights
+from mistralctl import checkpoints, node, phases, runtime, state, tasks, weights
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS
 from mistralctl.phases import PhaseEvent
@@ -79,6 +79,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
 
     task = render(spec)
     weights.may_pull([(spec.source, spec.revision)])
+    checkpoints.check(spec.source, spec.revision, "SOURCE")
     where = runtime.of(spec.cloud or "")
     state.folder(spec.name).mkdir(parents=True, exist_ok=True, mode=0o700)
     record = Record(
