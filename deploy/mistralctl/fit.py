@@ -121,7 +121,7 @@ def adapter_bytes(shape: Shape, serving: Serving) -> int:
     for name, (outputs, inputs) in tensors.linear(shape).items():
         split = name.endswith(ROWS)
         numbers += cdiv(inputs, serving.gpus if split else 1) + cdiv(outputs, 1 if split else serving.gpus)
-    copies = 2 if serving.engine == "cpu" else 1
+    copies = 2 if serving.device == "cpu" else 1
     return copies * serving.adapters * serving.rank * shape.layers * numbers * DTYPE_BYTES[serving.dtype]
 
 

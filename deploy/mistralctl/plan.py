@@ -242,9 +242,9 @@ class _Draft:
     max_model_len: int
     lora_rank: int
 
-    def serving(self, engine: str, requests: int, gpus: int = 1) -> memory.Serving:
+    def serving(self, device: str, requests: int, gpus: int = 1) -> memory.Serving:
         """Return how so many requests are served, with a slot for each adapter."""
-        return memory.Serving(self.dtype, self.max_model_len, engine, gpus, requests, len(self.spec.lora), self.lora_rank)
+        return memory.Serving(self.dtype, self.max_model_len, device, gpus, requests, len(self.spec.lora), self.lora_rank)
 
     @property
     def shape(self) -> Shape | None:

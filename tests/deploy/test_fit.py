@@ -117,7 +117,7 @@ def test_adapters_take_memory_that_the_cache_would_have() -> None:
     alone, two = fit.Serving("bfloat16", 32768, "cuda"), fit.Serving("bfloat16", 32768, "cuda", adapters=2, rank=16)
     numbers = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
     assert fit.adapter_bytes(V01, two) == 2 * 16 * 32 * numbers * 2 == 167_772_160
-    assert fit.adapter_bytes(V01, replace(two, engine="cpu")) == 2 * 167_772_160
+    assert fit.adapter_bytes(V01, replace(two, device="cpu")) == 2 * 167_772_160
     got, without = (fit.fit(V01, each, memory_bytes=20 * GIB, weights=14_483_464_192) for each in (two, alone))
     assert (got.adapter_bytes, without.cache_bytes - got.cache_bytes) == (167_772_160, 167_772_160)
     shared = fit.adapter_bytes(V01, replace(two, gpus=2))
