@@ -32,11 +32,9 @@ from typing import Any
 from mistral_contract import files, keys
 from mistral_node import flags, tls
 from mistral_node.contract import read
-from mistral_node.guard import PROBE_HEADER
 from startup import contract, free_port, prepare
 
 KEY = "a-key-of-this-benchmark"
-PROBE = "what-opens-its-closed-guard"
 GOAL = 0.98
 CLIENTS, TOKENS = 4, 16
 
@@ -57,7 +55,7 @@ class Server:
         """One completion; seconds to the first piece of its body."""
         body = {"model": "smollm2", "prompt": "The capital of France is", "max_tokens": tokens, "temperature": 0,
                 "ignore_eos": True, "stream": stream}  # fmt: skip
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", PROBE_HEADER.decode(): PROBE}
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         began = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = connection.getresponse()
@@ -71,7 +69,7 @@ class Server:
     def healthy(self) -> bool:
         connection = self.connect()
         try:
-            connection.request("GET", "/health", headers={PROBE_HEADER.decode(): PROBE})
+            connection.request("GET", "/health")
             return connection.getresponse().status == 200
         except OSError:
             return False
@@ -107,10 +105,9 @@ def both(folder: Path) -> Iterator[dict[str, Server]]:
     ports = free_port(), free_port()
     changed = {
         "MISTRALCTL_TLS": "self-signed",
-        "MISTRALCTL_GATE": "probe",
         "MISTRALCTL_SERVE_USER": "",
         "MISTRALCTL_DTYPE": "float32",
-        "MISTRALCTL_KEYS": keys.Keys(1, (keys.make(KEY, "benchmark", 1.0, probe=keys.digest(PROBE)),)).dump(),
+        "MISTRALCTL_KEYS": keys.Keys(1, (keys.make(KEY, "benchmark", 1.0),)).dump(),
         "MISTRALCTL_SECRETS": '["address"]',
     }
     envs = contract(folder / "node", weights, ports[0]) | changed

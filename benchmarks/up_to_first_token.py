@@ -64,8 +64,7 @@ def by_hand(sim: SimCloud, folder: Path) -> dict[str, Any]:
     """The same by hand: seconds in all, and until `sky launch` had ended."""
     task = folder / "task.yaml"
     rendered = yaml.safe_load(sim.run([*PLACE.up, "--name", "hand", "--dry-run"]).stdout)
-    known = keys.Keys(1, (keys.make(KEY, "hand", 1.0),))
-    rendered["envs"] |= {"MISTRALCTL_GATE": "", "MISTRALCTL_KEYS": known.dump()}  # nobody is there to open it
+    rendered["envs"]["MISTRALCTL_KEYS"] = keys.Keys(1, (keys.make(KEY, "hand", 1.0),)).dump()
     task.write_text(yaml.safe_dump(rendered, sort_keys=False))
     done = sim.run(["bash", "-c", BY_HAND, "by-hand", task, KEY], cwd=folder, timeout=900)
     began, launched, ended = map(float, done.stdout.split()[-3:])

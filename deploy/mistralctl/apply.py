@@ -14,7 +14,7 @@ from mistralctl.state import Record
 from mistralctl.tasks import setup_id
 
 # A step after which something may be left that a failure has to take back.
-MAKING = (Do.RENT, Do.SET_UP, Do.START, Do.REPLACE, Do.ADOPT, Do.CONNECT, Do.WALK, Do.LET_IN)
+MAKING = (Do.RENT, Do.SET_UP, Do.START, Do.REPLACE, Do.ADOPT, Do.CONNECT, Do.WALK)
 
 
 class Up:
@@ -25,7 +25,6 @@ class Up:
         self.attempt = replace(attempt, keep=self.keep)
         self.answer = ""
         self._server: Server | None = None
-        self._report = gate.Report(0, ())
         self._steps: Sequence[Step] = ()
 
     @property
@@ -88,23 +87,13 @@ class Up:
     def _connect(self) -> Record:
         return self.runtime.connect(self.attempt, self._started())
 
-    def _walk(self) -> None:
-        server = self._started()
-        server.wait("engine")
-        with self._stopped_if_refused():
-            try:
-                self._report = gate.look(self.record, self._hear)
-            except UserError as error:
-                raise server.explained(error) from error
-
-    def _let_in(self) -> Record:
+    def _walk(self) -> Record:
         server = self._started()
         server.wait("ready")
         record = replace(self.record, setup_id=setup_id(self.record.task))
         self.keep(record)
         with self._stopped_if_refused():
-            record = gate.let_in(record, self._report, self._hear)
-        self.answer = self._report.answer
+            record, self.answer = gate.pass_through(record, self._hear)
         return replace(record, state="up", phases=tuple(asdict(phase) for phase in phases.durations(server.events)))
 
     def _hear(self, event: phases.PhaseEvent) -> None:
@@ -137,7 +126,6 @@ ACTIONS: dict[Do, Callable[[Up], Record | None]] = {
     Do.ADOPT: Up._replace,
     Do.CONNECT: Up._connect,
     Do.WALK: Up._walk,
-    Do.LET_IN: Up._let_in,
 }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import http.client
 import ssl
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
-
-from mistral_contract.keys import probe_token
 
 from mistralctl import certificates, state
 from mistralctl.errors import UserError
@@ -15,7 +14,24 @@ from mistralctl.state import Record
 if TYPE_CHECKING:
     import httpx
 
-PROBE_HEADER = "x-mistralctl-probe"
+
+class _Pinned(http.client.HTTPSConnection):
+    """TLS to a deployment's address, with its own certificate, whichever name is in it."""
+
+    def __init__(self, record: Record, seconds: float) -> None:
+        super().__init__(record.address, record.port, timeout=seconds)
+        self._trusted, self._name = certificates.context(record.name), record.host or record.address
+
+    def connect(self) -> None:
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._trusted.wrap_socket(self.sock, server_hostname=self._name)
+
+
+def plain(record: Record, seconds: float) -> http.client.HTTPConnection:
+    """A connection of the standard library, for many requests or one: to import httpx takes longer than the answer."""
+    if record.public:
+        return _Pinned(record, seconds)
+    return http.client.HTTPConnection("127.0.0.1", record.port, timeout=seconds)
 
 
 def options(record: Record) -> dict[str, Any]:
@@ -33,34 +49,19 @@ def options(record: Record) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def status(record: Record, path: str, seconds: float, *, probing: bool) -> int | None:
-    """The status that a GET with the deployment's own key has, None if nobody answers; `probing`: with the probe's token, too."""
-    key = state.api_key(record.name)
-    headers = {"Authorization": f"Bearer {key}"} | ({PROBE_HEADER: probe_token(key)} if probing else {})
-    if record.public:
-        import httpx
-
-        try:
-            with httpx.Client(headers=headers, timeout=seconds, **options(record)) as one:
-                return one.get(path).status_code
-        except (httpx.HTTPError, UserError):
-            return None
-    plain = http.client.HTTPConnection("127.0.0.1", record.port, timeout=seconds)  # to import httpx takes longer than the answer
+def status(record: Record, path: str, seconds: float) -> int | None:
+    """The status that a GET with the deployment's own key has; None if nobody answers."""
     try:
-        plain.request("GET", path, headers=headers)
-        return plain.getresponse().status
-    except (OSError, http.client.HTTPException):
+        with closing(plain(record, seconds)) as one:
+            one.request("GET", path, headers={"Authorization": f"Bearer {state.api_key(record.name)}"})
+            return one.getresponse().status
+    except (OSError, http.client.HTTPException, UserError):
         return None
-    finally:
-        plain.close()
 
 
-def client(record: Record, seconds: float, *, key: str | None = None) -> httpx.Client:
-    """A client that shows a key (the deployment's own if none is given, none if it is empty) and the probe's token."""
+def client(record: Record, seconds: float) -> httpx.Client:
+    """A client that shows the deployment's own key."""
     import httpx
 
-    own = state.api_key(record.name)
-    headers = {PROBE_HEADER: probe_token(own)}
-    if key != "":
-        headers["Authorization"] = f"Bearer {key or own}"
+    headers = {"Authorization": f"Bearer {state.api_key(record.name)}"}
     return httpx.Client(headers=headers, timeout=seconds, **options(record))

@@ -68,11 +68,6 @@ def entry(secret: str, name: str, **limits: Any) -> Key:
         raise UserError(str(error)) from None
 
 
-def own_entry(secret: str, name: str = OWN) -> Key:
-    """This laptop's own key as others may know it: its owner walks the gate."""
-    return entry(secret, name, probe=contract.digest(contract.probe_token(secret)))
-
-
 def own(name: str, found: Keys) -> Key | None:
     """The entry of this laptop's own key."""
     path = state.folder(name) / "api_key"
@@ -100,6 +95,6 @@ def prepare(name: str, key_file: Path | None, *, running: bool) -> None:
         state.write_private(path, f"{secret}\n")
     secret = state.api_key(name)
     if own(name, found) is None:
-        found = found.changed((*found.keys, own_entry(secret)))
+        found = found.changed((*found.keys, entry(secret, OWN)))
     if found != known(name):
         save(name, found)

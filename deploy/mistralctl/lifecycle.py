@@ -37,7 +37,6 @@ class Do(str, Enum):
     ADOPT = "adopt"
     CONNECT = "connect"
     WALK = "walk"
-    LET_IN = "let_in"
     SWEEP = "sweep"
     FORGET = "forget"
 
@@ -172,8 +171,7 @@ def _open(task: Task) -> tuple[Step, ...]:
     reach = "keep its certificate, and open its port to those that --allow names" if public else "open the tunnel to it"
     return (
         *((Step(Do.CONNECT, reach),) if task["resources"] else ()),
-        Step(Do.WALK, "walk every route of it"),
-        Step(Do.LET_IN, "let in what the short list has"),
+        Step(Do.WALK, "wait until its node has walked every route and opened, and walk them again from here"),
     )
 
 

@@ -177,6 +177,8 @@ def status_text(results: list[Status]) -> str:
     lines = [table(head, rows)]
     lines += [f"{r.name}: {r.why}" for r in results if r.why]
     for r in results:
+        if (restarts := (r.launcher or {}).get("restarts") or {}).get("count"):
+            lines.append(f"{r.name}: restart {restarts['count']} of {restarts['of']}, because {restarts['why']}")
         if why := ((r.launcher or {}).get("isolation") or {}).get("why"):
             lines.append(f"{r.name}: vLLM is less apart from the rest of its machine than it should be: {why}")
     for launcher in (r.launcher or {} for r in results if len(results) == 1):

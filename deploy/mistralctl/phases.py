@@ -22,6 +22,7 @@ WORDS = {
     "check": "check",
     "ready": "ready",
     "gate": "gate",
+    "outside": "gate from outside",
 }
 
 

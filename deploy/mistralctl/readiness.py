@@ -26,9 +26,14 @@ def complete(record: Record, *, seconds: float = 300) -> str:
     return text
 
 
-def answers(record: Record, *, probing: bool = False) -> bool:
-    """Whether a server of ours takes this deployment's key now, without asking the model; `probing`: also one that is not open yet."""
-    return connection.status(record, "/v1/models", 5, probing=probing) == 200
+def answers(record: Record) -> bool:
+    """Whether a server of ours takes this deployment's key now, without asking the model."""
+    return connection.status(record, "/v1/models", 5) == 200
+
+
+def reached(record: Record) -> bool:
+    """Whether a server of ours is there, open or still closed."""
+    return connection.status(record, "/health", 5) in (200, 503)
 
 
 def refusal(record: Record) -> str:

@@ -63,8 +63,7 @@ def test_dry_run_prints_the_task_alone_and_the_same_bytes_every_time(mistralctl:
         {"do": "check", "text": "ask whether the quotas allow it and the weights may be read", "ask": ""},
         {"do": "rent", "text": "rent the cheapest of gcp L4:1, aws L4:1, aws A10G:1, set it up, start its server", "ask": ""},
         {"do": "connect", "text": "open the tunnel to it", "ask": ""},
-        {"do": "walk", "text": "walk every route of it", "ask": ""},
-        {"do": "let_in", "text": "let in what the short list has", "ask": ""},
+        {"do": "walk", "text": "wait until its node has walked every route and opened, and walk them again from here", "ask": ""},
     ]
     shown = json.loads(mistralctl("up", "--cloud", "gcp", "--cloud", "aws", "--dry-run", "-o", "json").stdout)
     assert shown == {"version": 1} | task | {"steps": steps}

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": "mistral-7b-instruct-v0.3", "name": "tools", "cloud": ["aws", "azure"], "accelerators": "A100-80GB:8",
         "max_price": 40, "weights": "s3://bucket/v03", "max_model_len": 16384, "max_concurrency": 12, "dtype": "float16",
         "quantization": "fp8", "lora": {"sql": "s3://bucket/sql", "chat": "hf://someone/chat"}, "served_model_name": "m",
-        "vllm_args": ["--seed=7", "--enable-log-requests"], "idle": "2h", "ttl": "never",
+        "vllm_args": ["--seed=7", "--enable-log-requests"], "idle": "2h", "ttl": "never", "restart": 5,
     },
     "images": {
         "cloud": ["aws", "gcp", "azure"], "max_price": 4.0, "disk_tier": "best",

@@ -68,7 +68,7 @@ def served(sim: SimCloud, planted: dict[str, str], processes: Processes) -> dict
 def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dict[str, Any]) -> None:
     assert (served["action"], served["cloud"]) == ("started", "aws")
     phases = [phase["phase"] for phase in served["phases"]]
-    assert phases == ["optimize", "provision", "node", "files", *sorted(phases[4:6]), "engine", "check", "gate"]
+    assert phases == ["optimize", "provision", "node", "files", *sorted(phases[4:6]), "engine", "check", "gate", "outside"]
     print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
     lines = sim.run(["mistralctl", "env", "served"]).stdout
     variables = dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
@@ -155,7 +155,7 @@ def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, se
     changed = up(sim, "--name", "served", "--max-model-len", "2048")
     assert changed["action"] == "replaced"
     assert changed["base_url"] == served["base_url"]
-    assert [phase["phase"] for phase in changed["phases"]] == ["engine", "check", "gate"]
+    assert [phase["phase"] for phase in changed["phases"]] == ["engine", "check", "gate", "outside"]
     [after] = sim.instances("aws")
     assert after.id == before.id
     assert int(after.tags["mistralctl-ttl"]) > 720  # its life began anew

@@ -48,7 +48,7 @@ def client(cli: Cli, key: str | None = None) -> openai.OpenAI:
 def test_up_says_what_it_did(served: tuple[Cli, dict[str, Any]]) -> None:
     result = served[1]
     assert result["action"] == "started"
-    assert {phase["phase"] for phase in result["phases"]} == {"environment", "weights", "engine", "check", "gate"}
+    assert {phase["phase"] for phase in result["phases"]} == {"environment", "weights", "engine", "check", "gate", "outside"}
     assert all(phase["seconds"] >= 0 for phase in result["phases"])
     assert result["answer"].strip()
     assert "Paris" in result["answer"]
@@ -91,8 +91,12 @@ def test_a_server_with_an_open_route_is_stopped(cli: Cli, tmp_path: Path) -> Non
     cli.env["PYTHONPATH"] = str(tmp_path / "broken" / "deploy")
     error = cli("up", MODEL, *LITTLE, "--cloud", "local", "--name", "leaky", code=9).stderr
     [line] = [line for line in error.splitlines() if line.startswith("mistralctl: ")]
-    assert "the gate found open what should be shut (GET /leak), so the server was stopped" in line
-    [row] = [line.split() for line in error.splitlines() if line.startswith("GET ") and "/leak" in line]
+    assert (
+        "the gate found open what should be shut (GET /leak answered 200, 200, 200; asked with no key, wrong key, right key), so the server was"
+        in line
+    )
+    log = (cli.home / "deployments" / "leaky" / "up.log").read_text()
+    [row] = [line.split() for line in log.splitlines() if line.startswith("GET ") and "/leak" in line]
     assert row[:5] == ["GET", "/leak", "200", "200", "200"]
     assert cli.json("status") == []
     assert cli.processes() == []

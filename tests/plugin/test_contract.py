@@ -27,6 +27,7 @@ def test_a_good_contract() -> None:
     assert (got.idle_minutes, got.ttl_minutes, got.sliding_window) == (30, None, None)
     assert got.adapters == (("sql", Path("/node/run/mistral/lora/sql")),)
     assert got.vllm_args == ("--seed=7",)
+    assert (got.restart, contract.read({**GOOD, "MISTRALCTL_RESTART": "3"}).restart) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_a_good_contract() -> None:
         ("VLLM_ARGS", '["--midd=x"]', "MISTRALCTL_VLLM_ARGS --midd would set --middleware, which mistralctl sets itself"),
         ("VLLM_ARGS", '["--seed=7", "--headless"]', "MISTRALCTL_VLLM_ARGS --headless is closed in a deployment"),
         ("MEMORY_UTILIZATION", "2", "MISTRALCTL_MEMORY_UTILIZATION should be from 0.1 to 0.99"),
+        ("RESTART", "101", "MISTRALCTL_RESTART should be a whole number from 0 to 100"),
         ("IDLE_MINUTES", "-1", "MISTRALCTL_IDLE_MINUTES should be a whole number"),
     ],
 )

@@ -26,7 +26,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(front, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", 1.0)
     run_dir = write_keys(tmp_path)
-    Traffic(run_dir, fresh=True)
+    Traffic(run_dir, fresh=True).open()
     app = FastAPI()
     app.add_api_route("/health", lambda: None)
 

@@ -13,10 +13,11 @@ import pytest
 from mistral_contract import keys
 from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard
 from mistral_node.traffic import Traffic
-from nodes import KEY, known, write_keys
+from nodes import KEY, write_keys
 
-NODE_KEY = "what-the-launcher-made-for-itself"
 BEARER = (b"authorization", b"Bearer " + KEY.encode())
+NODE_KEY = "node-0123456789abcdef"
+PROBE, NODE_BEARER = (b"x-mistralctl-probe", NODE_KEY.encode()), (b"authorization", b"Bearer " + NODE_KEY.encode())
 ROUTES = ["/", "/metrics", "/version", "/tokenize", "/detokenize", "/invocations", "/ping", "/load", "/docs", "/openapi.json",
           "/v1/models/", "/v1/models/../../metrics", "//v1/models", "/V1/models", "/v1/embeddings", "/health/", "/%68ealth",
           "/scale_elastic_ep", "/v1/load_lora_adapter", "/collective_rpc", "/mistralctl"]  # fmt: skip
@@ -48,7 +49,17 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def behind(run_dir: Path) -> Behind:
-    return Behind(Traffic(run_dir, fresh=True))
+    traffic = Traffic(run_dir, fresh=True)
+    traffic.open()
+    return Behind(traffic)
+
+
+@pytest.fixture
+def closed(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """A guard before its launcher opens it, with `behind` behind it."""
+    monkeypatch.setenv("MISTRALCTL_NODE_KEY", keys.digest(NODE_KEY))
+    behind.traffic = Traffic(run_dir, fresh=True)
+    return Guard(behind, run_dir)
 
 
 @pytest.fixture
@@ -124,24 +135,49 @@ def test_websockets_are_closed_before_they_open(guard: Guard, behind: Behind) ->
     assert behind.reached == []
 
 
-def test_it_is_closed_to_all_but_the_probe_until_it_is_opened(
-    run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setenv("MISTRALCTL_GATE", "probe")
-    token = (b"x-mistralctl-probe", keys.probe_token(KEY).encode())
-    write_keys(run_dir.parent, known(probe=keys.digest(token[1])))
-    guard = Guard(behind, run_dir)
-    for headers in ([], [BEARER], [BEARER, (b"x-mistralctl-probe", b"wrong")], [BEARER, token, token]):
+def test_it_is_closed_to_all_but_the_launcher_until_it_is_opened(closed: Guard, behind: Behind) -> None:
+    for headers in (
+        [],
+        [BEARER],
+        [NODE_BEARER],
+        [BEARER, (PROBE[0], b"wrong")],
+        [BEARER, PROBE, PROBE],
+        [BEARER, (PROBE[0], b"")],
+    ):
         for path in ("/health", "/v1/models", "/metrics"):
-            assert ask(guard, "GET", path, *headers)[0] == 503
+            assert ask(closed, "GET", path, *headers)[0] == 503
     assert behind.reached == []
-    assert ask(guard, "GET", "/health", token)[0] == 200
-    assert ask(guard, "GET", "/v1/models", token)[0] == 401  # it opens nothing but the door
-    assert ask(guard, "GET", "/metrics", token, BEARER)[0] == 404
-    assert ask(guard, "GET", "/v1/models", token, BEARER)[0] == 200
+    assert ask(closed, "GET", "/health", PROBE)[0] == 200
+    assert ask(closed, "GET", "/v1/models", PROBE)[0] == 401  # it opens nothing but the door
+    for bearer in (BEARER, NODE_BEARER):
+        assert ask(closed, "GET", "/metrics", PROBE, bearer)[0] == 404
+        assert ask(closed, "GET", "/v1/models", PROBE, bearer)[0] == 200
     behind.traffic.open()
-    assert ask(guard, "GET", "/v1/models", BEARER)[0] == 200
-    assert ask(guard, "GET", "/v1/models", token)[0] == 401
+    assert ask(closed, "GET", "/v1/models", BEARER)[0] == 200
+    assert ask(closed, "GET", "/v1/models", PROBE)[0] == 401
+
+
+def test_the_launchers_key_is_of_no_use_from_elsewhere_or_once_it_is_open(closed: Guard, behind: Behind) -> None:
+    for client in (("203.0.113.9", 1), ("::ffff:203.0.113.9", 1), None):
+        assert ask(closed, "GET", "/v1/models", PROBE, NODE_BEARER, client=client)[0] == 503
+    assert ask(closed, "GET", "/v1/models", PROBE, NODE_BEARER, client=("::1", 1))[0] == 200
+    behind.traffic.open()
+    for headers in ([NODE_BEARER], [PROBE, NODE_BEARER]):
+        assert ask(closed, "GET", "/v1/models", *headers)[0] == 401
+        assert ask(closed, "POST", "/v1/completions", *headers)[0] == 401
+
+
+def test_what_the_launcher_asks_is_no_traffic(closed: Guard, behind: Behind) -> None:
+    assert ask(closed, "POST", "/v1/completions", PROBE, NODE_BEARER)[0] == 200
+    assert (behind.running, behind.traffic.read().served, behind.traffic.read().last_at) == ([0], 0, 0.0)
+    assert closed.callers.accounts == {}
+
+
+def test_without_a_launcher_it_stays_closed(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MISTRALCTL_NODE_KEY", raising=False)
+    Traffic(run_dir, fresh=True)
+    for token in (b"", b"x"):
+        assert ask(Guard(behind, run_dir), "GET", "/v1/models", (PROBE[0], token), BEARER)[0] == 503
 
 
 @pytest.mark.parametrize(
@@ -156,22 +192,11 @@ def test_only_allowed_addresses_may_ask(
     guard = Guard(behind, run_dir)
     for path in ("/health", "/v1/models"):
         assert ask(guard, "GET", path, BEARER, client=client)[0] == status
-    monkeypatch.setenv("MISTRALCTL_GATE", "probe")  # while it is closed, the launcher asks from beside it
-    token = (b"x-mistralctl-probe", NODE_KEY.encode())
+    Traffic(run_dir, fresh=True)  # while it is closed, the launcher asks from beside it
     monkeypatch.setenv("MISTRALCTL_NODE_KEY", keys.digest(NODE_KEY))
     beside = client is not None and client[0] == "127.0.0.1"
-    assert ask(Guard(behind, run_dir), "GET", "/v1/models", BEARER, token, client=client)[0] == (200 if beside else status)
-
-
-def test_the_launchers_own_key_is_let_in_has_no_limits_and_is_not_counted(
-    run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = (b"authorization", b"Bearer " + NODE_KEY.encode())
-    assert ask(Guard(behind, run_dir), "GET", "/v1/models", own)[0] == 401
-    monkeypatch.setenv("MISTRALCTL_NODE_KEY", keys.digest(NODE_KEY))
-    guard = Guard(behind, run_dir)
-    assert [ask(guard, "POST", "/v1/completions", own)[0] for _ in range(3)] == [200] * 3
-    assert guard.callers.accounts == {}
+    expected = 200 if beside else 503 if status == 200 else 403
+    assert ask(Guard(behind, run_dir), "GET", "/v1/models", BEARER, PROBE, client=client)[0] == expected
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import pytest
 import torch
 import vllm_mistral
 from checkpoints import mistral_tokenizer, write
-from mistral_contract import files, keys
+from mistral_contract import files, keys, routes
 from mistral_contract.figures import FILE
 from mistral_node import contract, engine, serve
 from mistral_node.client import Client
@@ -225,6 +226,122 @@ def test_a_process_of_the_engine_that_is_killed_is_named(node_dir: Path) -> None
         [core] = [process for process in launcher.children if "EngineCore" in " ".join(process.cmdline())]
         core.kill()
         failed(launcher, Code.ENGINE, engine.WITHOUT_A_WORD)
+
+
+def test_a_server_that_is_killed_is_started_again_with_its_log_kept_as_often_as_asked(node_dir: Path) -> None:
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    with launched(node_dir, RESTART="1") as launcher:
+        first = launcher.until("ready")
+        launcher.json("/v1/completions", body)
+        before = launcher.children
+        [server] = [
+            process for process in before if "mistral_node.start" in process.cmdline() and process.ppid() != launcher.process.pid
+        ]
+        (launcher.run_dir / files.GATE.name).unlink()
+        server.kill()
+        launcher.until("starting", 30)
+        assert launcher.status()["restarts"]["count"] == 1
+        second = launcher.until("ready")
+        assert not [process for process in before if process.is_running() and process.name() != "python" and process.ppid() == 1]
+        assert second["restarts"] == {
+            "count": 1,
+            "of": 1,
+            "why": f"{engine.KILLED}; see mistralctl logs",
+            "at": second["restarts"]["at"],
+        }
+        assert (second["ready_at"], second["requests"]["served"], second["error"]) == (first["ready_at"], 1, None)
+        assert routes.read((launcher.run_dir / files.GATE.name).read_text()).fault() == ""
+        one = [(phase, event) for phase in ("engine", "check", "gate") for event in ("start", "end")] + [("ready", "end")]
+        assert launcher.phases() == one * 2
+        log = launcher.log.read_text()
+        assert log.count("\nstarts ") + log.startswith("starts ") == 2
+        assert f"restart 1 of 1 in 5 s, because {engine.KILLED}" in log
+        launcher.json("/v1/completions", body)
+        [core] = [process for process in launcher.children if "EngineCore" in " ".join(process.cmdline())]
+        core.kill()
+        failed(launcher, Code.ENGINE, engine.WITHOUT_A_WORD)
+        assert not [process for process in (*before, *launcher.children) if process.is_running() and process.status() != "zombie"]
+
+
+HOLE = """
+_lifespan = Guard._lifespan
+
+async def _leaky(self, scope, receive, send):
+    scope["app"].add_api_route("/leak", lambda: {"a": "secret"})
+    await _lifespan(self, scope, receive, send)
+
+Guard._lifespan = _leaky
+OPEN = OPEN | {("GET", "/leak")}
+"""
+
+
+def test_a_route_that_answers_without_a_key_ends_it_before_anybody_is_let_in(
+    node_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = node_dir / "site" / "mistral_node"
+    shutil.copytree(Path(serve.__file__).parent, broken)
+    with (broken / "guard.py").open("a") as guard:
+        guard.write(HOLE)
+    monkeypatch.setenv("PYTHONPATH", str(node_dir / "site"))
+    answers = set()
+    with launched(node_dir, RESTART="2") as launcher:
+        while launcher.process.poll() is None:
+            for path in ("/leak", "/health"):
+                with suppress(OSError, http.client.HTTPException):
+                    answers.add(launcher.ask(path)[0])
+            time.sleep(0.05)
+        failed(
+            launcher, Code.GATE, "the gate found open what should be shut (GET /leak answered 200, 200, 200; asked with no key,"
+        )
+        assert answers == {503}
+        assert ("gate", "fail") in launcher.phases()
+        assert launcher.status()["restarts"]["count"] == 0
+    assert {str(row) for row in routes.read((launcher.run_dir / files.GATE.name).read_text()).rows if not row.right} == {
+        "GET /leak answered 200, 200, 200"
+    }
+
+
+@pytest.mark.parametrize(
+    ("ready_at", "code", "count", "again"),
+    [
+        (1.0, Code.ENGINE, 0, True),
+        (1.0, Code.ENGINE, 1, True),
+        (1.0, Code.ENGINE, 2, False),
+        (None, Code.ENGINE, 0, False),
+        (1.0, Code.CANARY, 0, False),
+        (1.0, Code.GATE, 1, False),
+    ],
+)
+def test_only_a_server_that_died_after_one_was_ready_is_started_again(
+    tmp_path: Path, ready_at: float | None, code: Code, count: int, again: bool
+) -> None:
+    wanted = dataclasses.replace(contract.read(variables(tmp_path)), restart=2)
+    status = Status(tmp_path / "status.json", ready_at=ready_at)
+    status.set(restarts={**status.fields["restarts"], "count": count})
+    assert serve._again(wanted, status, LaunchError(code, "why")) is again
+    assert not serve._again(dataclasses.replace(wanted, restart=0), status, LaunchError(code, "why"))
+
+
+def test_each_restart_waits_longer_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: waits.append(seconds))
+    wanted = dataclasses.replace(contract.read(variables(tmp_path)), restart=8)
+    status = Status(tmp_path / "status.json")
+    for _ in range(8):
+        serve._pause(wanted, status, LaunchError(Code.ENGINE, "it died"), threading.Event())
+    assert waits == [5, 10, 20, 40, 80, 160, 300, 300]
+    assert capsys.readouterr().out.splitlines()[1] == "restart 2 of 8 in 10 s, because it died"
+    assert (status.fields["restarts"]["count"], status.fields["restarts"]["why"], status.fields["state"]) == (
+        8,
+        "it died",
+        "starting",
+    )
+    asked = threading.Event()
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: True)
+    with pytest.raises(serve._Asked):
+        serve._pause(wanted, status, LaunchError(Code.ENGINE, "it died"), asked)
 
 
 DEAD = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause."

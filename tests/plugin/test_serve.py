@@ -42,8 +42,9 @@ def served(weights: Path) -> Iterator[Launcher]:
 
 def test_ready_says_what_runs(served: Launcher) -> None:
     status = served.status()
-    assert served.phases() == [("engine", "start"), ("engine", "end"), ("check", "start"), ("check", "end"), ("ready", "end")]
-    assert [phase["phase"] for phase in status["phases"]] == ["engine", "check"]
+    assert served.phases() == [("engine", "start"), ("engine", "end"), ("check", "start"), ("check", "end"),
+                                ("gate", "start"), ("gate", "end"), ("ready", "end")]  # fmt: skip
+    assert [phase["phase"] for phase in status["phases"]] == ["engine", "check", "gate"]
     engine = status["engine"]
     assert engine["class"] == "vllm_mistral.model.MistralSWAForCausalLM"
     assert (engine["architecture"], engine["sliding_window"]) == ("MistralSWAForCausalLM", 128)

@@ -224,8 +224,8 @@ def rotate(name: str, wanted: str, key_file: Path | None, grace: str) -> KeyChan
         old = _one(found, wanted, name) if wanted else mine
         if old is None:
             raise UserError(f"{name}: this laptop's own key is none of its keys; run mistralctl up again", Exit.CONFLICT)
-        made = keys.own_entry(secret) if old == mine else keys.entry(secret, old.name)
-        made = replace(old, id=made.id, sha256=made.sha256, created=made.created, probe=made.probe)
+        made = keys.entry(secret, keys.OWN if old == mine else old.name)
+        made = replace(old, id=made.id, sha256=made.sha256, created=made.created)
         if any(key.sha256 == made.sha256 for key in found.keys):
             raise UserError(f"{name} has this key already; give another one", Exit.CONFLICT)
         found = found.changed([*_current(found), made])

@@ -84,7 +84,7 @@ def _here(record: Record) -> Status:
     if record.state != "down" and not living:
         error = (launcher or {}).get("error") or {}
         now, why = "lost", str(error.get("message") or "its process is gone; run up again, or down to forget it")
-    elif record.state == "up" and not readiness.answers(record, probing=True):
+    elif record.state == "up" and not readiness.answers(record):
         now, why = "starting", "it does not answer"
     up = now in ("up", "starting")
     launcher = launcher if up or now == "lost" else None
@@ -153,7 +153,7 @@ def _node(record: Record, *, shared: bool = False) -> Node:
     except ValueError:
         return Node()
     launcher = found if isinstance(found, dict) else None
-    return Node(launcher, "", (launcher or {}).get("state") == "ready" and readiness.answers(record, probing=True))
+    return Node(launcher, "", (launcher or {}).get("state") == "ready" and readiness.answers(record))
 
 
 def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:

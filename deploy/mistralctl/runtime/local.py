@@ -29,7 +29,6 @@ from mistralctl.tasks import Task, env
 
 SETUP_SECONDS = 7200.0
 START_SECONDS = 1800.0
-WORDS_SECONDS = 3.0  # for a launcher that ends its server to say why
 BLOCK = 1 << 16
 DRAIN_SECONDS = 40.0
 ENVIRONMENT_BYTES = 8 * GIB  # vLLM for the CPU: 3.1 GB unpacked, and as much for the downloads in uv's cache
@@ -157,12 +156,6 @@ class Session:
     def _ended(self, code: int) -> UserError:
         why = self._progress.failure or f"it ended with code {code}: {self._progress.last[:300]}"
         return UserError(f"{why} (log: {self._log})", Exit.SERVER)
-
-    def explained(self, error: UserError) -> UserError:
-        """Return the error that says why the server failed, if it says so itself; otherwise the same one."""
-        with contextlib.suppress(UserError):
-            self._follow(lambda: bool(self._progress.failure), WORDS_SECONDS)
-        return UserError(f"{self._progress.failure} (log: {self._log})", Exit.SERVER) if self._progress.failure else error
 
     def close(self) -> None:
         """Do nothing: a log here is read while somebody waits, and at no other time."""

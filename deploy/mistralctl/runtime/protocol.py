@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from mistralctl.errors import UserError
     from mistralctl.lifecycle import Observed
     from mistralctl.phases import PhaseEvent
     from mistralctl.state import Record
@@ -43,9 +42,6 @@ class Server(Protocol):
 
     def wait(self, phase: str, seconds: float | None = None) -> None:
         """Wait until the task has ended a phase; UserError, in its own words, if it ends before that, or after so many seconds."""
-
-    def explained(self, error: UserError) -> UserError:
-        """Return the error that says why the server failed, if it says so itself; otherwise the same one."""
 
     def close(self) -> None:
         """Stop following its log."""

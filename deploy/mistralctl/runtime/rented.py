@@ -28,7 +28,6 @@ START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
 PUBLIC_SECONDS = 60.0
 SECRETS_SECONDS = 120.0
-WORDS_SECONDS = 3.0  # for a launcher that ends its server to say why
 MACHINES: dict[str, Machine] = {"UP": "up", "STOPPED": "stopped"}
 
 
@@ -112,12 +111,6 @@ class Job:
         ):
             raise self._ended(self.progress.failure or f"its job ended: {self.progress.last[:300]}")
 
-    def explained(self, error: UserError) -> UserError:
-        """Return the error that says why the server failed, if it says so itself; otherwise the same one."""
-        with contextlib.suppress(UserError):
-            self.following.wait(WORDS_SECONDS, lambda: bool(self.progress.failure), lambda: False)
-        return self._ended(self.progress.failure) if self.progress.failure else error
-
     def _ended(self, why: str) -> UserError:
         return UserError(
             f"{why} (log: {self.log}; the machine goes by itself in a few minutes, or at once with mistralctl down {self.record.name})",
@@ -141,7 +134,7 @@ def open_tunnel(record: Record, keep: Callable[[Record], None]) -> Record:
 def reach(record: Record) -> None:
     """Wait until the server answers through the tunnel; UserError if it does not."""
     deadline = time.monotonic() + TUNNEL_SECONDS
-    while not readiness.answers(record, probing=True):
+    while not readiness.reached(record):
         if time.monotonic() > deadline:
             raise UserError(
                 f"{record.name}: its server cannot be reached through SSH at 127.0.0.1:{record.port} (log: "
@@ -158,7 +151,7 @@ def publish(record: Record, text: str) -> None:
     if (asked := firewall(record.cloud)) is not None:
         asked.narrow(owner(os.environ), record.name, record.region, record.port, list(allowed) or ["0.0.0.0/0"])
     deadline = time.monotonic() + PUBLIC_SECONDS
-    while not readiness.answers(record, probing=True):
+    while not readiness.reached(record):
         if why := readiness.refusal(record):
             raise UserError(f"{record.name}: its server refuses this machine ({why}); add its address with --allow", Exit.NETWORK)
         if time.monotonic() > deadline:

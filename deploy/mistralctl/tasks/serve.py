@@ -118,7 +118,6 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         port=node.port or node_port(plan),
         tls=_tls(plan, node.certificate_id),
         allow=tuple(spec.allow),
-        gate="probe",
         serve_user=None if plan.local else SERVE_USER,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
@@ -137,6 +136,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         vllm_args=tuple(spec.vllm_args),
         idle_minutes=plan.idle_minutes,
         ttl_minutes=plan.ttl_minutes,
+        restart=spec.restart,
     )
     try:
         options = {**envs.write(serve), **plan.endpoints}

@@ -257,10 +257,6 @@ class Serve:
         default=(),
         template="[]",
     )
-    gate: str | None = _env(
-        _one_of("probe"), "`probe`: the guard starts closed (below); not set: open from the start", "probe", "launcher guard", default=None,
-        template="",
-    )  # fmt: skip
     serve_user: str | None = _env(
         _matching(r"[a-z][a-z0-9-]{0,30}"), "user that vLLM runs as, made on the node where it is missing; not set: the one who runs the "
         "launcher", "mistralctl-serve", "launcher", default=None,
@@ -308,6 +304,13 @@ class Serve:
         MINUTES, "end after so many minutes in any case (`ends_at` may put it off); not set: never", "720", "run launcher laptop",
         default=None,
     )  # fmt: skip
+    restart: int = _env(
+        _number(0, 100),
+        "times that a server which was ready and died is started again (below); not set: never",
+        "2",
+        "launcher",
+        default=0,
+    )
     serving_id: str = _env(
         TEXT, "hash of the serving options, so that `up` can tell whether anything changed", "9c1a77e0b2d4", "launcher laptop", default="",
         template="by-hand",

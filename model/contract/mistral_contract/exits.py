@@ -23,3 +23,4 @@ class Code(IntEnum):
     CANARY = 14, "the check (canary) failed, or an adapter has no effect"
     CLASS = 15, "the engine does not serve our class, or not with the window that was asked for"
     SECRETS = 16, "no secrets came in time"
+    GATE = 17, "the gate found a route open that should be shut, or could not be walked"

@@ -50,7 +50,7 @@ KEYS_FILE = _entry("run/NAME/keys/keys.json", "who may ask (below): written by t
 SECRETS = _entry("run/NAME/secrets.json", 'mode 0600: {"hf_token": "..."}; written by the laptop if it has anything to send, never part of the '
                  'task. With MISTRALCTL_TLS "address" (what the laptop calls this machine) or "tls_certificate" and "tls_key". "figures": JSON '
                  "list of the figures that the laptop keeps of this model's weights, which are no secret and never waited for")  # fmt: skip
-PASSED = _entry("run/NAME/passed", "the laptop's word that the gate was passed; the launcher removes it when it starts")
+GATE = _entry("run/NAME/gate.json", "what the launcher's own walk found (below); removed when the launcher starts")
 LORA = _entry("run/NAME/lora/", "an adapter in each folder; replaced as a whole when the store has another version")
 ADAPTERS = _entry("run/NAME/adapters/", "adapters that came with the task, from folders of the laptop")
 UPLOAD = _entry("run/NAME/upload/", "weights that came with the task, from a folder of the laptop")

@@ -7,7 +7,6 @@ travel in the task and lie in a file of the node, which the guard reads again wh
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import math
 import os
@@ -30,16 +29,12 @@ _TEXTS = {
     "id": r"[a-z0-9][a-z0-9-]{0,39}",
     "name": r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}",
     "sha256": r"[0-9a-f]{64}",
-    "probe": r"([0-9a-f]{64})?",
 }
 
 
 @dataclass(frozen=True)
 class Key:
-    """One who may ask. Times are seconds since the epoch; a limit that is None does not exist.
-
-    `probe` is the sha256 of `probe_token` of the same key, where its owner walks the gate.
-    """
+    """One who may ask. Times are seconds since the epoch; a limit that is None does not exist."""
 
     id: str
     name: str
@@ -50,7 +45,6 @@ class Key:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
-    probe: str = ""
 
     def expired(self, now: float) -> bool:
         """Whether its time is over."""
@@ -77,11 +71,6 @@ class Keys:
 def digest(secret: str | bytes) -> str:
     """The sha256 of a key or token, in hexadecimal digits."""
     return hashlib.sha256(secret.encode() if isinstance(secret, str) else secret).hexdigest()
-
-
-def probe_token(key: str) -> str:
-    """What opens a closed guard to the owner of a key, and nothing else (docs/contract.md)."""
-    return hmac.new(key.encode(), b"mistralctl probe", hashlib.sha256).hexdigest()
 
 
 def bits(secret: str) -> int:

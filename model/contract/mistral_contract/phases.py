@@ -8,14 +8,15 @@ from typing import Literal, get_args
 
 MARK = "mistralctl-phase "
 Kind = Literal["start", "end", "fail"]
-# The phases in whose course a node prints lines, in their order; `gate` is the laptop's own and in no log.
+# The phases in whose course a node prints lines, in their order; `outside` is the laptop's own and in no log.
 PHASES = {
     "environment": "`setup` installs vLLM and our packages",
     "weights": "`setup` pulls weights and adapters, beside `environment`; a mirror's only phase",
     "engine": "vLLM starts",
     "check": "the canary, and what each adapter changes",
-    "ready": "has an `end` only: the server answers",
-    "gate": "the laptop's own, in no log",
+    "gate": "the launcher walks every route of its server",
+    "ready": "has an `end` only: the server is open. One that is started again says `engine` to `ready` again",
+    "outside": "the laptop's own walk, in no log",
 }
 
 

@@ -51,8 +51,7 @@ class Callers:
 
     def _take(self, found: Keys) -> None:
         self._serial = found.serial
-        self._known = self._own | {bytes.fromhex(key.sha256): key for key in found.keys}
-        self._probes = {*self._own, *(bytes.fromhex(key.probe) for key in found.keys if key.probe)}
+        self._known = {bytes.fromhex(key.sha256): key for key in found.keys}
 
     def _counted(self) -> dict[str, Account]:
         """What a server before this one has counted on this node; nothing if that cannot be read."""
@@ -84,13 +83,13 @@ class Callers:
         """Whose key this is."""
         return self._known.get(_digest(token)) if token else None
 
-    def probes(self, token: bytes) -> bool:
-        """Whether this opens a closed guard: the launcher's key, or the probe's token of another one."""
-        return _digest(token) in self._probes
+    def launcher(self, token: bytes) -> Key | None:
+        """The launcher's own key, if this is it."""
+        return self._own.get(_digest(token)) if token else None
 
-    def account(self, key: Key) -> Account | None:
-        """What a key has asked; None of the launcher's."""
-        return None if key in self._own.values() else self.accounts.setdefault(key.id, Account())
+    def account(self, key: Key) -> Account:
+        """What a key has asked."""
+        return self.accounts.setdefault(key.id, Account())
 
     def save(self) -> None:
         """Writes the counts, and which keys are in force, if anything is new."""

@@ -82,7 +82,7 @@ class Engine:
         prefix: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.client = client
-        self._kills = out_of_memory_kills()
+        self._kills, self._was_healthy = out_of_memory_kills(), False
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-I", ward.__file__],
             stdin=subprocess.PIPE,
@@ -119,13 +119,15 @@ class Engine:
             self.client.ask("/health", seconds=5)
         except (urllib.error.URLError, OSError):
             return False
+        self._was_healthy = True
         return True
 
     def raise_if_dead(self) -> None:
         """LaunchError with the cause if the process has ended."""
         if self.process.poll() is not None:
             self._reader.join(timeout=5)
-            check_class()
+            if not self._was_healthy:
+                check_class()
             code = self.process.returncode
             why = f"vLLM ended with code {code}: {cause(self.lines)}"
             if code in (-9, 128 + 9):

@@ -4,8 +4,8 @@ vLLM's own `--api-key` protects a list of prefixes; this refuses whatever is not
 asks for the key on all but `/health`. Give it to vLLM with `--middleware mistral_node.front.Guard`, which puts it outermost and bounds
 the HTTP server below it, too.
 
-Where MISTRALCTL_GATE is `probe` it starts closed: until the launcher opens it, it serves only who bears the probe's token. It
-says in routes.json which routes the application has, so that the probe can walk them all.
+It starts closed: until the launcher opens it, it serves only who shows the launcher's own key (MISTRALCTL_NODE_KEY is its sha256) from this
+machine, and afterwards that key is of no use. It says in routes.json which routes the application has, so that the gate can walk them all.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
+from mistral_contract.routes import CHAT, OPEN, WITH_KEY
 from mistral_node.callers import Callers
-from mistral_node.limits import Account, Meter
+from mistral_node.limits import Meter
 from mistral_node.traffic import Traffic
 
 Scope = MutableMapping[str, Any]
@@ -35,9 +36,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Refusal = tuple[int, str]
 
-OPEN = {("GET", "/health")}
-CHAT = ("POST", "/v1/chat/completions")
-WITH_KEY = {("GET", "/v1/models"), CHAT, ("POST", "/v1/completions")}
 PROBE_HEADER = b"x-mistralctl-probe"
 LARGEST_BODY = 32 << 20
 BODY_SECONDS = 60.0
@@ -84,6 +82,10 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[dict[str, Any]]:
             yield {"path": path or type(route).__name__, "methods": []}
 
 
+def _address(scope: Scope) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address((scope.get("client") or ("0.0.0.0", 0))[0])  # noqa: S104 - nobody's address
+
+
 class Guard:
     """Wraps an ASGI application.
 
@@ -99,7 +101,6 @@ class Guard:
         self._watch: asyncio.Task[None] | None = None
         self.traffic = Traffic(self.folder)
         self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
-        self.gated = envs.value(Serve, "gate", os.environ) is not None
         self.allowed = [ipaddress.ip_network(one) for one in envs.value(Serve, "allow", os.environ)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,18 +135,20 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.callers.look()
         route = (scope["method"], scope["path"])
-        key = self._key(scope["headers"])
+        key = self._key(scope)
         refusal = self._stranger(scope) or self._refusal(route, scope["headers"], key)
         if refusal is not None:
             await _answer(send, *refusal)
         elif route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
+        elif not self.traffic.is_open:  # the launcher's own questions
+            await self._bounded(scope, receive, send)
         else:
             await self._counted(scope, receive, send, key)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
         """Runs the application within the limits of a key, and counts what was asked."""
-        account, meter = self.callers.account(key) or Account(), Meter()
+        account, meter = self.callers.account(key), Meter()
         if held := account.held(key, time.time()):
             account.refused += 1
             limit, seconds = held
@@ -172,25 +175,28 @@ class Guard:
             self.traffic.end()
 
     def _stranger(self, scope: Scope) -> Refusal | None:
-        """Status and reason if this client may not even ask: the guard is closed to it, or its address is not allowed."""
-        headers: Headers = scope["headers"]
-        probes = False
-        if self.gated and not self.traffic.is_open:
-            given = [value for name, value in headers if name.lower() == PROBE_HEADER]
-            probes = len(given) == 1 and self.callers.probes(given[0])
-            if not probes:
-                return 503, "the server is not open yet; try again later"
-        if self.allowed:
-            address = ipaddress.ip_address((scope.get("client") or ("0.0.0.0", 0))[0])  # noqa: S104 - nobody's address
-            known = any(address in network for network in self.allowed)
-            if not known and not (probes and address.is_loopback):  # the launcher's own check, from beside us
+        """Status and reason if this client may not even ask: its address is not allowed, or the guard is closed to it."""
+        given = [value for name, value in scope["headers"] if name.lower() == PROBE_HEADER]
+        probes = len(given) == 1 and self._launcher(scope, given[0]) is not None
+        if self.allowed and not probes:
+            address = _address(scope)
+            if not any(address in network for network in self.allowed):
                 return 403, f"{address} is not an address that may ask"
+        if not probes and not self.traffic.is_open:
+            return 503, "the server is not open yet; try again later"
         return None
 
-    def _key(self, headers: Headers) -> Key | None:
+    def _launcher(self, scope: Scope, token: bytes) -> Key | None:
+        """The launcher's own key, if that is what is shown: on this machine, while the guard is closed."""
+        if self.traffic.is_open or not _address(scope).is_loopback:
+            return None
+        return self.callers.launcher(token)
+
+    def _key(self, scope: Scope) -> Key | None:
         """Whose key a request shows, in its one header for that."""
-        given = [value for name, value in headers if name.lower() == b"authorization"]
-        return self.callers.find(_bearer(given[0])) if len(given) == 1 else None
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        token = _bearer(given[0]) if len(given) == 1 else b""
+        return self.callers.find(token) or self._launcher(scope, token)
 
     def _refusal(self, route: tuple[str, str], headers: Headers, key: Key | None) -> Refusal | None:
         """Status and reason if the request is not let in."""

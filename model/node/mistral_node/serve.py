@@ -1,7 +1,7 @@
 """The launcher: `python -m mistral_node.serve` serves what the contract says, and ends when it is due.
 
-Contract, secrets, plugin, weights, engine, check, ready; then it waits for a signal, for idleness, for the end of the
-deployment's lifetime, or for vLLM to die. Exit codes: docs/contract.md.
+Contract, secrets, plugin, weights, engine, check, gate, ready; then it waits for a signal, for idleness, for the end of the
+deployment's lifetime, or for vLLM to die, which it starts again as often as the contract says. Exit codes: docs/contract.md.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ import os
 import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 from mistral_contract import envs, files, keys
 from mistral_contract.adapters import served_rank
-from mistral_node import adapters, canary, contract, flags, lifetime, tls, weights
+from mistral_node import adapters, canary, contract, flags, gate, lifetime, tls, weights
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Engine, check_installed, check_port
 from mistral_node.isolation import prepare
 from mistral_node.phases import Status, say
-from mistral_node.traffic import Traffic
+from mistral_node.traffic import Count, Traffic
 from vllm_mistral import ARCHITECTURE, inspection
 
 SECRETS_SECONDS = 600.0
 START_SECONDS = 1800.0
 POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
+# Before a server that died is started again; twice as long each time.
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0
 # Who signals the whole tree of a job signals us, and the wrapper around us, which passes it on: that is one signal.
 SAME_SECONDS = 0.5
 # A cancelled job is killed 30 s after its signal: vLLM has what the running requests leave of that, but not less than 3 s.
@@ -216,14 +219,10 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
 
 def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, asked: threading.Event) -> str:
     """Waits until the end is due; why it is."""
-    ready = time.time()
-    passed = wanted.run_dir / files.PASSED.name
+    ready = float(status.fields["ready_at"] or time.time())
     started = float(status.fields["started_at"])
-    while not asked.wait(POLL_SECONDS if traffic.is_open else SOON_SECONDS):
+    while not asked.wait(POLL_SECONDS):
         engine.raise_if_dead()
-        if not traffic.is_open and passed.exists():
-            traffic.open()
-            status.set(open=True)
         count = traffic.read()
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
@@ -247,11 +246,29 @@ def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
     status.set(requests={**asdict(count), "last_at": count.last_at or None})
 
 
-def _certificate(wanted: Contract, sent: Mapping[str, str]) -> tuple[str, str]:
-    """Private key and certificate: what the laptop sent, or made here for the address by which the laptop knows this machine."""
+@dataclass(frozen=True)
+class _Address:
+    """Where all servers of a launcher answer: made once, so that a client's pinned certificate outlives a server."""
+
+    url: str
+    certificate: str = ""
+    private: str = field(default="", repr=False)
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """What the launcher trusts; None without TLS."""
+        return tls.trusting(self.certificate) if self.certificate else None
+
+
+def _address(wanted: Contract, sent: Mapping[str, str]) -> _Address:
+    """With TLS: the certificate that the laptop sent, or one for the address by which the laptop knows this machine."""
+    if not wanted.tls:
+        return _Address(f"http://127.0.0.1:{wanted.port}")
     if wanted.tls == "self-signed":
-        return tls.self_signed([sent["address"], "127.0.0.1", "localhost"])
-    return sent["tls_key"], sent["tls_certificate"]
+        private, certificate = tls.self_signed([sent["address"], "127.0.0.1", "localhost"])
+    else:
+        private, certificate = sent["tls_key"], sent["tls_certificate"]
+    return _Address(f"https://127.0.0.1:{wanted.port}", certificate, private)
 
 
 def _sent_figures(run_dir: Path) -> list[dict[str, Any]]:
@@ -272,25 +289,40 @@ def _failed(status: Status, error: LaunchError) -> None:
         status.set(state="failed", error={"code": int(error.code), "message": str(error)})
 
 
-def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
+def _again(wanted: Contract, status: Status, error: LaunchError) -> bool:
+    """Whether a failed server is started again: it died, it or one before it had been ready, and not all restarts are used."""
+    was_ready, count = status.fields["ready_at"] is not None, status.fields["restarts"]["count"]
+    return was_ready and error.code is Code.ENGINE and count < wanted.restart
+
+
+def _pause(wanted: Contract, status: Status, error: LaunchError, asked: threading.Event) -> None:
+    """Says why a server is started again, and waits before that."""
+    count = status.fields["restarts"]["count"] + 1
+    seconds = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2 ** (count - 1))
+    sys.stdout.write(f"restart {count} of {wanted.restart} in {seconds:.0f} s, because {error}\n")
+    sys.stdout.flush()
+    restarts = {"count": count, "of": wanted.restart, "why": str(error), "at": round(time.time(), 3)}
+    status.set(state="starting", phase="", phases=[], restarts=restarts)
+    if asked.wait(seconds):
+        raise _Asked
+
+
+def _server(wanted: Contract, address: _Address, status: Status, signals: _Signals, before: Count) -> str:
+    """One server, from its start to its end; why it ended. LaunchError if it fails."""
     run_dir, shared = wanted.run_dir, wanted.shared_dir
-    (run_dir / files.PASSED.name).unlink(missing_ok=True)
-    settle_keys(wanted)
     usage = _usage_kept(shared)
     shutil.rmtree(shared, ignore_errors=True)
     isolation = prepare(wanted)
     shared.mkdir(exist_ok=True)
     (shared / files.USAGE.name).write_text(usage, "utf-8")
     traffic = Traffic(shared, fresh=True)
+    traffic.go_on(before)
     status.set(isolation={"user": isolation.user, "why": isolation.why})
-    sent = wait_for_secrets(wanted, signals.asked)
-    url, context, private_files = f"http://127.0.0.1:{wanted.port}", None, {}
-    if wanted.tls:
-        private, certificate = _certificate(wanted, sent)
-        url, context = f"https://127.0.0.1:{wanted.port}", tls.trusting(certificate)
-        private_files = {str(shared / files.PRIVATE_KEY.name): private}
-        (shared / files.CERTIFICATE.name).write_text(certificate, "ascii")
-    client = Client(url, secrets.token_urlsafe(32), context)
+    private_files = {}
+    if address.certificate:
+        private_files = {str(shared / files.PRIVATE_KEY.name): address.private}
+        (shared / files.CERTIFICATE.name).write_text(address.certificate, "ascii")
+    client = Client(address.url, secrets.token_urlsafe(32), address.context)
     engine: Engine | None = None
     end_by: float | None = None
     try:
@@ -308,9 +340,8 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             loras = adapters.judged(wanted, model_dir)
             arguments = flags.arguments(wanted, model_dir, served_rank(loras.values()))
             status.set(flags=arguments)
-            engine = Engine(
-                arguments, environ, client, files=private_files, prefix=isolation.prefix(wanted.weights_dir, model_dir)
-            )
+            prefix = isolation.prefix(wanted.weights_dir, model_dir)
+            engine = Engine(arguments, environ, client, files=private_files, prefix=prefix)
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):
@@ -320,21 +351,43 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
             answers = adapters.check(client, wanted, loras)
             engine.raise_if_dead()
             status.set(canary=asdict(verdict), engine=facts, adapters={name: asdict(answer) for name, answer in answers.items()})
-        if not wanted.gate:
-            traffic.open()
-        status.set(ready_at=say("ready", "end"), state="ready", phase="ready", open=not wanted.gate)
+        with status.during("gate"):
+            gate.pass_through(client, run_dir, shared)
+            engine.raise_if_dead()
+        traffic.open()
+        at = say("ready", "end")
+        status.set(ready_at=status.fields["ready_at"] or at, state="ready", phase="ready")
         why = _serve(wanted, engine, traffic, status, signals.asked)
         sys.stdout.write(f"ends because {why}\n")
         status.set(state="draining")
         end_by = time.monotonic() + END_SECONDS
         _drain(traffic, status, signals)
+        return why
     except LaunchError as error:
-        _failed(status, error)  # before vLLM ends, which may take half a minute
+        if not _again(wanted, status, error):
+            _failed(status, error)  # before vLLM ends, which may take half a minute
         raise
     finally:
         if engine is not None:
             engine.end(max(LEAST_END_SECONDS, (end_by or time.monotonic() + END_SECONDS) - time.monotonic()))
-    status.set(state="stopped", ended_because=why)
+
+
+def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
+    """Serves until the end is due; a server that dies after it was ready is started again, `wanted.restart` times."""
+    (wanted.run_dir / files.GATE.name).unlink(missing_ok=True)
+    settle_keys(wanted)
+    address, before = _address(wanted, wait_for_secrets(wanted, signals.asked)), Count(0, 0, 0.0)
+    status.set(restarts={**status.fields["restarts"], "of": wanted.restart})
+    while True:
+        try:
+            why = _server(wanted, address, status, signals, before)
+        except LaunchError as error:
+            if not _again(wanted, status, error):
+                raise
+            before = Traffic(wanted.shared_dir).read()
+            _pause(wanted, status, error, signals.asked)
+        else:
+            return status.set(state="stopped", ended_because=why)
 
 
 def main() -> int:

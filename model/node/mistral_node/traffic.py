@@ -60,13 +60,17 @@ class Traffic:
         return self._map[DRAINING] == 1
 
     def open(self) -> None:
-        """From now on the guard takes requests from everybody, not only from the gate's probe."""
+        """From now on the guard takes requests from everybody, no longer the launcher's own."""
         self._map[OPEN] = 1
 
     @property
     def is_open(self) -> bool:
         """Whether the gate was passed."""
         return self._map[OPEN] == 1
+
+    def go_on(self, before: Count) -> None:
+        """Counts on from a server that died, before the next one begins."""
+        LAYOUT.pack_into(self._map, 0, before.served, 0, before.last_at)
 
     def begin(self) -> None:
         """A request began."""

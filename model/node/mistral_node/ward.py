@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ORPHAN_SECONDS = 30.0  # what vLLM has to end by itself when the launcher is gone
 
 
@@ -30,6 +30,12 @@ def _die_with_the_ward() -> None:
     """In vLLM's process before it begins: Linux sends it SIGTERM should this process be killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _inherit() -> None:
+    """Linux gives this process the children that vLLM leaves behind when it is killed, so that they can be ended, too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -99,10 +105,11 @@ def main() -> int:
     """Runs the order; the command's exit code, negative numbers of signals as 128 and more."""
     for number in (signal.SIGTERM, signal.SIGINT):  # meant for the launcher, which says here what they mean
         signal.signal(number, lambda number, frame: None)
+    _inherit()
     ward = Ward(json.loads(sys.stdin.readline()))
     threading.Thread(target=ward.obey, daemon=True).start()
     code = ward.process.wait()
-    _kill(ward.seen)
+    _kill([*ward.seen, *_tree(os.getpid())])
     return code if code >= 0 else 128 - code
 
 
