@@ -47,10 +47,10 @@ def keys(kind: Any) -> str:
     if origin in (dict, Mapping) or kind is dict:
         return "{...}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        hints: dict[str, Any] = {name: field.annotation for name, field in kind.model_fields.items()}
-    elif dataclasses.is_dataclass(kind):
+        return "{...}"  # the options, of which docs/options.md is the page
+    if dataclasses.is_dataclass(kind):
         every = get_type_hints(kind)
-        hints = {field.name: every[field.name] for field in dataclasses.fields(kind)}
+        hints: dict[str, Any] = {field.name: every[field.name] for field in dataclasses.fields(kind)}
     else:
         return ""
     parts = [f"{name}: {found}" if (found := keys(hint)) else name for name, hint in hints.items()]
