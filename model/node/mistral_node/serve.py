@@ -317,7 +317,10 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
     (shared / files.USAGE.name).write_text(usage, "utf-8")
     traffic = Traffic(shared, fresh=True)
     traffic.go_on(before)
-    status.set(isolation={"user": isolation.user, "why": isolation.why})
+    status.set(
+        isolation={"user": isolation.user, "why": isolation.why},
+        requests={**asdict(traffic.read()), "last_at": before.last_at or None},
+    )
     private_files = {}
     if address.certificate:
         private_files = {str(shared / files.PRIVATE_KEY.name): address.private}
