@@ -388,9 +388,9 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def test_no_function_has_more_than_five_arguments() -> None:
-    """But the commands of cli.py, which have one for each option."""
+    """But the commands of cli*.py, which have one for each option."""
     for file, one in functions():
-        if file == "cli.py" and one.decorator_list:
+        if file.startswith("cli") and one.decorator_list:
             continue
         given = [
             arg.arg for arg in (*one.args.posonlyargs, *one.args.args, *one.args.kwonlyargs) if arg.arg not in ("self", "cls")
