@@ -186,11 +186,19 @@ def _model(uri: str, found: Described | None, place: str) -> Model:
     )  # fmt: skip
 
 
+def _without_second_table(read: Shape, row: Shape) -> Shape:
+    """Return a GGUF file's shape with the row's tables, if a second one is all that differs: that stands behind what is read of a large file."""
+    second = (read.parameters - row.parameters, read.tables - row.tables) == (row.tables, row.tables)
+    return replace(read, parameters=row.parameters, tables=row.tables) if second else read
+
+
 def _of_row(row: Model, uri: str, found: Described | None, place: str) -> Model:
     """A row of the table whose weights come from another place, by a look at that."""
     if found is None:
         return replace(row, stored=Stored(known=False))
     there = _model(uri, found, place)
+    if found.form == "gguf" and there.shape is not None and row.shape is not None:
+        there = replace(there, shape=_without_second_table(there.shape, row.shape))
     if there.shape is not None and row.shape is not None and replace(there.shape, context=row.shape.context) != row.shape:
         sizes = {
             name: (getattr(there.shape, name), ours)

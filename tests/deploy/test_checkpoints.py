@@ -380,6 +380,16 @@ def test_a_factor_of_the_rotary_embedding_that_no_model_was_trained_with(tmp_pat
         resolved(folder(tmp_path / "x", {"config.json": config, "model.safetensors": ""}))
 
 
+def test_a_large_gguf_file_of_a_row_is_that_row(tmp_path: Path) -> None:
+    """Its tensors' names, by which a second table is known, stand behind the tokens: too far for what is read."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "m.gguf").write_bytes(gguf(("token_embd.weight",), tokenizer__ggml__tokens=["a"] * 49152)[:-100])
+    row = MODELS["smollm2-135m-instruct"]
+    assert resolved(tmp_path / "x") != row
+    found = checkpoints.resolve(load({"model": row.name, "weights": f"file://{tmp_path}/x"}, {}, None))
+    assert (found.name, found.shape) == (row.name, row.shape)
+
+
 def test_what_a_gguf_file_is_is_read_here(tmp_path: Path) -> None:
     def named(data: bytes | str) -> Model:
         path = tmp_path / "x"
