@@ -81,9 +81,9 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     print(refused.stderr)
     assert "no cloud gave a machine" in refused.stderr
     for line in (
-        "eastus             capacity   AllocationFailed",
-        "westus2            quota      OperationNotAllowed: standardDSv5Family",
-        "westus3            permission AuthorizationFailed: Microsoft.Compute/virtualMachines/write",
+        "  eastus   capacity    AllocationFailed",
+        "  westus2  quota       OperationNotAllowed: standardDSv5Family",
+        "  westus3  permission  AuthorizationFailed: Microsoft.Compute/virtualMachines/write",
     ):
         assert line in refused.stderr
     assert "Traceback" not in refused.stderr
