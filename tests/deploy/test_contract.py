@@ -185,7 +185,7 @@ def test_every_phase_that_a_node_says_has_a_name_in_the_contract_and_a_word_on_t
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
         and getattr(call.func, "attr", getattr(call.func, "id", "")) in ("say", "during")
     }  # fmt: skip
-    assert shell | launcher | {"gate"} == set(phases.PHASES)
+    assert shell | launcher == set(phases.PHASES) - {"outside"}  # which the laptop says
     assert set(phases.PHASES) <= set(WORDS)
 
 
