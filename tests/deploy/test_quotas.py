@@ -116,6 +116,7 @@ def amazon(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[str, str], fl
 
     monkeypatch.setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)
     monkeypatch.setattr(preflight, "SECONDS", 60.0)  # moto answers one after the other
+    monkeypatch.setattr(aws, "SECONDS", 30)  # and at the first question of EC2 reads all that it knows of that
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

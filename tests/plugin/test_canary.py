@@ -201,11 +201,11 @@ def test_figures_of_this_package_are_taken_for_the_very_weights_that_they_are_of
         folder.mkdir()
     assert canary.stored_figures(served) is None
     manifest = {"files": [{"name": "a.gguf", "sha256": expected["weights_sha256"]}]}
-    (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
+    (pulled / files.MANIFEST.name).write_text(json.dumps(manifest))
     assert canary.stored_figures(served) == expected
     assert len(expected["prompt_token_ids"]) == 640  # enough to show what is wrong (test_reference_command.py), on a CPU 1 s
     manifest["files"][0]["sha256"] = "0" * 64
-    (pulled / canary.MANIFEST).write_text(json.dumps(manifest))
+    (pulled / files.MANIFEST.name).write_text(json.dumps(manifest))
     assert canary.stored_figures(served) is None
 
 
@@ -217,7 +217,7 @@ def set_of(folder: Path, name: str, seed: int = 0) -> Path:
     weights = write(folder / "weights" / name, seed=seed, **SHAPE)
     hashed = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(weights.iterdir())]
     manifest = {"files": [{"name": file, "sha256": sha256} for file, sha256 in hashed]}
-    (weights / canary.MANIFEST).write_text(json.dumps(manifest))
+    (weights / files.MANIFEST.name).write_text(json.dumps(manifest))
     return weights
 
 
