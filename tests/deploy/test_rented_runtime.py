@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(ssh, "end_tunnel", lambda pid, started: None)
     monkeypatch.setattr(rented, "Following", Following)
     monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
-    monkeypatch.setattr(readiness, "answers", lambda record, probing: True)
+    monkeypatch.setattr(readiness, "reached", lambda record: True)
     monkeypatch.setattr(sweep, "tell_cloud", lambda record, until: found.append(f"label {record.region}"))
     return found
 
