@@ -110,7 +110,7 @@ def test_a_key_that_is_one_letter_too_long_or_no_word_is_refused_and_not_repeate
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = write_keys(tmp_path)
-    Traffic(folder, fresh=True)
+    Traffic(folder, fresh=True).open()
     return folder
 
 
