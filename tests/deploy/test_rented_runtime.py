@@ -63,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(sky, "replace_job", noted("replace_job", 4))
     monkeypatch.setattr(ssh, "write_secrets", lambda name, secrets: found.append(f"secrets {' '.join(secrets)}"))
     monkeypatch.setattr(ssh, "start_tunnel", noted("tunnel", (77, 1.0)))
-    monkeypatch.setattr(ssh, "end_tunnel", lambda pid, started: None)
+    monkeypatch.setattr(ssh, "end_tunnel", lambda pid, started: found.append(f"end tunnel {pid}") if pid else None)
     monkeypatch.setattr(rented, "Following", Following)
     monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
     monkeypatch.setattr(readiness, "reached", lambda record: True)
@@ -99,6 +99,13 @@ def test_a_machine_that_is_there_is_labelled_anew_and_keeps_what_its_last_server
     calls.clear()
     Rented().replace(attempt(Observed("up", job(), region="us-east-1")))
     assert calls == ["secrets api_key", "follow 7"]
+
+
+@pytest.mark.parametrize("way", ["start", "replace"])
+def test_the_tunnel_to_the_last_server_ends_before_the_next_one_starts(calls: list[str], way: str) -> None:
+    old = dataclasses.replace(record(), pid=55, pid_started=1.0)
+    getattr(Rented(), way)(attempt(Observed("up", {"m-other": 9}, region="us-east-1"), old))
+    assert calls[0] == "end tunnel 55"
 
 
 def test_why_a_job_failed_is_said_with_its_log(calls: list[str]) -> None:

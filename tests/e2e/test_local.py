@@ -71,7 +71,7 @@ def test_the_gate_walked_every_route_and_let_in_the_short_list(served: tuple[Cli
 
 
 HOLE = """
-OPEN.add(("GET", "/leak"))
+OPEN |= {("GET", "/leak")}
 _lifespan = Guard._lifespan
 
 async def _leaky(self, scope, receive, send):

@@ -230,8 +230,10 @@ class Rented:
         return self._follow(record, job, progress)
 
     def _begin(self, attempt: Attempt) -> Progress:
-        """Keep what the last server said, and give the machine that is there its new lifetime."""
+        """End the tunnel to the last server, keep what that said, and give the machine that is there its new lifetime."""
         record, observed = attempt.record, attempt.observed
+        if attempt.old is not None:
+            ssh.end_tunnel(attempt.old.pid, attempt.old.pid_started)
         served = _log(record.name).with_name("serve.log")
         served.touch()
         attempt.keep(record)
