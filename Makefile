@@ -1,6 +1,6 @@
 # make up     sets everything up and runs the main job: a local server, a question, its answer
 # make test   sets everything up and runs the tests
-# make test-fast  the tests that need neither root nor vLLM, under three minutes, on Linux and macOS
+# make test-fast  the tests that need neither root nor vLLM, on Linux and macOS
 # make check  lint and tests: what CI runs
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -89,7 +89,7 @@ test-others: .venv/.made
 	@$(MAKE) --no-print-directory test-deploy
 	@$(MAKE) --no-print-directory test-weights
 
-# What needs neither root nor vLLM nor a server of another project: under three minutes on two cores, on Linux and macOS.
+# What needs neither root nor vLLM nor a server of another project, on Linux and macOS; what makes it longer than three minutes on two idle cores is marked `slow`.
 test-fast: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not slow' tests/deploy
 	cd tests/weights && PYTHONPATH=../../model/weights ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not servers and not slow' .
