@@ -98,6 +98,13 @@ class Launcher:
         self.children = psutil.Process(self.process.pid).children(recursive=True)
         return self.status()
 
+    def until_served(self, count: int, seconds: float = 30) -> None:
+        """Waits until the status counts so many requests: the guard counts one after its answer has left."""
+        deadline = time.monotonic() + seconds
+        while (found := self.status()["requests"]["served"]) != count:
+            assert time.monotonic() < deadline, f"{found} requests served, not {count}, in {seconds} s"
+            time.sleep(0.05)
+
     def ask(self, path: str, body: Any = None, *, key: str | None = KEY, method: str | None = None) -> tuple[int, bytes]:
         """Status and body of one request."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})

@@ -233,6 +233,7 @@ def test_a_server_that_is_killed_is_started_again_with_its_log_kept_as_often_as_
     with launched(node_dir, RESTART="1") as launcher:
         first = launcher.until("ready")
         launcher.json("/v1/completions", body)
+        launcher.until_served(1)
         before = launcher.children
         [server] = [
             process for process in before if "mistral_node.start" in process.cmdline() and process.ppid() != launcher.process.pid
