@@ -7,6 +7,16 @@ from .errors import Kind, WeightsError
 LET_IT_BE = "wait until nobody writes there any more, then run this again"
 
 
+def changed(what: str) -> WeightsError:
+    """The error for an object that is not of the version that was to be replaced."""
+    return WeightsError(Kind.CHANGED, f"{what} was changed by somebody else meanwhile; read it and try again")
+
+
+def too_large(what: str, most: int) -> WeightsError:
+    """The error for an object that is no small one."""
+    return WeightsError(Kind.REFUSED, f"{what} has more than {most} bytes; name another object")
+
+
 def meaning(status: int, what: str, right: str, retry_after: str | None = None) -> WeightsError:
     """The error for `status` on reading or writing `what`; `right` is what a refused user needs."""
     if status in (401, 403):

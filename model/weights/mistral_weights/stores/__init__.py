@@ -101,6 +101,26 @@ class Store(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Found:
+    """A small object, whole. `version` is the store's own name of this content (ETag, generation)."""
+
+    data: bytes
+    version: str
+
+
+class ObjectStore(Protocol):
+    """What a store of small objects that change can do besides, each in one request or two: see `objects`."""
+
+    def get(self, name: str, known: str, most: int) -> Found | None:
+        """The object; None if its version is `known` still. NOT_FOUND if it is not there, REFUSED if it has more than `most` bytes."""
+        ...
+
+    def put(self, name: str, data: bytes, known: str) -> str:
+        """Replaces the object of the version `known`, makes it where that is empty; its version. CHANGED if another version is there."""
+        ...
+
+
 def open_store(address: Address, opening: Opening) -> Store:
     """The store for an address; a clear error when its SDK is not installed."""
     try:

@@ -19,6 +19,7 @@ from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
     HttpResponseError,
+    ResourceExistsError,
     ResourceModifiedError,
     ResourceNotFoundError,
 )
@@ -27,8 +28,8 @@ from azure.storage.blob import BlobSasPermissions, ContainerClient, ContentSetti
 from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from ..status import LET_IT_BE, meaning
-from . import Advance, Contents, Link, Opening, StoredFile, unheard
+from ..status import LET_IT_BE, changed, meaning, too_large
+from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
 
 LINK_SECONDS = 3600
 UPLOAD_BLOCK = 32 * 2**20
@@ -124,6 +125,35 @@ class AzureStore:
                 self._client.delete_blob(self.below + name)
             except ResourceNotFoundError:
                 return
+
+    def get(self, name: str, known: str, most: int) -> Found | None:
+        what = f"{self.address}/{name}"
+        condition: dict[str, Any] = {"etag": known, "match_condition": MatchConditions.IfModified} if known else {}
+        with self._explained(what):
+            try:
+                answer = self._client.get_blob_client(self.below + name).download_blob(**condition)
+            except HttpResponseError as error:
+                if error.status_code == 304:
+                    return None
+                raise
+            if answer.size > most:
+                raise too_large(what, most)
+            return Found(answer.readall(), str(answer.properties.etag))
+
+    def put(self, name: str, data: bytes, known: str) -> str:
+        what = f"{self.address}/{name}"
+        condition: dict[str, Any] = {"etag": known, "match_condition": MatchConditions.IfNotModified} if known else {}
+        with self._explained(what):
+            try:
+                answer = self._client.get_blob_client(self.below + name).upload_blob(
+                    data,
+                    overwrite=bool(known),
+                    content_settings=ContentSettings(content_type="application/json"),
+                    **condition,
+                )
+            except (ResourceExistsError, ResourceModifiedError) as error:
+                raise changed(what) from error
+        return str(answer["etag"])
 
     def _connect(self) -> ContainerClient:
         options: dict[str, Any] = {

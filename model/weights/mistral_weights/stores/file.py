@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,8 @@ from ..address import Address
 from ..disk import explained, sync_folder
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from . import Advance, Contents, Link, Opening, StoredFile, unheard
+from ..status import changed, too_large
+from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
 
 PIECE = 2**20
 
@@ -90,6 +92,41 @@ class FileStore:
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
+
+    def get(self, name: str, known: str, most: int) -> Found | None:
+        path = self.root / name
+        try:
+            with path.open("rb") as source:
+                version = self.stored(name).version
+                if version == known:
+                    return None
+                data = source.read(most + 1)
+        except FileNotFoundError:
+            raise WeightsError(Kind.NOT_FOUND, f"{path} is not there; check its name") from None
+        except PermissionError:
+            raise WeightsError(Kind.DENIED, f"{path} may not be read; change its permissions") from None
+        except OSError as error:
+            raise WeightsError(Kind.UNREACHABLE, f"{path} cannot be read ({error.strerror}); check the disk") from None
+        if len(data) > most:
+            raise too_large(str(path), most)
+        return Found(data, version)
+
+    def put(self, name: str, data: bytes, known: str) -> str:
+        path = self.root / name
+        partial = path.with_name(f".{name}.partial")
+        with explained(path):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with path.with_name(f".{name}.lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if (self.stored(name).version if path.exists() else "") != known:
+                    raise changed(str(path))
+                with partial.open("wb") as sink:
+                    sink.write(data)
+                    sink.flush()
+                    os.fsync(sink.fileno())
+                partial.replace(path)
+                sync_folder(self.root)
+                return self.stored(name).version
 
 
 def home_of(folder: Path) -> Path:

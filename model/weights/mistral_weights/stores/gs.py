@@ -12,7 +12,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 import google.auth
-from google.api_core.exceptions import GoogleAPICallError, NotFound
+from google.api_core.exceptions import GoogleAPICallError, NotFound, NotModified, PreconditionFailed
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
 from google.auth.transport.requests import Request
@@ -24,8 +24,8 @@ from urllib3.exceptions import HTTPError
 from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from ..status import meaning
-from . import Advance, Contents, Link, Opening, StoredFile, unheard
+from ..status import changed, meaning, too_large
+from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
 
 _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_write",)
 
@@ -98,6 +98,33 @@ class GcsStore:
                 self._blob(name).delete(timeout=self.timeout, retry=None)
             except NotFound:
                 return
+
+    def get(self, name: str, known: str, most: int) -> Found | None:
+        what = f"{self.address}/{name}"
+        with self._explained(what):
+            blob = self._blob(name)
+            try:
+                blob.reload(if_generation_not_match=int(known) if known else None, timeout=self.timeout, retry=None)
+            except NotModified:
+                return None
+            if str(blob.generation) == known:
+                return None
+            if blob.size > most:
+                raise too_large(what, most)
+            data = blob.download_as_bytes(if_generation_match=blob.generation, timeout=self.timeout, retry=None)
+            return Found(data, str(blob.generation))
+
+    def put(self, name: str, data: bytes, known: str) -> str:
+        what = f"{self.address}/{name}"
+        with self._explained(what):
+            blob = self._blob(name)
+            try:
+                blob.upload_from_string(
+                    data, "application/json", if_generation_match=int(known or 0), timeout=self.timeout, retry=None
+                )
+            except PreconditionFailed as error:
+                raise changed(what) from error
+            return str(blob.generation)
 
     def _blob(self, name: str) -> Any:
         return self._client().bucket(self.address.root).blob(self.below + name)

@@ -25,8 +25,8 @@ from botocore.exceptions import (
 from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
-from ..status import LET_IT_BE, meaning
-from . import Advance, Contents, Link, Opening, StoredFile, unheard
+from ..status import LET_IT_BE, changed, meaning, too_large
+from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
 
 LINK_SECONDS = 3600
 PIECE = 2**20
@@ -113,6 +113,33 @@ class S3Store:
     def delete(self, name: str) -> None:
         with self._explained(f"{self.address}/{name}"):
             self._client().delete_object(**self._key(name))
+
+    def get(self, name: str, known: str, most: int) -> Found | None:
+        what = f"{self.address}/{name}"
+        with self._explained(what):
+            try:
+                answer = self._client().get_object(**self._key(name), **({"IfNoneMatch": known} if known else {}))
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 304:
+                    return None
+                raise
+            with answer["Body"] as body:
+                if answer["ContentLength"] > most:
+                    raise too_large(what, most)
+                return Found(body.read(), answer["ETag"])
+
+    def put(self, name: str, data: bytes, known: str) -> str:
+        what = f"{self.address}/{name}"
+        condition = {"IfMatch": known} if known else {"IfNoneMatch": "*"}
+        with self._explained(what):
+            try:
+                answer = self._client().put_object(**self._key(name), Body=data, ContentType="application/json", **condition)
+            except ClientError as error:
+                code = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                if code in (409, 412) or (known and code == 404):  # 409: another write runs at this moment
+                    raise changed(what) from error
+                raise
+        return str(answer["ETag"])
 
     def _key(self, name: str) -> dict[str, str]:
         return {"Bucket": self.address.root, "Key": self.below + name}
