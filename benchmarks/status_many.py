@@ -49,12 +49,11 @@ for region, labels in json.loads(sys.argv[1])[1]:
 """
 AZURE_BY_HAND = ROOT / "tests" / "e2e" / "azure_by_hand.py"
 TUNNELS = """
-import dataclasses, socket, sys, time
-from mistralctl import state
+import socket, sys, time
+from mistralctl import processes, state
 from mistralctl.runtime import ssh
 for name in sys.argv[1:]:
-    pid, started = ssh.start_tunnel(name)
-    state.save(dataclasses.replace(state.known(name), pid=pid, pid_started=started))
+    state.save(processes.noted(state.known(name), ssh.start_tunnel(name)))
 for name in sys.argv[1:]:
     deadline = time.monotonic() + 120
     while True:

@@ -29,7 +29,8 @@ NOWHERE = "127.0.0.1"  # the address of a machine that has none for others, or n
 
 @dataclass(frozen=True)
 class Record:
-    """A deployment as `up` left it. `pid` and `pid_started` (seconds since the epoch) name a process of this machine.
+    """A deployment as `up` left it. `pid`, `pid_started` (seconds since the epoch) and `pid_mark` name a process of this machine
+    (`processes.mark`).
 
     On a cloud that process is the tunnel; `cluster` is SkyPilot's name of the machine, `price` USD an hour, `request` SkyPilot's
     id of a launch that nobody heard the end of, `setup_id` and
@@ -66,6 +67,7 @@ class Record:
     host: str = ""
     gate: dict[str, Any] = field(default_factory=dict)
     kind: str = "serve"
+    pid_mark: str = ""
 
     @property
     def run_dir(self) -> Path:

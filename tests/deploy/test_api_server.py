@@ -60,6 +60,29 @@ def test_only_a_killed_servers_processes_are_ended_and_only_if_none_answers(left
     assert all(left[name].is_running() for name in ("alive", "another home", "no server"))
 
 
+@pytest.mark.linux
+def test_a_stranger_in_a_killed_servers_session_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executors write a title over their environment; a program that the user started in the same session has neither."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    titled = "import setproctitle, time; setproctitle.setproctitle('SkyPilot:executor:long:1'); time.sleep(100)"
+    script = f"""IS_SKYPILOT_SERVER=true sleep 100 & echo $!; {sys.executable} -c "{titled}" & echo $!; sleep 100 & echo $!"""
+    environ = {key: value for key, value in os.environ.items() if key != api_server.MARK}
+    with subprocess.Popen(
+        ["bash", "-c", script], start_new_session=True, env=environ, stdout=subprocess.PIPE, text=True
+    ) as leader:
+        assert leader.stdout is not None
+        marked, executor, stranger = (psutil.Process(int(leader.stdout.readline())) for _ in range(3))
+        leader.wait()
+        try:
+            deadline = time.monotonic() + 10
+            while executor.cmdline()[:1] != ["SkyPilot:executor:long:1"] and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert {one.pid for one in api_server.orphans()} == {marked.pid, executor.pid}
+        finally:
+            for one in (marked, executor, stranger):
+                one.kill()
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]

@@ -13,7 +13,8 @@ from mistralctl import state
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Observed
 from mistralctl.phases import PhaseEvent
-from mistralctl.runtime.local import Local, alive, members
+from mistralctl.processes import alive, servers
+from mistralctl.runtime.local import Local
 from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
 
@@ -51,13 +52,13 @@ def test_set_up_then_a_server_whose_phases_are_heard(home: Path) -> None:
     assert [event.phase for event in heard] == [event.phase for event in server.events] == ["weights", "engine", "ready"]
     record = state.known("m")
     assert record.pid == server.record.pid
-    assert alive(record.pid, record.pid_started)
+    assert alive(record)
     assert json.loads((record.run_dir / "secrets.json").read_text()) == {"api_key": "k"}
     observed = Local().observe(dataclasses.replace(record, state="up"), record)
     assert observed == Observed("up", {"": record.pid or 0}, beside=True)
     assert Local().observe(record, record).interrupted
     Local().stop(record)
-    assert members(record.pid or 0) == []
+    assert servers(record) == []
     assert Local().observe(record, record) == IDLE
 
 
@@ -90,9 +91,9 @@ def test_a_set_up_that_fails_leaves_the_server_that_serves(home: Path) -> None:
         Local().replace(one)
     Local().give_up(one, error.value)
     assert state.known("m") == old
-    assert alive(old.pid, old.pid_started)
+    assert alive(old)
     Local().replace(attempt(wanted(home), [], old)).wait("ready")
-    assert not alive(old.pid, old.pid_started)
+    assert not alive(old)
     assert state.known("m").pid != old.pid
     Local().give_up(attempt(wanted(home), [], old), KeyboardInterrupt())
     left = state.known("m")

@@ -62,8 +62,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         monkeypatch.setattr(sky, name, noted(name))
     monkeypatch.setattr(sky, "replace_job", noted("replace_job", 4))
     monkeypatch.setattr(ssh, "write_secrets", lambda name, secrets: found.append(f"secrets {' '.join(secrets)}"))
-    monkeypatch.setattr(ssh, "start_tunnel", noted("tunnel", (77, 1.0)))
-    monkeypatch.setattr(ssh, "end_tunnel", lambda pid, started: found.append(f"end tunnel {pid}") if pid else None)
+    monkeypatch.setattr(ssh, "start_tunnel", noted("tunnel", 77))
+    monkeypatch.setattr(ssh, "end_tunnel", lambda name: found.append(f"end tunnel {name}"))
     monkeypatch.setattr(rented, "Following", Following)
     monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
     monkeypatch.setattr(readiness, "reached", lambda record: True)
@@ -84,7 +84,7 @@ def test_a_new_machine_is_launched_and_learnt(calls: list[str]) -> None:
     assert (server.record.region, server.record.machine, server.record.price) == ("us-east-1", "g6.xlarge", 0.8)
     assert (state.known("m").request, server.record.request, server.record.setup_id) == ("r1", "", "")
     connected = Rented().connect(one, server)
-    assert calls[3:] == ["tunnel m"]
+    assert calls[3:] == ["end tunnel m", "tunnel m"]
     assert (connected.pid, state.known("m").pid) == (77, 77)
 
 
@@ -105,7 +105,7 @@ def test_a_machine_that_is_there_is_labelled_anew_and_keeps_what_its_last_server
 def test_the_tunnel_to_the_last_server_ends_before_the_next_one_starts(calls: list[str], way: str) -> None:
     old = dataclasses.replace(record(), pid=55, pid_started=1.0)
     getattr(Rented(), way)(attempt(Observed("up", {"m-other": 9}, region="us-east-1"), old))
-    assert calls[0] == "end tunnel 55"
+    assert calls[0] == "end tunnel m"
 
 
 def test_why_a_job_failed_is_said_with_its_log(calls: list[str]) -> None:

@@ -111,18 +111,19 @@ time.sleep(300)
 
 def test_on_a_node_an_earlier_launcher_that_hangs_is_told_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports.append(probe.getsockname()[1])
-    hung, another = (
+    monkeypatch.setenv("MISTRALCTL_NODE_DIR", "/a")
+    hung, another, elsewhere = (
         subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, "mistral_node.serve", str(port)], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"MISTRALCTL_NAME": name},
+            env=os.environ | {"MISTRALCTL_NAME": name, "MISTRALCTL_NODE_DIR": folder},
         )
-        for port, name in zip(ports, ("test", "another"), strict=True)
+        for port, name, folder in zip(ports, ("test", "another", "test"), ("/a", "/a", "/b"), strict=True)
     )  # fmt: skip
     try:
-        for process in (hung, another):
+        for process in (hung, another, elsewhere):
             assert process.stdout
             assert process.stdout.readline() == "there\n"
         assert [one.pid for one in serve.predecessors("test")] == [hung.pid]
@@ -132,9 +133,9 @@ def test_on_a_node_an_earlier_launcher_that_hangs_is_told_and_then_killed(monkey
         assert hung.wait(5) == -signal.SIGKILL
         assert hung.stdout
         assert hung.stdout.read() == "told\n"
-        assert another.poll() is None
+        assert (another.poll(), elsewhere.poll()) == (None, None)
     finally:
-        for process in (hung, another):
+        for process in (hung, another, elsewhere):
             process.kill()
             process.communicate()
 

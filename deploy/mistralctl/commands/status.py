@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mistralctl import readiness, runtime, state, tasks
+from mistralctl import processes, readiness, runtime, state, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import UserError
 from mistralctl.runtime import local, rented
@@ -78,7 +78,7 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> 
 
 def _here(record: Record) -> Status:
     launcher = local.read_status(record.run_dir)
-    living = local.alive(record.pid, record.pid_started)
+    living = processes.alive(record) or bool(processes.servers(record))
     now: str = record.state
     why = ""
     if record.state != "down" and not living:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mistral_contract import files
 
-from mistralctl import adapters, certificates, endpoint, figures, keys, lifecycle, refusals, runtime, state, system
+from mistralctl import adapters, certificates, endpoint, figures, keys, lifecycle, processes, refusals, runtime, state, system
 from mistralctl.apply import Up
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import preflight, receipt
@@ -23,7 +23,6 @@ from mistralctl.node import local_dir
 from mistralctl.phases import Phase, PhaseEvent
 from mistralctl.plan import Plan
 from mistralctl.runtime import sky
-from mistralctl.runtime.local import alive
 from mistralctl.runtime.protocol import Attempt
 from mistralctl.state import Record
 from mistralctl.tasks import env, resources_id, serving_name
@@ -113,7 +112,7 @@ def _port(sourced: Sourced, plan: Plan, old: Record | None) -> int:
     """The port of the endpoint: the node's own where it is public, otherwise one of this machine."""
     if plan.spec.public:
         return node_port(plan)
-    held = old is not None and alive(old.pid, old.pid_started)  # by its server, or by the tunnel to it
+    held = old is not None and bool(processes.of(old))  # by its server, or by the tunnel to it
     remembered = old.port if old is not None and not old.public else None
     place = sourced.place("port") if plan.spec.port else f"port of {plan.name}"
     return endpoint.choose_port(plan.spec.port, remembered, _others_ports(plan.name), place=place, ours=held)

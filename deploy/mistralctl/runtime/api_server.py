@@ -27,7 +27,10 @@ _HELD = re.compile(r"[Pp]ort '?(\d+)'? is (?:not available|already in use)")  # 
 
 
 def orphans() -> list[psutil.Process]:
-    """This user's processes in a session that an API server of this home folder began and did not outlive."""
+    """This user's processes that an API server of this home folder began and did not outlive.
+
+    Each bears the server's mark in its environment, or wrote a title of SkyPilot's over it and is in a session with one that does.
+    """
     sessions: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         try:
@@ -36,13 +39,24 @@ def orphans() -> list[psutil.Process]:
                 sessions.setdefault(session, []).append(process)
         except (psutil.Error, OSError):
             continue
-    return [process for members in sessions.values() if any(map(_is_marked, members)) for process in members]
+    found = []
+    for members in sessions.values():
+        marked = [process for process in members if _is_marked(process)]
+        found += marked + [process for process in members if marked and process not in marked and _has_a_title(process)]
+    return found
 
 
 def _is_marked(process: psutil.Process) -> bool:
     try:
         environ = process.environ()
         return MARK in environ and environ.get("HOME") == os.environ.get("HOME")
+    except (psutil.Error, OSError):
+        return False
+
+
+def _has_a_title(process: psutil.Process) -> bool:
+    try:
+        return not any(process.environ()) and process.cmdline()[:1] != [] and process.cmdline()[0].startswith("SkyPilot:")
     except (psutil.Error, OSError):
         return False
 

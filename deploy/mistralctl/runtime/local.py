@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from mistral_contract import files
 
-from mistralctl import endpoint, readiness, state
+from mistralctl import endpoint, processes, readiness, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.lifecycle import Observed
@@ -52,48 +49,6 @@ def environment(task: Task, environ: Mapping[str, str]) -> dict[str, str]:
     return {**found, **task["envs"]}
 
 
-def members(session: int) -> list[psutil.Process]:
-    """Every living process of a session."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def alive(pid: int | None, started: float | None) -> bool:
-    """Whether that very process lives: the same id, started at the same time."""
-    if pid is None:
-        return False
-    try:
-        process = psutil.Process(pid)
-        same = started is None or abs(process.create_time() - started) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def end(session: int, *, drain: float = DRAIN_SECONDS) -> None:
-    """Ends a whole session: its leader is asked to drain and gets `drain` seconds, then nothing of it is left."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(session, signal.SIGTERM)
-    deadline = time.monotonic() + drain
-    with contextlib.suppress(psutil.Error):
-        leader = psutil.Process(session)
-        while leader.is_running() and leader.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(session, os.WNOHANG)
-            time.sleep(0.1)
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        rest = members(session)
-        for process in rest:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(sign)
-        if not psutil.wait_procs(rest, timeout=5)[1]:
-            return
-
-
 def _spawn(script: str, task: Task, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -108,8 +63,7 @@ class Session:
     def __init__(self, record: Record, script: str, log: Path, progress: Progress) -> None:
         self._log, self._progress, self._offset = log, progress, log.stat().st_size
         self._process = _spawn(script, record.task, log)
-        started = psutil.Process(self._process.pid).create_time()
-        self.record = replace(record, pid=self._process.pid, pid_started=started)
+        self.record = processes.noted(record, self._process.pid)
 
     @property
     def events(self) -> list[PhaseEvent]:
@@ -144,7 +98,7 @@ class Session:
             if code := self._follow(lambda: False, SETUP_SECONDS):
                 raise self._ended(code)
         except BaseException:
-            end(self._process.pid, drain=3)
+            processes.end(lambda: processes.session(self.record), drain=3)  # a server beside it may serve
             raise
 
     def wait(self, phase: str, seconds: float | None = None) -> None:
@@ -224,12 +178,15 @@ class Local:
 
     def observe(self, record: Record | None, wanted: Record | None) -> Observed:
         """Return what is there. A server that does not answer has no name: it is replaced, and not gone on with."""
-        if record is None or record.state == "down" or record.pid is None:
+        one = record or wanted
+        if one is None:
             return Observed("up", {}, beside=True)
-        living = alive(record.pid, record.pid_started)
-        jobs = {"": record.pid} if living or members(record.pid) else {}
-        answers = living and record.state == "up" and readiness.answers(record)
-        return Observed("up", jobs, answers, interrupted=bool(jobs) and not (living and record.state == "up"), beside=True)
+        known = one.state != "down" and record is not None
+        leads = known and processes.alive(one)
+        first = one.pid if leads else next((process.pid for process in processes.servers(one)), None)
+        jobs = {} if first is None else {"": first}
+        answers = bool(jobs) and known and one.state == "up" and readiness.answers(one)
+        return Observed("up", jobs, answers, interrupted=bool(jobs) and not (leads and one.state == "up"), beside=True)
 
     def check(self, attempt: Attempt) -> None:
         """UserError when the disk cannot hold what is still missing."""
@@ -282,16 +239,13 @@ class Local:
     def cancel(self, record: Record) -> Record:
         """End what an `up` that was killed left: its set-up, or a server that nobody was let into."""
         self.stop(record)
-        return replace(record, pid=None, pid_started=None)
+        return processes.forgotten(record)
 
     def stop(self, record: Record, *, drain: float = DRAIN_SECONDS) -> None:
         """End the server and all that it started; UserError if something of it stays."""
-        if record.pid is None:
-            return
-        living = alive(record.pid, record.pid_started)
-        end(record.pid, drain=drain)
-        left = members(record.pid)
-        if left or (living and not endpoint.is_free(record.port)):
+        there = processes.servers(record)
+        left = processes.end(lambda: processes.servers(record), drain=drain)
+        if left or (there and not endpoint.is_free(record.port)):
             raise UserError(
                 f"{record.name}: processes {', '.join(str(p.pid) for p in left) or '?'} still hold port {record.port}; end them by hand",
                 Exit.MACHINE,
@@ -307,15 +261,15 @@ class Local:
     def forget(self, record: Record) -> Record:
         """Remove sources, secrets and adapters. Environments and weights stay for the next."""
         remove_run(record.run_dir)
-        return replace(record, state="down", pid=None, pid_started=None)
+        return replace(processes.forgotten(record), state="down")
 
     def give_up(self, attempt: Attempt, error: BaseException) -> None:
         """End what the attempt started and forget it, unless the server that it was to replace serves still."""
         old, now = attempt.old, state.read(attempt.record.name)
-        if old is not None and now == old and alive(old.pid, old.pid_started):
+        if old is not None and now == old and processes.servers(old):
             return
-        if now is not None and now.pid is not None and alive(now.pid, now.pid_started):
-            end(now.pid, drain=3)
+        if now is not None:
+            processes.end(lambda: processes.servers(now), drain=3)
         gone = self.forget(attempt.record if old is None else old)
         if old is None:
             state.forget(gone.name)
@@ -344,7 +298,7 @@ class Local:
                     return
                 else:
                     record = state.known(record.name)
-                    if record.state == "down" or not alive(record.pid, record.pid_started):
+                    if record.state == "down" or not processes.of(record):
                         return
                     time.sleep(0.2)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from mistral_contract import files
 from mistral_contract.envs import Serve, value
 
-from mistralctl import certificates, endpoint, readiness, state, sweep
+from mistralctl import certificates, endpoint, processes, readiness, state, sweep
 from mistralctl.clouds import Lacking, NotUsed, firewall, identity
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Machine, Observed, places, serves
@@ -124,11 +124,10 @@ class Job:
 
 def open_tunnel(record: Record, keep: Callable[[Record], None]) -> Record:
     """Return the record with a tunnel, which dials until there is a machine and lets through what its server answers."""
-    ssh.end_tunnel(record.pid, record.pid_started)
-    record = replace(record, pid=None, pid_started=None)
+    ssh.end_tunnel(record.name)
+    record = processes.forgotten(record)
     keep(record)  # the tunnel reads its port there
-    pid, started = ssh.start_tunnel(record.name)
-    return replace(record, pid=pid, pid_started=started)
+    return processes.noted(record, ssh.start_tunnel(record.name))
 
 
 def reach(record: Record) -> None:
@@ -233,7 +232,7 @@ class Rented:
         """End the tunnel to the last server, keep what that said, and give the machine that is there its new lifetime."""
         record, observed = attempt.record, attempt.observed
         if attempt.old is not None:
-            ssh.end_tunnel(attempt.old.pid, attempt.old.pid_started)
+            ssh.end_tunnel(record.name)
         served = _log(record.name).with_name("serve.log")
         served.touch()
         attempt.keep(record)
@@ -273,7 +272,7 @@ class Rented:
             raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
         if record.public:
             raise UserError(f"{name} is public: {record.base_url} needs no tunnel", Exit.CONFLICT)
-        ssh.end_tunnel(record.pid, record.pid_started)
+        ssh.end_tunnel(record.name)
         deadline = time.monotonic() + 5
         while not endpoint.is_free(record.port) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -295,7 +294,7 @@ class Rented:
 
     def remove(self, record: Record) -> bool:
         """Take the machine away; False if SkyPilot knew of none."""
-        ssh.end_tunnel(record.pid, record.pid_started)
+        ssh.end_tunnel(record.name)
         return sky.down(record.cluster, state.folder(record.name) / "down.log")
 
     def sweep(self, record: Record, *, promised: bool) -> None:
@@ -311,9 +310,9 @@ class Rented:
 
     def forget(self, record: Record) -> Record:
         """Remove the way to the machine."""
-        ssh.end_tunnel(record.pid, record.pid_started)
+        ssh.end_tunnel(record.name)
         ssh.config_file(record.name).unlink(missing_ok=True)
-        return replace(record, state="down", pid=None, pid_started=None, request="")
+        return replace(processes.forgotten(record), state="down", request="")
 
     def give_up(self, attempt: Attempt, error: BaseException) -> None:
         """End the tunnel; after a refusal make sure that the launch has left nothing on the clouds that were asked."""
@@ -325,8 +324,7 @@ class Rented:
             ) from None
         if not isinstance(error, UserError):
             return
-        left = state.known(name)
-        ssh.end_tunnel(left.pid, left.pid_started)
+        ssh.end_tunnel(name)
         if error.code != Exit.CLOUD:
             return
         record = attempt.record

@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from mistral_contract import files
 
-from mistralctl import state, tasks
+from mistralctl import processes, state, tasks
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime.local import alive
 
 HOST = "node"
 NODE_DIR = tasks.NODE_DIR.replace("~", "$HOME")  # as a shell on the node finds it
@@ -154,31 +152,18 @@ def tunnel_command(name: str, port: int, node_port: int, *, share: bool = True) 
     return command(name, "-N", "-o", "ExitOnForwardFailure=yes", *sharing, "-L", forward, HOST)
 
 
-def start_tunnel(name: str) -> tuple[int, float]:
-    """Starts the tunnel of a deployment in the background; its process id and when it was started."""
+def start_tunnel(name: str) -> int:
+    """Starts the tunnel of a deployment in the background; its process id."""
     log = state.folder(name) / "tunnel.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mistralctl.runtime.tunnel", name], stdin=subprocess.DEVNULL, stdout=output,
+            [sys.executable, "-m", processes.TUNNEL, name], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
-            env=state.without_secrets(os.environ),
+            env=state.without_secrets(os.environ) | {"MISTRALCTL_HOME": str(state.home())},
         )  # fmt: skip
-    return process.pid, psutil.Process(process.pid).create_time()
+    return process.pid
 
 
-def end_tunnel(pid: int | None, started: float | None) -> None:
-    """Ends a tunnel and its ssh, if it is that very process."""
-    if pid is None or not alive(pid, started):
-        return
-    try:
-        process = psutil.Process(pid)
-        every: Sequence[psutil.Process] = [*process.children(recursive=True), process]
-    except psutil.Error:
-        return
-    for one in every:
-        try:
-            one.terminate()
-        except psutil.Error:
-            continue
-    for one in psutil.wait_procs(every, timeout=5)[1]:
-        one.kill()
+def end_tunnel(name: str) -> None:
+    """Ends the tunnel of a deployment and its ssh."""
+    processes.end(lambda: processes.tunnels(name), drain=5)

@@ -144,12 +144,14 @@ def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
 
 
 def predecessors(name: str) -> list[psutil.Process]:
-    """The other launchers of a deployment that this user runs: of jobs that were cancelled."""
-    found = []
+    """The other launchers of a deployment that this user runs in this node's folder: of jobs that were cancelled."""
+    found, (named, folder) = [], (envs.variable("name"), envs.variable("node_dir"))
+    here = os.path.realpath(os.environ.get(folder, ""))
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             ours = process.pid != os.getpid() and process.uids().real == os.getuid() and "mistral_node.serve" in process.cmdline()
-            if ours and process.environ().get(envs.variable("name")) == name:
+            environ = process.environ() if ours else {}
+            if environ.get(named) == name and os.path.realpath(environ.get(folder, "")) == here:
                 found.append(process)
     return found
 
