@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mistralctl import state
+from mistralctl import owners, state
 from mistralctl.clouds import GOING, NotUsed, Part, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
-from mistralctl.tasks import owner
 
 GONE_SECONDS = 300.0
 CLOCKS_SECONDS = 120.0  # by which a cloud's clock may differ from this machine's
+CLUSTER_TAGS = ("ray-cluster-name", "skypilot-cluster-name")  # SkyPilot's name of a machine's cluster on its cloud
 PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was not taken away by SkyPilot
 
 
@@ -24,11 +23,57 @@ def lifetime_label(part: Part, until: float | None) -> str:
     return "never" if until is None else str(math.ceil((until - (part.created or time.time())) / 60))
 
 
+def _within(record: Record) -> list[str] | None:
+    return [record.region] if record.region else None
+
+
+def _listed(record: Record) -> list[Part]:
+    """What the record's cloud lists with the owner and the name that its machine was rented with."""
+    return listing(record.cloud).ours(owners.label(record), record.name, _within(record))
+
+
+def rented_here(part: Part) -> bool:
+    """Return whether this user's SkyPilot rented a machine, by its name of the machine's cluster."""
+    user = owners.skypilot_user()
+    return bool(user) and any(part.labels.get(tag, "").endswith(f"-{user}") for tag in CLUSTER_TAGS)
+
+
+def estranged(record: Record) -> list[Part]:
+    """Machines of this name that this user's SkyPilot rented and that bear another owner than the record says."""
+    return [
+        part
+        for part in listing(record.cloud).ours(None, record.name, _within(record))
+        if part.kind == "machine" and part.state.lower() not in GOING
+        and part.labels.get("mistralctl-owner") != owners.label(record) and rented_here(part)
+    ]  # fmt: skip
+
+
+def not_found(record: Record) -> str:
+    """Return what is known of a machine that should be there and that the cloud does not list."""
+    wanted = f"{record.cloud} lists no machine with the labels mistralctl-name={record.name} and mistralctl-owner={owners.label(record)}"
+    others = ", ".join(f"{part.id} ({part.labels.get('mistralctl-owner', 'no owner')})" for part in estranged(record))
+    seen = (
+        f"it lists {others}, which bears another owner"
+        if others
+        else "its labels were taken away, or these credentials are of another account"
+    )
+    return f"{record.name}: {wanted}; {seen}"
+
+
+def leave_no_other(record: Record) -> None:
+    """UserError if a machine of this deployment runs that does not bear its record's label, and so was not taken away."""
+    if left := estranged(record):
+        rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.labels}" for part in left)
+        raise UserError(
+            f"{not_found(record)}: it was not touched; if it is yours, delete it in the cloud's console or put the label right",
+            Exit.CLOUD, rows,
+        )  # fmt: skip
+
+
 def tell_cloud(record: Record, until: float | None) -> int:
     """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
     module = listing(record.cloud)
-    found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
-    machines = [part for part in found if part.kind == "machine"]
+    machines = [part for part in _listed(record) if part.kind == "machine"]
     for part in machines:
         module.relabel(part, {"mistralctl-ttl": lifetime_label(part, until)})
     return len(machines)
@@ -44,7 +89,7 @@ def wait_until_gone(record: Record, *, promised: bool, since: float = 0.0) -> li
     module = listing(record.cloud)
     began, asked = time.monotonic(), set[str]()
     while True:
-        found = module.ours(owner(os.environ), record.name, [record.region] if record.region else None)
+        found = _listed(record)
         left = [part for part in found if not since or (part.created or 0.0) > since - CLOCKS_SECONDS]
         if not left:
             return found

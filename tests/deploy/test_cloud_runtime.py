@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from mistralctl import state, sweep, tasks
+from mistralctl import owners, state, sweep
 from mistralctl.clouds import NotUsed, Part, identity, listing, names
 from mistralctl.clouds.aws import api as aws
 from mistralctl.commands import reap
@@ -282,7 +282,7 @@ def test_reap_deletes_what_is_due_after_a_yes_and_nothing_else(monkeypatch: pyte
     monkeypatch.setattr(reap, "GRACE_MINUTES", -61.0)  # a machine of one hour's lifetime is due at once
     monkeypatch.setattr(reap, "ORPHAN_MINUTES", -1.0)
     monkeypatch.setattr(aws, "regions", lambda: ["us-west-2", "us-east-1"])
-    mine = tasks.owner({"MISTRALCTL_OWNER": "someone"})
+    mine = owners.current({"MISTRALCTL_OWNER": "someone"})
     with mock_aws():
         ec2 = boto3.client("ec2", region_name="us-west-2")
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistralctl import checkpoints, plan, tasks
+from mistralctl import checkpoints, owners, plan
 from mistralctl.clouds import names
 from mistralctl.config import load
 from mistralctl.errors import UserError
@@ -53,7 +53,7 @@ def labels(owner: str, model: str | None = None, **flags: Any) -> dict[str, str]
     sourced = load({"cloud": ["aws", "gcp", "azure"], "accelerators": "A100-80GB:1"} | flags, {}, None)
     row = checkpoints.resolve(sourced)
     made = plan.make(sourced, row if model is None else replace(row, name=model), None)
-    found: dict[str, str] = serve.render(made, owner=tasks.owner({"MISTRALCTL_OWNER": owner}))["resources"]["labels"]
+    found: dict[str, str] = serve.render(made, owner=owners.current({"MISTRALCTL_OWNER": owner}))["resources"]["labels"]
     return found
 
 
@@ -85,4 +85,4 @@ def test_a_name_that_is_given_is_accepted_by_all_or_refused_here(name: str) -> N
 
 def test_a_mirrors_machine() -> None:
     spec = mirror.checked(mirror.MirrorSpec("hf://mistralai/Mistral-7B-Instruct-v0.1", "gs://My_Bucket.example/v01"))
-    accepted(mirror.render(spec, owner=tasks.owner({"MISTRALCTL_OWNER": "me"}))["resources"]["labels"])
+    accepted(mirror.render(spec, owner=owners.current({"MISTRALCTL_OWNER": "me"}))["resources"]["labels"])

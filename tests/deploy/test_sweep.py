@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +13,6 @@ from mistralctl.clouds.aws import api as aws
 from mistralctl.clouds.azure import api as azure
 from mistralctl.clouds.gcp import api as gcp
 from mistralctl.errors import Exit, UserError
-from mistralctl.tasks import owner
 from test_status import ec2, remember, rent
 
 __all__ = ["ec2"]  # a fixture, found by its name
@@ -35,8 +33,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_an_attempt_left_is_deleted(ec2: Any) -> None:
     record = remember("one", state="starting")
-    rent(ec2, "one", owner(os.environ))
-    other = rent(ec2, "two", owner(os.environ))
+    rent(ec2, "one")
+    other = rent(ec2, "two")
     sweep.after_refusal(record, ["aws"], time.time(), REFUSED)
     assert living(ec2) == [other]
     assert state.known("one").state == "down"
@@ -44,7 +42,7 @@ def test_what_an_attempt_left_is_deleted(ec2: Any) -> None:
 
 def test_an_older_machine_stays_and_is_not_forgotten(ec2: Any) -> None:
     record = remember("one", state="starting")
-    old = rent(ec2, "one", owner(os.environ))
+    old = rent(ec2, "one")
     sweep.after_refusal(record, ["aws"], time.time() + 3600, REFUSED)
     assert living(ec2) == [old]
     assert state.known("one").state == "starting"
@@ -62,7 +60,7 @@ def test_a_cloud_that_cannot_be_asked_hides_neither_the_refusals_nor_the_others(
     monkeypatch.setattr(azure, "ours", unused)
     monkeypatch.setattr(gcp, "ours", refuses)
     record = remember("one", state="starting")
-    rent(ec2, "one", owner(os.environ))
+    rent(ec2, "one")
     with pytest.raises(UserError, match=r"^no cloud gave a machine; and GCP refused GET$") as caught:
         sweep.after_refusal(record, ["azure", "gcp", "aws"], time.time(), REFUSED)
     assert (caught.value.code, caught.value.details) == (Exit.CLOUD, "  us-west-2a capacity")

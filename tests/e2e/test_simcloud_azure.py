@@ -207,9 +207,9 @@ print(sorted((part.kind, part.name, part.due, part.deleted) for part in reap.run
 
 
 def test_reap_finds_machines_by_labels_and_what_they_left_by_names(sim: SimCloud) -> None:
-    from mistralctl.tasks import owner
+    from mistralctl import owners
 
-    mine = f"mistralctl-owner={owner({'MISTRALCTL_OWNER': 'me'})}"
+    mine = f"mistralctl-owner={owners.current({'MISTRALCTL_OWNER': 'me'})}"
     user = "0a1b2c3d"
     (sim.home / ".sky" / "user_hash").write_text(user)
     for group, labels in (

@@ -264,8 +264,8 @@ class CanList(Protocol):
 class CanFirewall(Protocol):
     """A cloud's firewall can be set."""
 
-    def narrow(self, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
-        """Lets a port of a deployment's machines be reached from these networks and from nowhere else."""
+    def narrow(self, owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
+        """Lets a port of a deployment's machines be reached from these networks and from nowhere else; the number of rules that say so."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mistral_contract.envs import PREFIX, variable
 
-from mistralctl import adapters, certificates, checkpoints, keys, lifecycle, node, runtime, state, stores, system, tasks
+from mistralctl import adapters, certificates, checkpoints, keys, lifecycle, node, owners, runtime, state, stores, system, tasks
 from mistralctl import plan as planning
 from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
@@ -51,14 +51,14 @@ def render_plan(plan: Plan, port: int | None = None, secrets: Collection[str] = 
 
     `secrets` are the names of those that go to the node beside the task.
     """
-    owner = tasks.owner(os.environ)
     if not plan.local:
+        owner = owners.label(state.read(plan.name))
         task = serve.render(plan, owner=owner, node=Node(certificate_id=certificates.own(plan.spec).id if plan.spec.cert else ""))
     else:
         if port is None:
             record = state.read(plan.name)
             port = plan.spec.port or (record.port if record else FIRST_PORT)
-        task = serve.render(plan, owner=owner, node=Node(str(node.local_dir()), port, node.local_python_version()))
+        task = serve.render(plan, owner="", node=Node(str(node.local_dir()), port, node.local_python_version()))
     task["envs"] |= {variable("keys"): keys.sent(plan.name), variable("secrets"): json.dumps(awaited(plan, secrets))}
     return task
 

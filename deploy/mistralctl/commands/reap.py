@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from mistralctl import owners
 from mistralctl.clouds import STOPPED, Lacking, NotUsed, Part, facts, listing, names
 from mistralctl.errors import Exit, UserError
 from mistralctl.prices import offers
-from mistralctl.tasks import owner
 
 # A server's life begins when its machine is set up; and launcher, wrapper and autostop come first.
 GRACE_MINUTES = 45.0
@@ -89,22 +89,27 @@ def judge(part: Part, now: float, with_machine: Collection[str] = ()) -> str:
     return "its machine is gone" if gone else ""
 
 
-def _ask(cloud: str, asked: str | None) -> tuple[Asked, list[Part]]:
+def _listed(cloud: str, asked: Sequence[owners.Asked]) -> list[Part]:
+    module = listing(cloud)
+    return list({part.id: part for owner, name in asked for part in module.ours(owner, name)}.values())
+
+
+def _ask(cloud: str, asked: Sequence[owners.Asked]) -> tuple[Asked, list[Part]]:
     try:
-        return Asked(cloud, "asked"), listing(cloud).ours(asked)
+        return Asked(cloud, "asked"), _listed(cloud, asked)
     except (NotUsed, Lacking) as error:
         return Asked(cloud, "not used", str(error)), []
     except UserError as error:
         return Asked(cloud, "unknown", str(error)), []
 
 
-def _delete(due: Sequence[Part], asked: str | None) -> None:
+def _delete(due: Sequence[Part], asked: Sequence[owners.Asked]) -> None:
     """Deletes these and waits until the clouds do not list them any more; UserError if some of it stays."""
     modules = {part.cloud: listing(part.cloud) for part in due}
     for cloud, module in modules.items():
         module.delete([part for part in due if part.cloud == cloud])
     wanted, deadline = {part.id for part in due}, time.monotonic() + GONE_SECONDS
-    while left := wanted & {part.id for module in modules.values() for part in module.ours(asked)}:
+    while left := wanted & {part.id for cloud in modules for part in _listed(cloud, asked)}:
         if time.monotonic() > deadline:
             raise UserError(f"still there: {', '.join(sorted(left))}; run reap again, or delete them by hand", Exit.CLOUD)
         time.sleep(5)
@@ -115,7 +120,7 @@ def run(clouds: Sequence[str], *, all_owners: bool, dry_run: bool, confirm: Call
     for cloud in clouds:
         if cloud not in names():
             raise UserError(f"--cloud: {cloud} is not one of {', '.join(names())}")
-    asked = None if all_owners else owner(os.environ)
+    asked = [(None, None)] if all_owners else owners.known(os.environ)
     with ThreadPoolExecutor(len(names())) as pool:
         answers = list(pool.map(lambda cloud: _ask(cloud, asked), dict.fromkeys(clouds or names())))
     now = time.time()

@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import processes, readiness, runtime, state, tasks
+from mistralctl import owners, processes, readiness, runtime, state, sweep, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import UserError
 from mistralctl.runtime import local, rented
@@ -23,11 +23,15 @@ EARLY = 1  # of the machines while the clouds are asked: more would hold that up
 
 @dataclass(frozen=True)
 class Machine:
-    """A deployment's machine by its cloud's word: its zone or region, whether it is stopped, its start in seconds since the epoch."""
+    """A deployment's machine by its cloud's word: its zone or region, whether it is stopped, its start in seconds since the epoch.
+
+    `estranged` says that it bears another owner's label than the record says.
+    """
 
     place: str
     stopped: bool
     created: float | None
+    estranged: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,21 @@ def _here(record: Record) -> Status:
 
 def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
     """These deployments' machines by the cloud's own listing, in one question a region; UserError if it does not say."""
-    owners = {record.name: record.task.get("resources", {}).get("labels", {}).get("mistralctl-owner") for record in records}
+    wanted = {record.name: owners.label(record) for record in records}
     found: dict[str, Machine] = {}
-    one_owner = next(iter(owners.values())) if len(set(owners.values())) == 1 else None
-    for part in listing(cloud).machines(one_owner, sorted({record.region for record in records})):
-        name = part.labels.get("mistralctl-name", "")
-        if part.state.lower() not in GOING and owners.get(name) == part.labels.get("mistralctl-owner"):
-            found[name] = Machine(part.place, part.state.lower() in STOPPED, part.created)
-    return found
+    others: dict[str, Machine] = {}
+    for part in listing(cloud).machines(None, sorted({record.region for record in records})):
+        name, owner = part.labels.get("mistralctl-name", ""), part.labels.get("mistralctl-owner", "")
+        if part.state.lower() in GOING or name not in wanted:
+            continue
+        machine = Machine(part.place, part.state.lower() in STOPPED, part.created)
+        if owner == wanted[name]:
+            found[name] = machine
+        elif sweep.rented_here(part):
+            others[name] = replace(
+                machine, estranged=f"{part.id} bears the owner {owner or 'none'}, not {wanted[name]} as its record says"
+            )
+    return others | found
 
 
 def _known_to_skypilot(records: Sequence[Record]) -> dict[str, Machine]:
@@ -168,6 +179,11 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
             "the cloud took its spot machine away" if record.spot else "its machine is gone (idle, lifetime, or by other hands)"
         )
         now, why = "lost", f"{taken}; run up again, or down to forget it"
+    elif machine.estranged:
+        now, why = (
+            "lost",
+            f"{machine.estranged}; no command of mistralctl touches it: put the label right, or delete it in the console",
+        )
     elif machine.stopped:
         stopped = "the cloud took its spot machine away; it" if record.spot else "its machine"
         now, why = "stopped", f"{stopped} is stopped and its disk still costs; run up again, or down"
@@ -228,7 +244,7 @@ def run(name: str | None) -> list[Status]:
                 return _here(record)
             machine, node = machines.get(record.name), early.get(record.name)
             begun = node is not None and not node.cancel()
-            if machine is None or machine.stopped:
+            if machine is None or machine.stopped or machine.estranged:
                 return _cloud(record, machine, Node())
             said = node.result() if node is not None and begun else Node(unreachable="not asked yet")
             return _cloud(record, machine, _node(record) if said.unreachable else said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,20 @@ from typing import Any
 
 from mistral_contract import files
 
-from mistralctl import adapters, certificates, endpoint, figures, keys, lifecycle, processes, refusals, runtime, state, system
+from mistralctl import (
+    adapters,
+    certificates,
+    endpoint,
+    figures,
+    keys,
+    lifecycle,
+    owners,
+    processes,
+    refusals,
+    runtime,
+    state,
+    system,
+)
 from mistralctl.apply import Up
 from mistralctl.commands import plan as plan_command
 from mistralctl.commands import preflight, receipt
@@ -153,6 +167,8 @@ def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Call
 def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpResult:
     """Observe, decide, apply, until the steps end with a server that answers."""
     where = runtime.of(plan.chosen.cloud)
+    if where.rents:
+        owners.make(os.environ)
     began, shape, secrets = time.time(), plan.model.shape, _secrets(plan)
     while True:
         old = state.read(plan.name)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistralctl import checkpoints, node, phases, runtime, state, tasks, weights
+from mistralctl import checkpoints, node, owners, phases, runtime, state, tasks, weights
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS
 from mistralctl.phases import PhaseEvent
@@ -58,7 +58,7 @@ def ls(uri: str, revision: str) -> weights.Listed:
 
 def render(spec: MirrorSpec) -> tasks.Task:
     """The task of a mirror, as `weights mirror --dry-run` prints it."""
-    return mirrors.render(spec, owner=tasks.owner(os.environ))
+    return mirrors.render(spec, owner=owners.label(state.read(spec.name)))
 
 
 def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) -> weights.Mirrored:
@@ -77,6 +77,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     """Mirrors on a machine of the target's cloud, which is gone afterwards; UserError, and the machine kept for a look, if that fails."""
     from mistralctl.commands import down
 
+    owners.make(os.environ)
     task = render(spec)
     weights.may_pull([(spec.source, spec.revision)])
     checkpoints.check(spec.source, spec.revision, "SOURCE")

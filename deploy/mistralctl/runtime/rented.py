@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from mistral_contract import files
 from mistral_contract.envs import Serve, value
 
-from mistralctl import certificates, endpoint, processes, readiness, state, sweep
+from mistralctl import certificates, endpoint, owners, processes, readiness, state, sweep
 from mistralctl.clouds import Lacking, NotUsed, firewall, identity
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Machine, Observed, places, serves
@@ -22,7 +21,7 @@ from mistralctl.runtime import sky, ssh
 from mistralctl.runtime.following import Following
 from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import NOWHERE, Record
-from mistralctl.tasks import env, owner, serving_name
+from mistralctl.tasks import env, serving_name
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -148,7 +147,13 @@ def publish(record: Record, text: str) -> None:
     allowed = value(Serve, "allow", record.task["envs"])
     certificates.pin(record.name, text)
     if (asked := firewall(record.cloud)) is not None:
-        asked.narrow(owner(os.environ), record.name, record.region, record.port, list(allowed) or ["0.0.0.0/0"])
+        networks = list(allowed) or ["0.0.0.0/0"]
+        if asked.narrow(owners.label(record), record.name, record.region, record.port, networks) == 0:
+            raise UserError(
+                f"{record.name}: the firewall of {record.cloud} has no rule for port {record.port} of its machine, so nothing says who may "
+                f"reach it ({sweep.not_found(record)}); mistralctl down {record.name} takes it away",
+                Exit.CLOUD,
+            )
     deadline = time.monotonic() + PUBLIC_SECONDS
     while not readiness.reached(record):
         if why := readiness.refusal(record):
@@ -243,8 +248,11 @@ class Rented:
             # SkyPilot does not change a machine's labels, and its life begins anew
             ttl = env(record.task, "ttl_minutes")
             until = time.time() + START_SECONDS + int(ttl) * 60 if ttl else None
+            there = replace(record, cloud=observed.cloud, region=observed.region)
             with contextlib.suppress(Lacking):
-                sweep.tell_cloud(replace(record, cloud=observed.cloud, region=observed.region), until)
+                asked = attempt.old is not None and attempt.old.state != "down"  # else SkyPilot's own memory is all that says so
+                if not sweep.tell_cloud(there, until) and asked and observed.machine != "half made":
+                    raise UserError(f"{sweep.not_found(there)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
         return Progress(attempt.on_phase)
 
     def _follow(self, record: Record, job: int, progress: Progress) -> Job:
@@ -304,9 +312,16 @@ class Rented:
         """
         try:
             sweep.wait_until_gone(record, promised=promised)
+            sweep.leave_no_other(record)
         except Lacking:
             if not promised:
                 raise
+        if record.cluster in sky.clusters([record.cluster], refresh=True):
+            raise UserError(
+                f"{record.name}: {record.cloud} lists nothing with its labels, but SkyPilot says that its machine {record.cluster} is still "
+                f"there; look in the cloud's console, then run mistralctl down {record.name} again",
+                Exit.CLOUD,
+            )
 
     def forget(self, record: Record) -> Record:
         """Remove the way to the machine."""
@@ -366,10 +381,7 @@ class Rented:
     def extend(self, record: Record, until: float) -> None:
         """Write the machine's new end to its label, so that `reap` lets it be; UserError if it has no machine."""
         if not sweep.tell_cloud(record, until):
-            raise UserError(
-                f"{record.name}: {record.cloud} lists no machine of it whose label could be changed; mistralctl status {record.name}",
-                Exit.CLOUD,
-            )
+            raise UserError(f"{sweep.not_found(record)}; its end was not changed", Exit.CLOUD)
 
 
 def keep_log(record: Record) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -88,12 +85,6 @@ def digest(data: object, length: int = 12) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:length]
 
 
-def owner(environ: Mapping[str, str]) -> str:
-    """A hash that says whose machines these are, without saying who: of the user's and this machine's name."""
-    given = environ.get("MISTRALCTL_OWNER")
-    return digest(given or f"{getpass.getuser()}@{platform.node()}")
-
-
 @cache
 def tree(folder: Path) -> str:
     """A hash of all files below a folder, by their names and contents; hidden ones do not travel in a wheel."""
@@ -133,6 +124,15 @@ def serving_name(task: Task) -> str:
     return f"{env(task, 'name')}-{serving_id}" if serving_id else str(task["name"])
 
 
+def _label(task: Task, key: str) -> str:
+    return str(task.get("resources", {}).get("labels", {}).get(f"mistralctl-{key}", ""))
+
+
+def owner_label(task: Task) -> str:
+    """Return the owner in the labels of a task's machine; empty for this machine."""
+    return _label(task, "owner")
+
+
 def resources_id(task: Task) -> str:
     """The hash, in the machine's labels, of what cannot change without another machine; empty for this machine."""
-    return str(task["resources"].get("labels", {}).get("mistralctl-resources", ""))
+    return _label(task, "resources")

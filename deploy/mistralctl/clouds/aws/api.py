@@ -154,27 +154,31 @@ def delete(parts: Sequence[Part]) -> None:
                     raise
 
 
-def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
-    """Lets a port of a deployment's machines be reached from these networks alone: first opened to them, then shut to all others.
+def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
+    """Lets a port of a deployment's machines be reached from these networks alone: first opened to them, then shut to all others; the
+    number of groups that have a rule for it.
 
     Only in security groups that have a rule for that very port, which SkyPilot makes for each machine with open ports.
     """
     asked = {(network, 6 if ":" in network else 4) for network in networks}
+    held = 0
     with _asked():
         ec2 = _client("ec2", region)
         found = ec2.describe_instances(Filters=_filters(owner, name))["Reservations"]
-        machines = [one for held in found for one in held["Instances"] if one["State"]["Name"] != GONE]
+        machines = [one for reservation in found for one in reservation["Instances"] if one["State"]["Name"] != GONE]
         groups = sorted({group["GroupId"] for one in machines for group in one["SecurityGroups"]})
         for group in ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"] if groups else ():
             rules = [rule for rule in group["IpPermissions"] if rule.get("FromPort") == rule.get("ToPort") == port]
             if not rules:
                 continue
+            held += 1
             there = {(part["CidrIp"], 4) for rule in rules for part in rule.get("IpRanges", ())}
             there |= {(part["CidrIpv6"], 6) for rule in rules for part in rule.get("Ipv6Ranges", ())}
             if new := asked - there:
                 ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[_rule(port, new)])
             if old := there - asked:
                 ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[_rule(port, old)])
+    return held
 
 
 def _rule(port: int, networks: set[tuple[str, int]]) -> dict[str, Any]:

@@ -205,13 +205,15 @@ def relabel(part: Part, labels: Mapping[str, str]) -> None:
         compute.virtual_machines.begin_update(group, name, {"tags": now | dict(labels)}).result()
 
 
-def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
-    """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine.
+def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
+    """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine; the
+    number of rules for it.
 
     Its machines have no address of version 6; networks of that version say nothing here. UserError if Azure refuses.
     """
     apart = ipaddress.collapse_addresses(ipaddress.IPv4Network(network) for network in networks if ":" not in network)
     four = [str(network) for network in apart]  # Azure refuses a rule whose networks overlap
+    held = 0
     with _asked():
         from azure.mgmt.network import NetworkManagementClient
 
@@ -229,8 +231,10 @@ def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str
                     rule.access = "Allow" if four else "Deny"
                     everyone = four in ([], ["0.0.0.0/0"])
                     rule.source_address_prefix, rule.source_address_prefixes = ("*", []) if everyone else (None, four)
+                held += len(rules)
                 if rules:
                     client.network_security_groups.begin_create_or_update(group, found.name, found).result()
+    return held
 
 
 def delete(parts: Sequence[Part]) -> None:

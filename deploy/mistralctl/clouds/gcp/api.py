@@ -221,16 +221,20 @@ def delete(parts: Sequence[Part]) -> None:
         _call("DELETE", _path(part))
 
 
-def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> None:
-    """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine.
+def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
+    """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine; the
+    number of rules for it.
 
     Its machines have no address of version 6; networks of that version say nothing here.
     """
     four = [network for network in networks if ":" not in network]
     body: dict[str, Any] = {"sourceRanges": four, "disabled": False} if four else {"disabled": True}
+    held = 0
     for machine in ours(owner, name, [region]):
         if machine.kind == "machine":
             path = f"global/firewalls/sky-ports-{machine.labels['ray-cluster-name']}"
             rule = _call("GET", path)
             if rule is not None and any(str(port) in one.get("ports", []) for one in rule["allowed"]):
                 _call("PATCH", path, body)
+                held += 1
+    return held
