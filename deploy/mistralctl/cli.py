@@ -197,6 +197,7 @@ def ssh(
     """Open a shell on a deployment's machine, or run a command there."""
     from mistralctl.runtime import ssh as node
 
+    node.verify(name)
     command = node.command(name, *([] if words else ["-t"]), node.HOST, *(words or []))
     sys.stdout.flush()
     os.execvp(command[0], command)  # noqa: S606 - no shell, which is what we want

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from mistralctl.runtime import sky, ssh
 PAUSE_SECONDS = 1.0
 ASK_SECONDS = 60.0  # between questions whether the job still runs, which take SkyPilot 3 s; the log mostly says it first
 NO_LOG = 3
+MOST = 16_384  # characters of what ssh says of itself
 # SkyPilot 0.14 names the folder of a job's log by its number and name.
 TAIL = f"""
 for n in $(seq 50); do
@@ -51,8 +53,8 @@ class Following:
             first = 1
             while not self._closed.is_set():
                 tail = [*ssh.command(self._name), ssh.HOST, TAIL.format(job=self._job, first=first)]
-                with subprocess.Popen(
-                    tail, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace",
+                with tempfile.TemporaryFile("w+", errors="replace") as words, subprocess.Popen(
+                    tail, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, text=True, errors="replace",
                     env=state.without_secrets(os.environ),
                 ) as self._process:  # fmt: skip
                     if self._closed.is_set():
@@ -61,6 +63,11 @@ class Following:
                         if line.endswith("\n"):  # the rest of one that was cut off comes as a whole the next time
                             self._lines.write(line)
                             first += 1
+                    self._process.wait()
+                    words.seek(0)
+                    refused = ssh.REFUSED in words.read(MOST)
+                if refused and self._process.returncode == ssh.UNREACHED:
+                    raise ssh.HostKeyChanged(self._name)
                 if self._process.returncode == NO_LOG:
                     sky.tail(self._cluster, self._job, self._lines)
                     return

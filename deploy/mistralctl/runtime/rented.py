@@ -25,6 +25,7 @@ from mistralctl.tasks import env, serving_name
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
+LOOK_SECONDS = 3.0  # after which a tunnel that does not open may be one to another machine
 PUBLIC_SECONDS = 60.0
 SECRETS_SECONDS = 120.0
 MACHINES: dict[str, Machine] = {"UP": "up", "STOPPED": "stopped"}
@@ -72,6 +73,9 @@ class SecretsSender:
                 self._record = learn(self._record)
                 _send_secrets(self._record, self._secrets)
                 self._error = None
+                return
+            except ssh.HostKeyChanged as error:
+                self._error = error
                 return
             except UserError as error:
                 self._error = error
@@ -131,8 +135,11 @@ def open_tunnel(record: Record, keep: Callable[[Record], None]) -> Record:
 
 def reach(record: Record) -> None:
     """Wait until the server answers through the tunnel; UserError if it does not."""
-    deadline = time.monotonic() + TUNNEL_SECONDS
+    deadline, look_at = time.monotonic() + TUNNEL_SECONDS, time.monotonic() + LOOK_SECONDS
     while not readiness.reached(record):
+        if time.monotonic() > look_at:
+            ssh.verify(record.name)
+            look_at = deadline
         if time.monotonic() > deadline:
             raise UserError(
                 f"{record.name}: its server cannot be reached through SSH at 127.0.0.1:{record.port} (log: "
@@ -200,6 +207,10 @@ class Rented:
 
     def start(self, attempt: Attempt) -> Job:
         """Rent the machine, as far as it is not there, set it up and start the job."""
+        if attempt.observed.machine == "none":
+            ssh.forget_machine(attempt.record.name)
+        elif attempt.observed.machine == "up":
+            ssh.verify(attempt.record.name)
         progress, observed = self._begin(attempt), attempt.observed
         record = replace(attempt.record, setup_id="")
         log = _log(record.name)
@@ -228,6 +239,7 @@ class Rented:
         """Start the job on a machine that is set up, after those that run there; or go on with the one that is the same."""
         progress = self._begin(attempt)
         record = learn(attempt.record)
+        ssh.verify(record.name)
         _send_secrets(record, attempt.secrets)
         same = (attempt.observed.jobs or {}).get(serving_name(record.task))
         job = same if same is not None else sky.replace_job(record.task, record.cluster, _log(record.name), progress.line)
@@ -251,7 +263,7 @@ class Rented:
             there = replace(record, cloud=observed.cloud, region=observed.region)
             with contextlib.suppress(Lacking):
                 asked = attempt.old is not None and attempt.old.state != "down"  # else SkyPilot's own memory is all that says so
-                if not sweep.tell_cloud(there, until) and asked and observed.machine != "half made":
+                if sweep.tell_cloud(there, until) == 0 and asked and observed.machine != "half made":
                     raise UserError(f"{sweep.not_found(there)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
         return Progress(attempt.on_phase)
 
@@ -326,7 +338,7 @@ class Rented:
     def forget(self, record: Record) -> Record:
         """Remove the way to the machine."""
         ssh.end_tunnel(record.name)
-        ssh.config_file(record.name).unlink(missing_ok=True)
+        ssh.forget_machine(record.name)
         return replace(processes.forgotten(record), state="down", request="")
 
     def give_up(self, attempt: Attempt, error: BaseException) -> None:
@@ -362,6 +374,7 @@ class Rented:
         up, served = _log(record.name), _log(record.name).with_name("serve.log")
         if lines is None and up.exists():
             yield up.read_text("utf-8", "replace")
+        ssh.verify(record.name)  # SkyPilot, which is asked next, would not
         try:
             yield from sky.job_log(record.cluster, follow=follow, lines=lines)
         except UserError:
@@ -380,7 +393,7 @@ class Rented:
 
     def extend(self, record: Record, until: float) -> None:
         """Write the machine's new end to its label, so that `reap` lets it be; UserError if it has no machine."""
-        if not sweep.tell_cloud(record, until):
+        if sweep.tell_cloud(record, until) == 0:
             raise UserError(f"{sweep.not_found(record)}; its end was not changed", Exit.CLOUD)
 
 

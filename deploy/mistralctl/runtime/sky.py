@@ -217,7 +217,9 @@ def _address(found: Any) -> Address | None:
         key = state.home() / "ssh" / f"{found.name}.key"
         state.write_private(key, content)
     user = str(getattr(handle, "ssh_user", None) or credentials.get("ssh_user") or "ubuntu")
-    return Address(str(hosts[0]), int(ports[0]) if ports else 22, user, str(key), credentials.get("ssh_proxy_command") or "")
+    [machine, *_] = getattr(handle, "instance_ids", None) or [""]
+    proxy = credentials.get("ssh_proxy_command") or ""
+    return Address(str(hosts[0]), int(ports[0]) if ports else 22, user, str(key), proxy, str(machine))
 
 
 def _cluster(found: Any) -> Cluster:

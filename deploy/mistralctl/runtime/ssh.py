@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,16 +19,21 @@ from mistralctl import processes, state, tasks
 from mistralctl.errors import Exit, UserError
 
 HOST = "node"
+UNREACHED = 255  # how ssh ends if it came to no session
 NODE_DIR = tasks.NODE_DIR.replace("~", "$HOME")  # as a shell on the node finds it
 CONNECT_SECONDS = 15
 SHARED = "ssh.sock"  # how commands go over the tunnel's connection; relative, because a socket's path has to be short
 SHARED_SECONDS = 3.0  # the tunnel takes up to 45 s to notice that its connection is dead
-# SkyPilot's machines are new each time and their host keys are not published anywhere, so there is nothing to compare with.
+# The host keys of a new machine are published nowhere: the first connection remembers one, for that machine alone, and only that one is
+# taken from then on. Where one is known, `accept-new` would still take one of another type.
+FIRST = ("-o", "StrictHostKeyChecking=accept-new")
+REFUSED = "Host key verification failed."
 OPTIONS = {
     "IdentitiesOnly": "yes",
-    "StrictHostKeyChecking": "no",
-    "UserKnownHostsFile": "/dev/null",
+    "StrictHostKeyChecking": "yes",
     "GlobalKnownHostsFile": "/dev/null",
+    "HashKnownHosts": "no",
+    "UpdateHostKeys": "no",
     "LogLevel": "ERROR",
     "BatchMode": "yes",
     "ConnectTimeout": str(CONNECT_SECONDS),
@@ -38,13 +44,34 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Address:
-    """Where a node's SSH server is, and what to say to it. `proxy_command` is the way into a private network."""
+    """Where a node's SSH server is, and what to say to it. `proxy_command` is the way into a private network.
+
+    `machine` is the cloud's id of the machine, under which its host key is remembered; empty where SkyPilot does not say it.
+    """
 
     host: str
     port: int
     user: str
     key_file: str
     proxy_command: str = ""
+    machine: str = ""
+
+
+class HostKeyChanged(UserError):
+    """A node showed another host key than at the first connection; nothing was sent to it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name}: its machine shows another host key than at the first connection, so nothing was sent to it; somebody may stand in "
+            f"between. If you changed the machine's keys yourself, delete {known_hosts(name)} and run the same again; otherwise end the "
+            f"machine: mistralctl down {name}",
+            Exit.NETWORK,
+        )
+
+
+def known_hosts(name: str) -> Path:
+    """The host keys of a deployment's machines."""
+    return state.folder(name) / "known_hosts"
 
 
 def config_file(name: str) -> Path:
@@ -55,17 +82,54 @@ def config_file(name: str) -> Path:
 def remember(name: str, address: Address) -> None:
     """Writes the SSH configuration; the key itself stays where SkyPilot keeps it."""
     given = {"HostName": address.host, "Port": str(address.port), "User": address.user, "IdentityFile": f'"{address.key_file}"'}
+    given["HostKeyAlias"] = re.sub(r"[^A-Za-z0-9._-]", "_", address.machine) or _alias(name) or f"machine-of-{name}"
+    given["UserKnownHostsFile"] = f'"{known_hosts(name)}"'.replace("%", "%%")
     if address.proxy_command:
         given["ProxyCommand"] = address.proxy_command
     lines = [f"Host {HOST}", *(f"  {key} {value}" for key, value in (given | OPTIONS).items())]
     state.write_private(config_file(name), "\n".join(lines) + "\n")
 
 
+def _alias(name: str) -> str:
+    """The name under which the host key of a deployment's machine is remembered; empty if none is."""
+    try:
+        found = re.search(r"^  HostKeyAlias (.*)$", config_file(name).read_text("utf-8"), re.MULTILINE)
+    except FileNotFoundError:
+        return ""
+    return found[1] if found else ""
+
+
+def _is_known(name: str) -> bool:
+    """Whether a host key of a deployment's machine is remembered."""
+    try:
+        lines = known_hosts(name).read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return False
+    return _alias(name) in {line.partition(" ")[0] for line in lines}
+
+
+def forget_machine(name: str) -> None:
+    """Forget the way to a machine and its host key, before there is another one or none."""
+    for file in (config_file(name), known_hosts(name)):
+        file.unlink(missing_ok=True)
+
+
 def command(name: str, *arguments: str) -> list[str]:
-    """`ssh` to the node of a deployment; UserError if none is known."""
+    """`ssh` to the node of a deployment, which takes a host key that is not known only from a machine that has none; UserError without one."""
     if not config_file(name).exists():
         raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
-    return ["ssh", "-F", str(config_file(name)), *arguments]
+    first = () if _is_known(name) else FIRST
+    return ["ssh", "-F", str(config_file(name)), *first, *arguments]
+
+
+def verify(name: str, *, seconds: float = CONNECT_SECONDS + 5) -> None:
+    """HostKeyChanged if the node shows another host key than at the first connection; a node that cannot be reached is no matter."""
+    try:
+        _run(name, [HOST, "true"], "", seconds)
+    except HostKeyChanged:
+        raise
+    except UserError:
+        return
 
 
 def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
@@ -106,6 +170,8 @@ def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str
     except subprocess.TimeoutExpired:
         raise UserError(f"{name}: its machine did not answer over SSH within {seconds:.0f} s", Exit.NETWORK) from None
     if done.returncode:
+        if done.returncode == UNREACHED and REFUSED in done.stderr:
+            raise HostKeyChanged(name)
         why = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
         raise UserError(f"{name}: its machine cannot be reached over SSH ({why[0]})", Exit.NETWORK)
     return done.stdout

@@ -1,7 +1,7 @@
 """The tunnel to a node's server, kept alive: `python -m mistralctl.runtime.tunnel NAME`, in the background.
 
-It dials again whenever the connection ends, and ends itself when the deployment is down, belongs to another tunnel, or has
-not been reachable for an hour.
+It dials again whenever the connection ends, and ends itself when the deployment is down, belongs to another tunnel, shows another host key,
+or has not been reachable for an hour.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ def _wanted(name: str, port: int) -> bool:
     return record is not None and record.state != "down" and record.port == port and bool(record.cluster)
 
 
+def _listen(process: subprocess.Popen[str], said: list[str]) -> None:
+    """Pass on what ssh says, and keep it; until it has ended."""
+    for line in process.stderr or ():
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        said[:] = [*said[-20:], line]
+    process.wait()
+
+
 def keep(name: str) -> int:
     """Dials until it is not wanted any more; the process's exit code."""
     record = state.read(name)
@@ -40,8 +49,11 @@ def keep(name: str) -> int:
         began = time.monotonic()
         (folder / ssh.SHARED).unlink(missing_ok=True)  # what one that was killed left; ssh would share nothing
         command = ssh.tunnel_command(name, record.port, NODE_PORT, share=share)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=folder)
-        waiter = threading.Thread(target=process.wait, daemon=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder, text=True, errors="replace"
+        )
+        said: list[str] = []
+        waiter = threading.Thread(target=_listen, args=(process, said), daemon=True)
         waiter.start()
         try:
             while waiter.is_alive() and _wanted(name, record.port):
@@ -49,6 +61,9 @@ def keep(name: str) -> int:
         finally:
             process.terminate()
             process.wait()
+        if any(ssh.REFUSED in line for line in said):
+            sys.stderr.write(f"{ssh.HostKeyChanged(name)}\n")
+            return 1
         lasted = time.monotonic() - began
         if lasted > GOOD_SECONDS:
             failures, last_good = 0, time.monotonic()
