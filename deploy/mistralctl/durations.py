@@ -40,6 +40,16 @@ def minutes(text: str) -> int | None:
     return value
 
 
+def text(minutes: int) -> str:
+    """A duration as people write it, in the largest unit that it is a whole number of.
+
+    >>> text(720), text(90)
+    ('12h', '90m')
+    """
+    unit, value = next((unit, value) for unit, value in reversed(MINUTES.items()) if minutes % value == 0)
+    return f"{minutes // value}{unit}"
+
+
 def _spelling(text: str) -> str:
     """How to write what was probably meant."""
     word = text.strip().lower()

@@ -4,6 +4,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -z "${MISTRALCTL_SETUP_MINUTES:-}" ] || bash "$here/watch.sh" start setup
 model_dir=$(dirname "$here")
 node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
 run_dir=$node_dir/run/$MISTRALCTL_NAME

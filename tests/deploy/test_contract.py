@@ -113,7 +113,7 @@ def test_an_exit_code_is_its_row_and_where_the_launcher_ends_with_it() -> None:
     assert all(code.meaning for code in exits.Code)
 
 
-SHELL = {"set-up": ("setup.sh", "gpu.sh"), "run": ("run.sh",), "mirror": ("mirror.sh",)}
+SHELL = {"set-up": ("setup.sh", "gpu.sh"), "run": ("run.sh",), "watch": ("watch.sh",), "mirror": ("mirror.sh",)}
 BOTH = ("weights.sh",)  # sourced by the set-up and by a mirror
 
 
@@ -125,7 +125,7 @@ def test_the_scripts_read_the_envs_that_the_contract_says_and_no_others() -> Non
     for reader, scripts in SHELL.items():
         task: Any = envs.Mirror if reader == "mirror" else Serve
         said = {env.name for env in of(task) if reader in env.readers}
-        assert named(*scripts) | (shared if reader != "run" else set()) == said, reader
+        assert named(*scripts) | (shared if reader not in ("run", "watch") else set()) == said, reader
     every = {path.name: named(str(path.relative_to(NODE))) for path in NODE.rglob("*.sh")}
     assert {name for names in every.values() for name in names} <= set(envs.names())
     for template in ("serve", "mirror"):
@@ -165,7 +165,10 @@ def test_the_scripts_use_the_folders_of_the_contract() -> None:
     known = {entry.path.rstrip("/").removeprefix("run/NAME/") for entry in files.ENTRIES} | {"run"}
     text = "".join(path.read_text("utf-8") for path in NODE.rglob("*.sh"))
     used = {word.removesuffix(".new") for word in re.findall(r"\$(?:run|node)_dir/([A-Za-z_]+(?:\.[a-z]+)?)", text)}
-    assert used == {"ends_at", "envs", "errors", "lora", "pulled.json", "run", "secrets.json", "setup.lock", "site", "weights"}
+    assert used == {
+        "ends_at", "envs", "errors", "lora", "paid_from", "pulled.json", "run", "secrets.json", "setup.lock", "site", "watch", "watch.log",
+        "weights",
+    }  # fmt: skip
     assert used <= known
 
 

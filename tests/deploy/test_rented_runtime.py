@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mistral_contract.envs import variable
 from mistralctl import readiness, state, sweep
 from mistralctl.clouds import NotUsed
 from mistralctl.errors import Exit, UserError
@@ -86,6 +87,22 @@ def test_a_new_machine_is_launched_and_learnt(calls: list[str]) -> None:
     connected = Rented().connect(one, server)
     assert calls[3:] == ["end tunnel m", "tunnel m"]
     assert (connected.pid, state.known("m").pid) == (77, 77)
+
+
+def test_as_soon_as_there_is_a_machine_it_is_said_that_it_costs_and_what_ends_it(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = {"setup_minutes": "60", "idle_minutes": "30", "ttl_minutes": "720", "budget": "5.0000"}
+    said: list[str] = []
+    one = attempt(Observed())
+    one.record.task["envs"] |= {variable(name): value for name, value in ends.items()}
+    Rented().start(dataclasses.replace(one, note=said.append))
+    after = "a set-up of 1h, 30m without a request, 12h of life, 5.00 USD"
+    assert said == [
+        f"m has a machine in aws/us-east-1, 0.8 USD an hour, which costs until it ends: mistralctl down m, or by itself after {after}"
+    ]
+    with pytest.raises(UserError, match=f"mistralctl down m takes it away; by itself it ends after {after}$"):
+        Rented().give_up(one, KeyboardInterrupt())
 
 
 def test_a_machine_that_is_there_is_labelled_anew_and_keeps_what_its_last_server_said(calls: list[str]) -> None:

@@ -60,16 +60,36 @@ class Cli:
         return [process for process in found if process.pid != os.getpid()]
 
 
-def launchers(below: Path, name: str) -> list[psutil.Process]:
-    """The launchers of a deployment on simulated nodes whose disks lie below this folder."""
+def on_nodes(below: Path, name: str) -> list[psutil.Process]:
+    """A deployment's processes on simulated nodes whose disks lie below this folder."""
     found = []
     for process in psutil.process_iter():
         try:
-            ours = process.environ().get("MISTRALCTL_NAME") == name and process.cmdline()[-1:] == ["mistral_node.serve"]
+            ours = process.environ().get("MISTRALCTL_NAME") == name
             if ours and f"upperdir={below}/" in Path(f"/proc/{process.pid}/mountinfo").read_text():
                 found.append(process)
         except (psutil.Error, OSError):
             continue
+    return found
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def launchers(below: Path, name: str) -> list[psutil.Process]:
+    """The launchers of a deployment on simulated nodes."""
+    return [one for one in on_nodes(below, name) if _words(one)[-1:] == ["mistral_node.serve"]]
+
+
+def stopped(below: Path, name: str, script: str) -> list[psutil.Process]:
+    """The processes of a script on simulated nodes, which hang from now on."""
+    found = [one for one in on_nodes(below, name) if _words(one)[:1] == ["bash"] and _words(one)[-1].endswith(f"/{script}")]
+    for process in found:
+        process.suspend()
     return found
 
 

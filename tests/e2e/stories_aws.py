@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from deployments import AUTOSTOP_SECONDS, PLACES, gone, on_node, status, story, when
-from running import launchers
+from mistralctl import package_dir
+from running import launchers, stopped
 from simcloud import SimCloud
 from test_aws import UP, sim, up
 
@@ -233,3 +236,30 @@ def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCl
         assert sim.volumes("aws") == []
         left = sim.run(["mistralctl", "reap", "--cloud", "aws", "--all-owners", "--dry-run", "-o", "json"], timeout=120).stdout
         assert json.loads(left)["parts"] == []
+
+
+def test_a_set_up_that_hangs_ends_its_machine_with_the_laptop_off(sim: SimCloud, tmp_path: Path) -> None:
+    """Its limit is a minute; SkyPilot's job is set up for ever, so its autostop alone would wait for ever."""
+    checkout = package_dir("model").parent
+    for part in ("deploy", "model", "task_templates"):
+        shutil.copytree(checkout / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", ".venv"))
+    tasks = tmp_path / "deploy" / "mistralctl" / "tasks" / "__init__.py"
+    tasks.write_text(tasks.read_text().replace("SETUP_MINUTES = 60", "SETUP_MINUTES = 1"))
+    with story("a set-up hangs, with a minute as its limit; the laptop is off"):
+        process = sim.popen([*UP, "--name", "hangs", "--ttl", "never", "--yes"], env={"PYTHONPATH": str(tmp_path / "deploy")})
+        assert process.stderr
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("environment of vLLM ..."):
+                break
+        [machine] = sim.instances("aws")
+        began, held = time.time(), stopped(sim.root, "hangs", "setup.sh")
+        sim.kill_laptop()
+        said += (process.communicate(timeout=30)[1] or "").splitlines(keepends=True)
+        assert held
+        gone_at = when(lambda: machine.id not in [one.id for one in sim.instances("aws")], 60 + 10 + 180)
+        print(f"\nset-up hung: {gone_at - began:.0f} s later its machine was gone")
+        [note] = [line for line in said if line.startswith("note: hangs has a machine in aws/us-east-1, ")]
+        assert note.endswith("or by itself after a set-up of 1m, 30m without a request\n")
+        assert sim.volumes("aws") == []

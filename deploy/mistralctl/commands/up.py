@@ -192,6 +192,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
             began,
             old,
             disk_bytes(shape, plan.model.stored) if shape else 0,
+            talk.note,
         )
         up = Up(where, attempt, _check(plan, old, talk, offline=offline))
         up.run(steps)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Attempt:
     """One try to bring a deployment up: its record as it will be, its secrets, and what was there before.
 
-    `keep` saves the record, at once where something exists from now on; `began` is in seconds since the epoch.
+    `keep` saves the record, at once where something exists from now on; `began` is in seconds since the epoch; `note` says what the user should
+    know meanwhile.
     """
 
     record: Record
@@ -27,6 +28,7 @@ class Attempt:
     began: float
     old: Record | None = None
     disk_bytes: int = 0
+    note: Callable[[str], None] = lambda text: None
 
 
 class Server(Protocol):

@@ -21,7 +21,7 @@ from mistralctl.runtime import sky, ssh
 from mistralctl.runtime.following import Following
 from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import NOWHERE, Record
-from mistralctl.tasks import env, serving_name
+from mistralctl.tasks import env, serving_name, what_ends
 
 START_SECONDS = 2400.0
 TUNNEL_SECONDS = 60.0
@@ -44,6 +44,15 @@ def learn(record: Record) -> Record:
     )  # fmt: skip
 
 
+def costs(record: Record) -> str:
+    """Return that a machine costs from now on, and what ends it, in one line."""
+    price = f", {record.price} USD an hour," if record.price is not None else ""
+    return (
+        f"{record.name} has a machine in {record.cloud}/{record.region}{price} which costs until it ends: mistralctl down {record.name}, or "
+        f"by itself after {what_ends(record.task)}"
+    )
+
+
 def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
     """Write the secrets to the node, and the address by which the world knows it, for its certificate."""
     if record.public and record.address == NOWHERE:
@@ -55,8 +64,8 @@ def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
 class SecretsSender:
     """Writes the secrets to the node as soon as its machine is there; `finish` says whether that went well."""
 
-    def __init__(self, record: Record, secrets: Mapping[str, str]) -> None:
-        self._record, self._secrets = record, secrets
+    def __init__(self, attempt: Attempt, record: Record) -> None:
+        self._record, self._secrets, self._note = record, attempt.secrets, attempt.note
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -71,6 +80,9 @@ class SecretsSender:
         while True:
             try:
                 self._record = learn(self._record)
+                if self._record.region:
+                    self._note(costs(self._record))
+                    self._note = lambda text: None
                 _send_secrets(self._record, self._secrets)
                 self._error = None
                 return
@@ -215,7 +227,7 @@ class Rented:
         record = replace(attempt.record, setup_id="")
         log = _log(record.name)
         log.write_bytes(b"")
-        sender = SecretsSender(record, attempt.secrets)
+        sender = SecretsSender(attempt, record)
 
         def line(text: str) -> None:
             progress.line(text)
@@ -346,7 +358,8 @@ class Rented:
         name = attempt.record.name
         if isinstance(error, KeyboardInterrupt):
             raise UserError(
-                f"interrupted; {name} may have a machine by now: mistralctl up goes on with it, mistralctl down {name} takes it away",
+                f"interrupted; {name} may have a machine by now: mistralctl up goes on with it, mistralctl down {name} takes it away; by itself "
+                f"it ends after {what_ends(attempt.record.task)}",
                 Exit.INTERRUPTED,
             ) from None
         if not isinstance(error, UserError):

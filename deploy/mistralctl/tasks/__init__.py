@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from mistral_contract.envs import variable
 
-from mistralctl import package_dir
+from mistralctl import durations, package_dir
 from mistralctl.clouds import buckets
 from mistralctl.errors import Exit, UserError, figure
 
@@ -56,6 +56,8 @@ def kind(name: str) -> Kind:
 NODE_DIR = "~/.mistralctl"
 NODE_PORT = 8000
 NODE_PYTHON = "3.11"
+# As long as the laptop waits for a launch (runtime/sky.py): 24 GB of environment and weights come within it at 7 MB/s.
+SETUP_MINUTES = 60
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,6 +112,18 @@ _SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lo
 def env(task: Task, field: str) -> str:
     """Return the text of an env of a task, by its field in the contract; empty if the task has none."""
     return str(task.get("envs", {}).get(variable(field), ""))
+
+
+def what_ends(task: Task) -> str:
+    """Return what ends a task's rented machine by itself, in words."""
+    setup, idle, ttl, budget = (env(task, name) for name in ("setup_minutes", "idle_minutes", "ttl_minutes", "budget"))
+    found = [
+        setup and f"a set-up of {durations.text(int(setup))}",
+        idle and f"{durations.text(int(idle))} without a request",
+        ttl and f"{durations.text(int(ttl))} of life",
+        budget and f"{float(budget):.2f} USD",
+    ]
+    return ", ".join(filter(None, found))
 
 
 def setup_id(task: Task) -> str:

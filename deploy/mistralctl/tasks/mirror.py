@@ -18,7 +18,7 @@ from mistralctl.models import MODELS
 from mistralctl.plan import SMALLEST_CPU_NODE
 from mistralctl.rights import Right, right
 from mistralctl.spec import check_uri
-from mistralctl.tasks import NODE_DIR, NODE_PYTHON, Kind, Task, digest, environment_id
+from mistralctl.tasks import NODE_DIR, NODE_PYTHON, SETUP_MINUTES, Kind, Task, digest, environment_id
 
 KIND = Kind("mirror", "a mirror job", serves=False)
 LIFETIME_MINUTES = 240
@@ -125,6 +125,7 @@ def render(spec: MirrorSpec, *, owner: str) -> Task:
         mirror_target=spec.target,
         revision=spec.revision,
         ttl_minutes=LIFETIME_MINUTES,
+        setup_minutes=SETUP_MINUTES,
     )
     task["envs"] = {**envs.write(mirror), **spec.endpoints}
     task["file_mounts"] = {f"{NODE_DIR}/{files.MODEL.of(spec.name)}": str(package_dir("model"))}

@@ -18,7 +18,7 @@ from mistralctl.errors import UserError
 from mistralctl.fit import MEMORY_UTILIZATION, disk_bytes
 from mistralctl.gpus import GIB
 from mistralctl.plan import SMALLEST_CPU_NODE, Plan
-from mistralctl.tasks import NODE_DIR, NODE_PORT, NODE_PYTHON, Kind, Task, digest, environment_id, tree
+from mistralctl.tasks import NODE_DIR, NODE_PORT, NODE_PYTHON, SETUP_MINUTES, Kind, Task, digest, environment_id, tree
 
 KIND = Kind("serve", "a server", serves=True)
 SERVE_USER = "mistralctl-serve"
@@ -136,6 +136,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         vllm_args=tuple(spec.vllm_args),
         idle_minutes=plan.idle_minutes,
         ttl_minutes=plan.ttl_minutes,
+        setup_minutes=None if plan.local else SETUP_MINUTES,
         restart=spec.restart,
     )
     try:

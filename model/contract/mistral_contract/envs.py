@@ -68,6 +68,12 @@ def _share(text: str) -> float:
     return value
 
 
+def _usd(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,4})?", text) or float(text) == 0:
+        raise ValueError("should be an amount above 0 such as 5 or 0.8048")
+    return float(text)
+
+
 def _strings(text: str) -> tuple[str, ...]:
     data = json.loads(text)
     if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
@@ -115,6 +121,7 @@ ADAPTERS = Kind("JSON object", _adapters, _object)
 KEYS = Kind("JSON object", key_files.read, Keys.dump)
 STRINGS = Kind("JSON list", _strings, _list)
 MINUTES = _number(1, 1 << 20)
+USD = Kind("USD, at most 4 decimals", _usd, "{:.4f}".format)
 
 
 @dataclass(frozen=True)
@@ -215,10 +222,10 @@ def names() -> Iterator[str]:
 class Serve:
     """What a node shall serve. Lengths are tokens; None means no limit or not set. ValueError if values contradict each other."""
 
-    name: str = _env(NAME, "name of the deployment", "mistral", "set-up run launcher")
+    name: str = _env(NAME, "name of the deployment", "mistral", "set-up run watch launcher")
     node_dir: Path = _env(
         FOLDER, "the one folder in which the node keeps its things; a leading `~` is the home folder", "~/.mistralctl",
-        "set-up run launcher laptop",
+        "set-up run watch launcher laptop",
     )  # fmt: skip
     device: str = _env(_one_of("cuda", "cpu"), "what the model runs on", "cuda", "set-up launcher")
     python: str = _env(TEXT, "Python version of the node's environment", "3.11", "set-up")
@@ -301,8 +308,20 @@ class Serve:
         MINUTES, "end after so many minutes without a request; not set: never", "30", "launcher laptop", default=None
     )
     ttl_minutes: int | None = _env(
-        MINUTES, "end after so many minutes in any case (`ends_at` may put it off); not set: never", "720", "run launcher laptop",
+        MINUTES, "end after so many minutes in any case (`ends_at` may put it off); not set: never", "720", "watch launcher laptop",
         default=None,
+    )  # fmt: skip
+    setup_minutes: int | None = _env(
+        MINUTES, "of a rented machine: where no server was started after so many minutes, the machine is ended. SkyPilot's autostop waits for a "
+        "set-up for ever; the laptop waits for it for 60 minutes. Not set: never", "60", "set-up watch", default=None,
+    )  # fmt: skip
+    budget: float | None = _env(
+        USD, "end when the machine has cost so much, by MISTRALCTL_PRICE and the time since its start, set-up included; not set: never",
+        "5.0000", "watch launcher laptop", default=None, template="",
+    )  # fmt: skip
+    price: float | None = _env(
+        USD, "of the machine an hour; where several may be rented, the dearest's. Set with MISTRALCTL_BUDGET alone", "0.8048",
+        "watch launcher laptop", default=None, template="",
     )  # fmt: skip
     restart: int = _env(
         _number(0, 100),
@@ -327,6 +346,8 @@ class Serve:
     def __post_init__(self) -> None:
         if self.host != "127.0.0.1" and not self.tls:
             raise ValueError(f"{PREFIX}HOST {self.host} is reached from elsewhere and needs {PREFIX}TLS")
+        if self.budget is not None and self.price is None:
+            raise ValueError(f"{PREFIX}BUDGET needs {PREFIX}PRICE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,3 +369,4 @@ class Mirror:
     ttl_minutes: int | None = _env(
         MINUTES, "the mirror is ended after so many minutes; not set: never", "240", "mirror", default=None
     )
+    setup_minutes: int | None = _env(MINUTES, "as for a server", "60", "mirror", default=None)

@@ -64,8 +64,12 @@ ERRORS = _entry(
 SETUP_LOCK = _entry("run/NAME/setup.lock", "held by a set-up, so that a second one waits")
 STATUS = _entry("run/NAME/status.json", "what the launcher knows of itself (below); replaced as a whole, never half written")
 ENDS_AT = _entry(
-    "run/NAME/ends_at", "when the life of this deployment ends, seconds since the epoch; made by run.sh, replaced by `extend`"
+    "run/NAME/ends_at", "when the life of this deployment ends, seconds since the epoch; made by watch.sh, replaced by `extend`"
 )
+PAID_FROM = _entry("run/NAME/paid_from", "since when a rented machine is paid for, seconds since the epoch: its first start. A time in which it is "
+                   "stopped counts, too")  # fmt: skip
+WATCH = _entry("run/NAME/watch", "the process of the newest watch (watch.sh); an older one ends when it sees another there")
+WATCH_LOG = _entry("run/NAME/watch.log", "what the watch of a rented machine did")
 SHARED = _entry("run/NAME/shared/", "what launcher and vLLM both write; made anew at each start")
 ENGINE = _entry(
     "run/NAME/shared/engine.json",

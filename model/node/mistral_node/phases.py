@@ -29,7 +29,7 @@ class Status:
         self.file = file
         self.fields: dict[str, Any] = {
             "schema": 1, "pid": os.getpid(), "state": "starting", "phase": "", "phases": [], "started_at": time.time(),
-            "ready_at": None, "isolation": None, "ends_at": None, "flags": None, "engine": None, "canary": None,
+            "ready_at": None, "isolation": None, "ends_at": None, "budget": None, "flags": None, "engine": None, "canary": None,
             "requests": {"served": 0, "running": 0, "last_at": None},
             "restarts": {"count": 0, "of": 0, "why": None, "at": None}, "error": None, **fields,
         }  # fmt: skip

@@ -229,9 +229,13 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
         ends_at = lifetime.ends_at(wanted.run_dir, started, wanted.ttl_minutes)
-        status.set(ends_at=ends_at)
+        budget = lifetime.budget(wanted.run_dir, started, wanted.budget, wanted.price)
+        ends = [end for end in (ends_at, budget and budget.ends_at) if end is not None]
+        status.set(ends_at=min(ends, default=None), budget=asdict(budget) if budget else None)
         if ends_at is not None and now >= ends_at:
             return "its lifetime is over"
+        if budget is not None and now >= budget.ends_at:
+            return f"its budget of {budget.usd:.2f} USD is spent"
         quiet = now - max(count.last_at, ready)
         if wanted.idle_minutes is not None and count.running == 0 and quiet >= wanted.idle_minutes * 60:
             return f"nobody asked anything for {wanted.idle_minutes} minutes"
