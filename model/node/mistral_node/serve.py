@@ -230,7 +230,7 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
         now = time.time()
         ends_at = lifetime.ends_at(wanted.run_dir, started, wanted.ttl_minutes)
         budget = lifetime.budget(wanted.run_dir, started, wanted.budget, wanted.price)
-        ends = [end for end in (ends_at, budget and budget.ends_at) if end is not None]
+        ends = [end for end in (ends_at, budget.ends_at if budget else None) if end is not None]
         status.set(ends_at=min(ends, default=None), budget=asdict(budget) if budget else None)
         if ends_at is not None and now >= ends_at:
             return "its lifetime is over"
