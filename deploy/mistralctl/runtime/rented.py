@@ -64,8 +64,8 @@ def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
 class SecretsSender:
     """Writes the secrets to the node as soon as its machine is there; `finish` says whether that went well."""
 
-    def __init__(self, attempt: Attempt, record: Record) -> None:
-        self._record, self._secrets, self._note = record, attempt.secrets, attempt.note
+    def __init__(self, record: Record, secrets: Mapping[str, str], note: Callable[[str], None] = lambda text: None) -> None:
+        self._record, self._secrets, self._note = record, secrets, note
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -227,7 +227,7 @@ class Rented:
         record = replace(attempt.record, setup_id="")
         log = _log(record.name)
         log.write_bytes(b"")
-        sender = SecretsSender(attempt, record)
+        sender = SecretsSender(record, attempt.secrets, attempt.note)
 
         def line(text: str) -> None:
             progress.line(text)
