@@ -15,6 +15,7 @@ from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard
 from mistral_node.traffic import Traffic
 from nodes import KEY, write_keys
 
+ASKED = b'{"model": "tiny"}'
 BEARER = (b"authorization", b"Bearer " + KEY.encode())
 NODE_KEY = "node-0123456789abcdef"
 PROBE, NODE_BEARER = (b"x-mistralctl-probe", NODE_KEY.encode()), (b"authorization", b"Bearer " + NODE_KEY.encode())
@@ -72,10 +73,12 @@ def ask(
     body: list[bytes] | None = None, kind: str = "http", client: tuple[str, int] | None = ("127.0.0.1", 5000),
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """Status and JSON body of an answer."""
-    parts = list(body or [b""])
+    parts = list(body or [ASKED])
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
+        if not parts:
+            return {"type": "http.disconnect"}
         part = parts.pop(0)
         return {"type": "http.request", "body": part, "more_body": bool(parts)}
 
@@ -219,17 +222,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(guard: Guard, behind: Behin
     assert behind.traffic.read().running == 0
 
 
-def test_what_the_application_makes_of_a_body_that_ended_is_not_sent(guard: Guard) -> None:
-    async def forgiving(scope: Any, receive: Any, send: Any) -> None:
-        try:
-            while (await receive()).get("more_body"):
-                pass
-        except Exception:  # noqa: BLE001 - as FastAPI does
-            await send({"type": "http.response.start", "status": 400, "headers": []})
-            await send({"type": "http.response.body", "body": b"there was an error"})
-
-    guard.app = forgiving
+def test_a_body_that_is_too_large_does_not_reach_the_application(guard: Guard, behind: Behind) -> None:
     assert ask(guard, "POST", "/v1/completions", BEARER, body=[bytes(LARGEST_BODY), b"x"])[0] == 413
+    assert behind.reached == []
 
 
 def test_lifespan_passes(guard: Guard, behind: Behind) -> None:
@@ -255,10 +250,10 @@ def test_hostile_lengths_and_headers(headers: list[tuple[bytes, bytes]], status:
 
 
 def test_a_body_without_a_length_ends_at_the_limit(guard: Guard) -> None:
-    piece = bytes(1 << 20)
-    pieces = [piece] * (LARGEST_BODY // len(piece))
+    whole = b'{"prompt": "%b"}' % (b"x" * (LARGEST_BODY - 14))
+    pieces = [whole[at : at + (1 << 20)] for at in range(0, len(whole), 1 << 20)]
     assert ask(guard, "POST", "/v1/completions", BEARER, body=pieces)[0] == 200
-    assert ask(guard, "POST", "/v1/completions", BEARER, body=[*pieces, b"x"])[0] == 413
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[*pieces, b" "])[0] == 413
 
 
 def test_requests_are_counted_also_when_the_application_fails(guard: Guard, behind: Behind) -> None:
@@ -307,3 +302,138 @@ def test_keys_that_are_missing_or_damaged_stop_the_server_from_starting(run_dir:
 def test_the_folder_comes_from_the_environment(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "MISTRALCTL_RUN_DIR", str(run_dir))
     assert ask(Guard(behind), "GET", "/v1/models", BEARER)[0] == 200
+
+
+def test_a_body_that_asks_too_much_is_refused_by_the_name_of_its_field(guard: Guard, behind: Behind) -> None:
+    status, answer = ask(guard, "POST", "/v1/completions", BEARER, body=[b'{"prompt": "a", ', b'"n": 16384}'])
+    assert (status, behind.reached) == (400, [])
+    assert answer == {
+        "error": {
+            "message": "n should be a whole number from 1 to 192",
+            "type": "invalid_request_error",
+            "param": "n",
+            "code": 400,
+        }
+    }
+
+
+def test_a_long_body_is_judged_beside_the_loop(guard: Guard, behind: Behind) -> None:
+    long = b'{"prompt": "%b", "n": 7%b}'
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[long % (b"x" * 100_000, b"")])[0] == 200
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[long % (b"x" * 100_000, b"777")])[0] == 400
+    assert len(behind.reached) == 1
+
+
+def test_the_largest_body_follows_from_the_longest_prompt(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_MAX_MODEL_LEN", "1000")
+    guard, largest = Guard(behind, run_dir), 32 * 1000 + (256 << 10)
+    fits = b'{"prompt": "%b"}' % (b"x" * (largest - 14))
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[fits])[0] == 200
+    assert ask(guard, "POST", "/v1/completions", BEARER, body=[fits + b" "])[0] == 413
+    assert ask(guard, "POST", "/v1/completions", BEARER, (b"content-length", str(largest + 1).encode()))[0] == 413
+
+
+class Holding(Behind):
+    """An application that answers when it is told."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__(traffic)
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        self.reached.append((scope["method"], scope["path"]))
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def asked(guard: Guard, gone: asyncio.Event | None = None) -> tuple[int, dict[bytes, bytes], bytes]:
+    """Status, headers and body of a completion; its client stays until it is `gone`."""
+    sent: list[Any] = []
+    given = [{"type": "http.request", "body": ASKED, "more_body": False}]
+
+    async def receive() -> Any:
+        if not given:
+            await (gone or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+        return given.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [BEARER], "client": ("127.0.0.1", 1)}
+    await guard(scope, receive, send)  # type: ignore[arg-type]
+    return (sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]) if sent else (0, {}, b"")
+
+
+def test_when_the_queue_is_full_others_are_told_to_come_again(
+    run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRALCTL_MAX_NUM_SEQS", "4")
+
+    async def run() -> None:
+        guard = Guard(holding := Holding(behind.traffic), run_dir)
+        others = [asyncio.create_task(asked(guard)) for _ in range(5 + 3 * 4)]
+        await asyncio.sleep(0.01)
+        assert len(holding.reached) == 5
+        status, headers, body = await asked(guard)
+        assert (status, headers[b"retry-after"]) == (429, b"2")
+        assert json.loads(body)["error"]["type"] == "rate_limit_exceeded"
+        holding.go_on.set()
+        assert [status for status, _, _ in await asyncio.gather(*others)] == [200] * 17
+        assert (await asked(guard))[0] == 200
+        assert behind.traffic.read().running == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_goes_while_it_waits_is_not_served(run_dir: Path, behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_MAX_NUM_SEQS", "1")
+
+    async def run() -> None:
+        guard, gone = Guard(holding := Holding(behind.traffic), run_dir), asyncio.Event()
+        served = [asyncio.create_task(asked(guard)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(asked(guard, gone))
+        await asyncio.sleep(0.01)
+        gone.set()
+        assert (await waiting)[0] == 0
+        holding.go_on.set()
+        await asyncio.gather(*served)
+        assert len(holding.reached) == 2
+
+    asyncio.run(run())
+
+
+def test_the_engine_is_asked_for_a_token_while_nobody_else_is(
+    guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistral_node.guard.PULSE_SECONDS", 0.01)
+    bodies: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await send({"type": "lifespan.startup.complete"})
+            await asyncio.sleep(0.2)
+        else:
+            bodies.append(json.loads((await receive())["body"]))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+    async def nowhere(message: Any) -> None:
+        pass
+
+    guard.app = app
+    asyncio.run(guard({"type": "lifespan"}, None, nowhere))  # type: ignore[arg-type]
+    assert behind.traffic.beats == len(bodies) >= 3
+    assert bodies[0] == {"prompt": [1], "max_tokens": 1, "temperature": 0}
+    assert (behind.traffic.read().served, behind.traffic.read().last_at, guard.callers.accounts) == (0, 0.0, {})
+
+
+def test_an_answer_of_the_engine_is_a_sign_of_life_and_an_error_is_none(guard: Guard, behind: Behind) -> None:
+    assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
+    assert behind.traffic.beats == 1
+    ask(guard, "GET", "/v1/models", BEARER)
+    ask(guard, "GET", "/health")
+    assert behind.traffic.beats == 1

@@ -251,7 +251,7 @@ def test_requests_at_once(run_dir: Path) -> None:
 
     async def one() -> None:
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": b"{}", "more_body": False}
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -79,6 +79,11 @@ class Callers:
         known = {key.id for key in self._known.values()}
         self.accounts = {name: account for name, account in self.accounts.items() if name in known}
 
+    @property
+    def count(self) -> int:
+        """How many keys are in force."""
+        return len(self._known)
+
     def find(self, token: bytes) -> Key | None:
         """Whose key this is."""
         return self._known.get(_digest(token)) if token else None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_contract import envs, files
+from mistral_node.bodies import Bounds
 from mistral_node.contract import Contract
 from mistral_node.weights import is_consolidated, quantization
 from vllm_mistral import ARCHITECTURE
@@ -56,6 +57,11 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
         "--max-model-len", str(contract.max_model_len),
         "--max-num-seqs", str(contract.max_num_seqs),
         "--max-num-batched-tokens", str(max(contract.max_batched_tokens, contract.max_num_seqs)),
+        # One long prompt leaves three quarters of a step to others, and has all of it when it is alone.
+        "--long-prefill-token-threshold", str(min(contract.max_model_len, max(1, contract.max_batched_tokens // 4))),
+        "--long-prefill-token-threshold-adaptive",
+        # Behind the guard's own queue, which says when to come again.
+        "--max-num-queued-reqs", str(2 * contract.max_num_seqs + 8),
         "--tensor-parallel-size", str(contract.tensor_parallel),
         "--dtype", contract.dtype,
         "--shutdown-timeout", str(DRAIN_SECONDS),
@@ -91,8 +97,11 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
 def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU, nothing built with nvcc on a GPU."""
     found = dict(environ)
+    sequences = str(Bounds(contract.max_model_len, contract.max_num_seqs).sequences)
     found |= {
         envs.RUN_DIR: str(contract.shared_dir),
+        "VLLM_MAX_N_SEQUENCES": sequences,  # the guard's bounds, once more
+        "VLLM_MAX_COMPLETION_PROMPTS": sequences,
         "FORWARDED_ALLOW_IPS": "",  # no proxy stands in front of it, whose word on a client's address would count
         "VLLM_PLUGINS": "mistral_swa",
         "HF_HUB_OFFLINE": "1",

@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from typing import Any
 from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
-from mistral_contract.routes import CHAT, OPEN, WITH_KEY
+from mistral_contract.routes import CHAT, COMPLETIONS, OPEN, WITH_KEY
+from mistral_node import bodies
+from mistral_node.admission import RETRY_SECONDS, Admission, Full
+from mistral_node.bodies import Refused
 from mistral_node.callers import Callers
 from mistral_node.limits import Meter
 from mistral_node.traffic import Traffic
@@ -37,14 +41,12 @@ Headers = list[tuple[bytes, bytes]]
 Refusal = tuple[int, str]
 
 PROBE_HEADER = b"x-mistralctl-probe"
-LARGEST_BODY = 32 << 20
+LARGEST_BODY = bodies.LARGEST  # of any deployment; that of one follows from its longest prompt
+LONG_BODY = 64 << 10  # takes a few milliseconds to read, for which others would wait
 BODY_SECONDS = 60.0
+PULSE_SECONDS = 20.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
 WATCH_SECONDS = 0.4  # changed keys are taken up, and counts written, also while nobody asks
-
-
-class _Ended(Exception):
-    """Tells the application that no more of the body comes."""
 
 
 def _bearer(value: bytes) -> bytes:
@@ -98,7 +100,10 @@ class Guard:
         self.app = app
         file = self.folder.parent / files.KEYS.name / files.KEYS_FILE.name
         self.callers = Callers(file, self.folder / files.USAGE.name, os.environ.get(envs.NODE_KEY, ""))
-        self._watch: asyncio.Task[None] | None = None
+        self.bounds = bodies.bounds(os.environ)
+        self.admission = Admission(self.bounds, lambda: self.callers.count > 1)
+        self._long = ThreadPoolExecutor(1)  # one: long bodies take no more than one core
+        self._tasks: list[asyncio.Task[None]] = []
         self.traffic = Traffic(self.folder)
         self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
         self.allowed = [ipaddress.ip_network(one) for one in envs.value(Serve, "allow", os.environ)]
@@ -116,14 +121,15 @@ class Guard:
             if message["type"] == "lifespan.startup.complete":
                 text = json.dumps(list(routes_of(scope.get("app"))), indent=1)
                 (self.folder / files.ROUTES.name).write_text(text + "\n", "utf-8")
-                self._watch = asyncio.get_running_loop().create_task(self._watched())
+                loop = asyncio.get_running_loop()
+                self._tasks = [loop.create_task(self._watched()), loop.create_task(self._pulses(scope))]
             await send(message)
 
         try:
             await self.app(scope, receive, started_send)
         finally:
-            if self._watch is not None:
-                self._watch.cancel()
+            for task in self._tasks:
+                task.cancel()
 
     async def _watched(self) -> None:
         while True:
@@ -131,6 +137,41 @@ class Guard:
             with suppress(OSError):  # a full disk stops nobody
                 self.callers.save()
             await asyncio.sleep(WATCH_SECONDS)
+
+    async def _pulses(self, scope: Scope) -> None:
+        """Asks the engine for one token whenever nobody else got one for PULSE_SECONDS: the launcher sees whether one comes.
+
+        That is no request of anybody: it comes from no network, shows no key, is counted nowhere and keeps no machine alive.
+        """
+        asked = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": COMPLETIONS[0], "path": COMPLETIONS[1],
+            "raw_path": COMPLETIONS[1].encode(), "root_path": "", "scheme": "http", "query_string": b"", "server": None,
+            "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 0),
+        }  # fmt: skip
+        body = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
+        while True:
+            before = self.traffic.beats
+            await asyncio.sleep(PULSE_SECONDS)
+            if self.traffic.is_open and self.traffic.beats == before:
+                with suppress(Exception):  # what is wrong with the engine the launcher says, by what does not come
+                    state = {"state": dict(scope.get("state", {})), "app": scope.get("app")}
+                    await self.app(
+                        asked | state, _once(body, asyncio.get_running_loop().create_future()), self._beating(_nowhere)
+                    )
+
+    def _beating(self, send: Send) -> Send:
+        """Sends on, and tells the launcher of each piece of an answer that the engine makes."""
+        good = False
+
+        async def beating(message: Message) -> None:
+            nonlocal good
+            if message["type"] == "http.response.start":
+                good = message["status"] == 200
+            elif good and message.get("body"):
+                self.traffic.beat()
+            await send(message)
+
+        return beating
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.callers.look()
@@ -142,7 +183,7 @@ class Guard:
         elif route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
         elif not self.traffic.is_open:  # the launcher's own questions
-            await self._bounded(scope, receive, send)
+            await self._checked(scope, receive, send, key)
         else:
             await self._counted(scope, receive, send, key)
 
@@ -169,7 +210,7 @@ class Guard:
         self.traffic.begin()
         account.begin(time.time())
         try:
-            await self._bounded(scope, metered_receive, metered_send)
+            await self._checked(scope, metered_receive, metered_send, key)
         finally:
             account.end(time.time(), meter.tokens)
             self.traffic.end()
@@ -217,58 +258,93 @@ class Guard:
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
         if len(lengths) > 1 or (lengths and not lengths[0].isdigit()):
             return 400, "the content length is not a number"
-        if lengths and (len(lengths[0]) > 12 or int(lengths[0]) > LARGEST_BODY):
-            return 413, f"the body is larger than {LARGEST_BODY} bytes"
+        if lengths and (len(lengths[0]) > 12 or int(lengths[0]) > self.bounds.body):
+            return self._too_large()
         return None
 
-    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application with a body that ends at LARGEST_BODY bytes and comes within BODY_SECONDS."""
-        size, started, whole = 0, False, False
-        refusal: Refusal | None = None
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + BODY_SECONDS
+    def _too_large(self) -> Refusal:
+        return 413, (
+            f"the body is larger than {self.bounds.body} bytes, which is what a prompt of {self.bounds.max_model_len} tokens needs at most; "
+            "make it shorter, or send several requests"
+        )
 
-        async def bounded_receive() -> Message:
-            nonlocal size, whole, refusal
-            if whole:  # the application waits for the client to go away
-                return await receive()
+    async def _body(self, receive: Receive) -> bytes | Refusal | None:
+        """The whole body, within its limits of size and time; why it is not taken, or None if the client went."""
+        clock = asyncio.get_running_loop().time
+        deadline, pieces, size = clock() + BODY_SECONDS, [], 0
+        while True:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - clock()))
             except asyncio.TimeoutError:
-                refusal = 408, f"the body did not come within {BODY_SECONDS:.0f} s"
-                raise _Ended from None
-            size += len(message.get("body", b""))
-            if size > LARGEST_BODY:
-                refusal = 413, f"the body is larger than {LARGEST_BODY} bytes"
-                raise _Ended
-            whole = not message.get("more_body", False)
-            return message
+                return 408, f"the body did not come within {BODY_SECONDS:.0f} s"
+            if message["type"] == "http.disconnect":
+                return None
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > self.bounds.body:
+                return self._too_large()
+            if not message.get("more_body", False):
+                return b"".join(pieces)
 
-        async def noticed_send(message: Message) -> None:
-            nonlocal started
-            if refusal is None or started:  # else it is what the application makes of _Ended
-                started = True
-                await send(message)
+    async def _checked(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
+        """Runs the application with a body that is whole and asks for nothing out of bounds, when there is a place for it."""
+        body = await self._body(receive)
+        if body is None:
+            return None
+        if isinstance(body, tuple):
+            return await _answer(send, *body)
+        try:
+            if len(body) > LONG_BODY:
+                loop = asyncio.get_running_loop()
+                asked = await loop.run_in_executor(self._long, bodies.check, scope["path"], body, self.bounds)
+            else:
+                asked = bodies.check(scope["path"], body, self.bounds)
+            place = self.admission.enter(key.id, asked.sequences, len(body))
+        except Refused as error:
+            return await _answer(send, 400, error.message, error.param)
+        except Full:
+            return await _answer(send, 429, "too many requests wait already; try again later", "queue", RETRY_SECONDS)
+        gone = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((place.let_in, gone), return_when=asyncio.FIRST_COMPLETED)
+            if place.let_in.done():
+                await self.app(scope, _once(body, gone), self._beating(send))
+        finally:
+            gone.cancel()
+            self.admission.leave(place)
 
-        with suppress(_Ended):
-            await self.app(scope, bounded_receive, noticed_send)
-        if refusal is not None and not started:
-            await _answer(send, *refusal)
+
+def _once(body: bytes, then: Awaitable[Message]) -> Receive:
+    """Gives a whole body, and afterwards what the server says next: that the client went."""
+    given = False
+
+    async def receive() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await asyncio.shield(then)
+
+    return receive
 
 
-async def _answer(send: Send, status: int, message: str, limit: str = "", seconds: int = 0) -> None:
-    """An error in the form of the OpenAI API; `limit` is what holds a key back, for so many seconds.
+async def _nowhere(message: Message) -> None:
+    """Sends nothing."""
+
+
+async def _answer(send: Send, status: int, message: str, param: str = "", seconds: int = 0) -> None:
+    """An error in the form of the OpenAI API; `param` is the field that is wrong, or what holds a key back for so many seconds.
 
     Where a request is too large or too slow, the rest of it is not waited for.
     """
     kind = {401: "authentication_error", 429: "rate_limit_exceeded", 503: "server_error"}.get(status, "invalid_request_error")
     body = json.dumps(
-        {"error": {"message": message, "type": kind, **({"param": limit} if limit else {}), "code": status}}
+        {"error": {"message": message, "type": kind, **({"param": param} if param else {}), "code": status}}
     ).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if limit:
+    if seconds:
         headers.append((b"retry-after", str(seconds).encode()))
     if status in (408, 413, 431):
         headers.append((b"connection", b"close"))

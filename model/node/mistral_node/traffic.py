@@ -1,7 +1,8 @@
 """Requests served and running, shared by the guard (which counts, in vLLM's process) and the launcher (which reads).
 
-32 bytes in a memory-mapped file: two counts, a time, and two words of the launcher: that no more requests are taken, and that the
-gate was passed. No route that a client could call, no call between processes, and nothing written to disk with each request.
+32 bytes in a memory-mapped file: two counts, a time, two words of the launcher (that no more requests are taken, and that the gate was
+passed), and how often the engine has answered. No route that a client could call, no call between processes, and nothing written to disk
+with each request.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DRAINING, OPEN = (
     LAYOUT.size + 1,
 )  # the bytes behind the counts; the guard writes before them, the launcher only there
 SIZE = 32
+BEATS, AT_BEATS = struct.Struct("<I"), 28  # the guard's, too
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ class Traffic:
     def is_open(self) -> bool:
         """Whether the gate was passed."""
         return self._map[OPEN] == 1
+
+    @property
+    def beats(self) -> int:
+        """Changes whenever the engine has answered something."""
+        return int(BEATS.unpack_from(self._map, AT_BEATS)[0])
+
+    def beat(self) -> None:
+        """The engine has answered something."""
+        BEATS.pack_into(self._map, AT_BEATS, (self.beats + 1) & 0xFFFFFFFF)
 
     def go_on(self, before: Count) -> None:
         """Counts on from a server that died, before the next one begins."""
