@@ -59,7 +59,7 @@ TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mistralctl/tools
 	rm -rf .venv-weights
 	$(UV) venv --quiet --python $(BIN)/python .venv-weights
 	$(UV) pip install --quiet --python .venv-weights/bin/python --requirement tests/weights/requirements.txt \
-	  pytest==9.2.0 pytest-timeout==2.4.0 --editable 'model/weights[hf,s3,gs,az,pypi]'
+	  pytest==9.2.0 pytest-timeout==2.4.0 --editable model/contract --editable 'model/weights[hf,s3,gs,az,pypi]'
 	touch $@
 
 # Azure's own emulator of blobs, for tests/weights and tests/e2e.
@@ -92,7 +92,7 @@ test-others: .venv/.made
 # What needs neither root nor vLLM nor a server of another project, on Linux and macOS; what makes it longer than three minutes on two idle cores is marked `slow`.
 test-fast: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not slow' tests/deploy
-	cd tests/weights && PYTHONPATH=../../model/weights ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not servers and not slow' .
+	cd tests/weights && PYTHONPATH=../../model/weights:../../model/contract ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not servers and not slow' .
 
 test-deploy: .venv/.made simcloud-packages  # for sshd
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-from mistral_contract import architecture, gguf, quantization, safetensors, tensors
+from mistral_contract import architecture, gguf, quantization, safetensors, tensors, untrusted
 from mistral_contract.architecture import Architecture
 
 from mistralctl.config import Sourced
@@ -47,9 +46,11 @@ def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
             f"{place}: {found.uri} holds {stray} beside {name}, and vLLM would load it into the model; take it out, and serve it with --lora",
             Exit.WEIGHTS,
         )
+    beside = {each: _json(found, each, place) for each in quantization.BESIDE}
     try:
-        model = architecture.read_file(name, found.documents[name])
-        scheme = quantization.read(_json(found, name), {each: _json(found, each) for each in quantization.BESIDE})
+        config = untrusted.read(found.documents[name])
+        model = architecture.read_params(config) if name == "params.json" else architecture.read(config)
+        scheme = quantization.read(config, beside)
         size = quantization.weight_bytes(scheme, model) if scheme else 0
     except architecture.Refused as refused:
         raise UserError(f"{place}: {file}: {refused}") from None
@@ -69,7 +70,7 @@ def _tensors(found: Described, model: Architecture, quantized: bool, place: str)
             files[name] = safetensors.read(found.files[name], header)
         except safetensors.Damaged as error:
             raise UserError(f"{place}: {name} at {found.uri} {error}; take a whole copy", Exit.WEIGHTS) from None
-    named = _json(found, INDEX).get("weight_map")
+    named = _json(found, INDEX, place).get("weight_map")
     strays = sorted(set(files) - set(map(str, named.values()))) if isinstance(named, dict) else []
     if strays:
         raise UserError(
@@ -89,7 +90,7 @@ def _gguf(found: Described, place: str) -> tuple[Shape | None, Stored]:
     """The shape by the beginning of a GGUF file, None where that does not tell it; UserError if such a model is not served."""
     [(name, header)] = found.headers.items()
     try:
-        model = gguf.model(gguf.read(header))
+        model = gguf.model(gguf.read(header, found.files[name]))
     except ValueError as error:
         raise UserError(f"{place}: {name} at {found.uri}: {error}; name another file", Exit.WEIGHTS) from None
     made = 2 * model.parameters if model else 0  # of its numbers the node makes a copy in 16 bits
@@ -115,7 +116,7 @@ def _tokenizer(found: Described, place: str) -> Tokenizer:
     if "tokenizer.json" not in names and ("tekken.json" in names or versions or (found.form == "consolidated" and models)):
         version = max(versions, default=1)
         if "tekken.json" in names:  # of a large file only the beginning is there, which is where the version stands
-            said = re.search(rb'"version"\s*:\s*"v(\d+)"', found.documents["tekken.json"])
+            said = re.search(rb'"version"\s*:\s*"v(\d{1,4})"', found.documents["tekken.json"])
             version = int(said[1]) if said else 3  # the first that Tekken had
         return Tokenizer("mistral", True, "mistral" if version >= 3 else None)
     if not any(name.startswith(TOKENIZERS) or name.endswith(".tiktoken") for name in names):
@@ -123,7 +124,9 @@ def _tokenizer(found: Described, place: str) -> Tokenizer:
             f"{place}: {found.uri} has no tokenizer; add tokenizer.json, tekken.json or tokenizer.model of the model that it was made from",
             Exit.WEIGHTS,
         )
-    return Tokenizer("hf", "chat_template.jinja" in names or "chat_template" in _json(found, "tokenizer_config.json"), None)
+    return Tokenizer(
+        "hf", "chat_template.jinja" in names or "chat_template" in _json(found, "tokenizer_config.json", place), None
+    )
 
 
 def _name(source: str) -> str:
@@ -155,12 +158,18 @@ def _links(found: Described) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _json(found: Described, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads(found.documents.get(name, b""))
-    except (ValueError, RecursionError):
+def _json(found: Described, name: str, place: str) -> dict[str, Any]:
+    """A small file of the set, {} where it has none; UserError if it is no JSON object, or too large for one."""
+    if name not in found.documents:
         return {}
-    return data if isinstance(data, dict) else {}
+    try:
+        if len(found.documents[name]) < found.files[name]:
+            raise untrusted.NotRead(f"it has {found.files[name]} bytes, and at most {untrusted.MOST_BYTES} are read")
+        return untrusted.read(found.documents[name])
+    except untrusted.NotRead as error:
+        raise UserError(
+            f"{place}: {name} at {found.uri} cannot be read ({error}); correct it, or take a whole copy", Exit.WEIGHTS
+        ) from None
 
 
 def _model(uri: str, found: Described | None, place: str) -> Model:

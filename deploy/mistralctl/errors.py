@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from mistral_contract.untrusted import printable
+
 
 class Exit(IntEnum):
     """Exit codes of the command line, as the README lists them."""
@@ -40,6 +42,6 @@ class UserError(Exception):
     """What is wrong and what to do, in one line; `code` is the exit code that goes with it, `details` a table below it."""
 
     def __init__(self, message: str, code: Exit = Exit.USAGE, details: str = "") -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))
         self.code = code
         self.details = details

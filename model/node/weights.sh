@@ -45,6 +45,6 @@ weights_tool() { # URI...: makes the environment that reads and writes all of th
 }
 
 mistral_weights() { # VERB ARGUMENT...: with the secrets that the laptop sent; `limit` may hold a command that runs it
-  PYTHONPATH=$model_dir/weights ${limit[@]+"${limit[@]}"} "$weights_env/bin/python" -m mistral_weights "$@" \
+  PYTHONPATH=$model_dir/weights:$model_dir/contract ${limit[@]+"${limit[@]}"} "$weights_env/bin/python" -m mistral_weights "$@" \
     --secrets "$run_dir/secrets.json"
 }

@@ -116,7 +116,7 @@ OURS = {"mistralctl", "mistral_contract", "mistral_node", "mistral_weights", "vl
     [
         ("deploy/mistralctl", {"mistralctl", "mistral_contract", "mistral_weights"}),
         ("model/contract/mistral_contract", {"mistral_contract"}),
-        ("model/weights/mistral_weights", set()),
+        ("model/weights/mistral_weights", {"mistral_contract"}),
         ("model/plugin/vllm_mistral", {"vllm_mistral", "mistral_contract"}),
         ("model/node", {"mistral_node", "vllm_mistral", "mistral_contract"}),
     ],

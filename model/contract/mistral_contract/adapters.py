@@ -7,8 +7,6 @@ and then ignores (tensors of no module, `lora/model_manager.py`) or copies in pa
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import architecture, safetensors, tensors
+from mistral_contract import architecture, safetensors, tensors, untrusted
+from mistral_contract.quantization import harmless
 from mistral_contract.safetensors import Tensor
 from mistral_contract.tensors import Sizes
 
@@ -36,11 +35,8 @@ MERGE = "merge it into the weights (PEFT: merge_and_unload) and serve those"
 Read = Callable[[str, int, int], bytes]
 
 
-class AdapterError(ValueError):
-    """What is wrong with an adapter, and what to do, in one printable line: names in it are the adapter's."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("".join(character if character.isprintable() else " " for character in message)[:600])
+class AdapterError(untrusted.Refusal):
+    """What is wrong with an adapter, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,9 @@ def judge(sizes: Mapping[str, int], read: Read, base: Sizes | None) -> Adapter:
     text = read(CONFIG, 0, sizes[CONFIG])
     _no_pointer(CONFIG, text)
     try:
-        config = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"its {CONFIG} is not JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"its {CONFIG} is not a JSON object; save the adapter again")
+        config = untrusted.read(text, LARGEST_CONFIG)
+    except untrusted.NotRead as error:
+        raise AdapterError(f"its {CONFIG} cannot be read ({error}); save the adapter again") from None
     rank = _features(config)
     if TENSORS not in sizes:
         if any(name.startswith("adapter_model") and name.endswith((".bin", ".pt")) for name in sizes):
@@ -104,10 +98,6 @@ def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _features(config: Mapping[str, Any]) -> int:
     """The largest rank that a configuration names; AdapterError for what vLLM does not compute."""
     kind = config.get("peft_type")
@@ -122,7 +112,11 @@ def _features(config: Mapping[str, Any]) -> int:
         rank = int(rank)
     if not _positive(rank) or not isinstance(ranks, dict) or not all(_positive(value) for value in ranks.values()):
         raise AdapterError(f"r and rank_pattern in its {CONFIG} should be whole numbers above 0; save the adapter again")
-    if not _number(alpha) or not isinstance(alphas, dict) or not all(_number(value) for value in alphas.values()):
+    if (
+        not untrusted.finite(alpha)
+        or not isinstance(alphas, dict)
+        or not all(untrusted.finite(value) for value in alphas.values())
+    ):
         raise AdapterError(f"lora_alpha and alpha_pattern in its {CONFIG} should be numbers; save the adapter again")
     if not alpha and not alphas:
         raise AdapterError("its lora_alpha is 0, so it changes nothing; train it with another, or leave it out")
@@ -214,11 +208,12 @@ def _lost(names: list[str], count: int) -> str:
 def rank_of(config: Mapping[str, Any], module: str) -> int:
     """The rank of a module: the first pattern that matches the end of its name, as in PEFT's get_pattern_key, else r."""
     for pattern, rank in (config.get("rank_pattern") or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return int(rank)
-        except re.error as error:
-            raise AdapterError(f"{pattern!r} in its rank_pattern is no pattern ({error}); save the adapter again") from None
+        if not harmless(pattern):
+            raise AdapterError(
+                f"{pattern!r} in its rank_pattern is no pattern, or one that could take for ever; save the adapter again"
+            )
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return int(rank)
     return int(config["r"])
 
 

@@ -13,19 +13,20 @@ unknown field would refuse the notes that training tools leave in fine-tuned mod
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import untrusted
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONSOLIDATED = "transformer"  # the model type that vLLM gives to what it reads from params.json
 
 
-class Refused(ValueError):
-    """Why a model is not served and what to do, in one line."""
+class Refused(untrusted.Refusal):
+    """Why a model is not served and what to do."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,7 @@ def config_file(names: Iterable[str]) -> str:
 
 def read_file(name: str, text: str | bytes) -> Architecture:
     """The model of a config.json or params.json, by its text; Refused if it is not served, ValueError if it cannot be read."""
-    try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+    config = untrusted.read(text)
     return read_params(config) if name == "params.json" else read(config)
 
 
@@ -149,7 +145,7 @@ def read_folder(folder: Path) -> Architecture:
     """The model whose weights lie in a folder; Refused, naming the file, if it is not served or cannot be read."""
     file = folder / config_file(path.name for path in folder.iterdir())
     try:
-        return read_file(file.name, file.read_bytes())
+        return read_file(file.name, untrusted.contents(file, untrusted.MOST_BYTES))
     except FileNotFoundError:
         raise Refused(f"{file} is missing; mirror the whole model, not only its tensors") from None
     except Refused as refused:
@@ -181,6 +177,8 @@ def read(config: Mapping[str, Any]) -> Architecture:
         raise Refused(
             f"{heads} query heads, {kv_heads} key-value heads and head_dim {head_dim} do not fit together; correct the file"
         )
+    if config.get("rms_norm_eps") is not None:
+        _number("rms_norm_eps", config["rms_norm_eps"], 0)
     rope_type, context = _rope_and_context(config)
     return Architecture(
         kind, _size(config, "vocab_size"), hidden, _size(config, "intermediate_size"), layers, heads, kv_heads, head_dim,

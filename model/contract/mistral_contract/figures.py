@@ -7,16 +7,17 @@ node, on the laptop. Whoever reads them checks them here.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from mistral_contract import untrusted
 
 FILE = "mistralctl-canary.json"
 # Largest difference of a log-probability that rounding explains, by the engine's dtype, against exact figures.
 TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.4}
 _WEIGHTS = (".safetensors", ".gguf")
+MOST_TOKENS, LARGEST_TOKEN = 1 << 17, 1 << 31
 _CONFIGURATION = ("config.json", "params.json")
 
 
@@ -36,18 +37,16 @@ def is_key(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def read(text: str, weights: str = "") -> dict[str, Any]:
+def read(text: str | bytes, weights: str = "") -> dict[str, Any]:
     """The figures in a file; ValueError if it holds anything else. `weights` is the key that figures made here have to bear."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
+    found = untrusted.read(text)
     prompt, forced, logprobs = (found.get(name) for name in ("prompt_token_ids", "forced_token_ids", "logprobs"))
     for tokens in (prompt, forced):
-        if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        if not isinstance(tokens, list) or not 0 < len(tokens) <= MOST_TOKENS or not all(map(_is_token, tokens)):
             raise ValueError("token ids are missing or wrong")
     if not isinstance(logprobs, list) or not isinstance(forced, list) or len(logprobs) != len(forced):
         raise ValueError("not one log-probability for each forced token")
-    if not all(type(value) in (int, float) and math.isfinite(value) and value <= 0 for value in logprobs):
+    if not all(untrusted.finite(value) and value <= 0 for value in logprobs):
         raise ValueError("a log-probability is not a finite number of at most 0")
     source = found.get("source", "")
     if not isinstance(source, str) or not source.isprintable() or len(source) > 200:
@@ -55,6 +54,21 @@ def read(text: str, weights: str = "") -> dict[str, Any]:
     if weights and found.get("weights") != weights:
         raise ValueError("they are of other weights")
     return found
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < LARGEST_TOKEN
+
+
+def difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the largest difference of two lists of log-probabilities; ValueError unless all are finite numbers, and as many.
+
+    >>> difference([-1.0, -2.0], [-1.5, -2.0])
+    0.5
+    """
+    if len(found) != len(expected) or not found or not all(map(untrusted.finite, (*found, *expected))):
+        raise ValueError("they are not as many finite numbers")  # of a nan, max() and > would say that all is well
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
 
 
 def tolerance(figures: dict[str, Any], dtype: str) -> float:

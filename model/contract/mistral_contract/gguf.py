@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 from mistral_contract import architecture
@@ -15,7 +16,7 @@ MAGIC = b"GGUF"
 # The kinds of values by their numbers, as struct writes them (ggml/include/gguf.h); 8 is a text, 9 an array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-MOST_KEYS, MOST_ITEMS = 1 << 16, 1 << 24
+MOST_KEYS, MOST_ITEMS, MOST_DIMENSIONS = 1 << 16, 1 << 22, 8
 # What a GGUF file says of the model (llama.*), and is read here.
 SAID = {
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
@@ -46,10 +47,10 @@ class _Ends(Exception):
 
 
 class _Bytes:
-    """The bytes of a file, read one value after the other."""
+    """The bytes of a file of `size` bytes, read one value after the other."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, data: bytes | mmap, at: int, size: int) -> None:
+        self._data, self._at, self._size = data, at, size
 
     def number(self, form: str) -> Any:
         end = self._at + struct.calcsize(f"<{form}")
@@ -60,7 +61,10 @@ class _Bytes:
         return value
 
     def text(self) -> str:
-        end = self.number("Q") + self._at
+        length = self.number("Q")
+        end = length + self._at
+        if length > self._size:
+            raise ValueError(f"it has a text of {length} bytes, and {self._size} in all: it is damaged")
         if end > len(self._data):
             raise _Ends
         text, self._at = self._data[self._at : end], end
@@ -79,21 +83,25 @@ class _Bytes:
         return kind, count
 
 
-def read(data: bytes) -> Metadata:
-    """Return what the beginning of a GGUF file says; ValueError if it is none."""
+def read(data: bytes | mmap, size: int) -> Metadata:
+    """Return what the beginning of a GGUF file of `size` bytes says; ValueError if it is none."""
     if data[:4] != MAGIC:
         raise ValueError("it does not begin like a GGUF file: it is damaged, or something else")
     found: dict[str, Any] = {}
-    rest = _Bytes(data[4:])
+    rest = _Bytes(data, len(MAGIC), size)
     try:
         version, tensors, keys = rest.number("I"), rest.number("Q"), rest.number("Q")
         if version not in (2, 3) or keys > MOST_KEYS or tensors > MOST_KEYS:
             raise ValueError(f"it is of version {version} with {keys} keys and {tensors} tensors, and versions 2 and 3 are read")
         for _ in range(keys):
             key = rest.text()
+            if key in found:
+                raise ValueError(f"it has the key {key} twice")
             value = rest.value(rest.number("I"))
             if isinstance(value, tuple):
                 kind, count = value
+                if count > size:
+                    raise ValueError(f"it has an array of {count} items, and {size} bytes in all: it is damaged")
                 found[key] = [None] * count
                 for _ in range(count):
                     rest.value(kind)
@@ -102,7 +110,9 @@ def read(data: bytes) -> Metadata:
         names = set()
         for _ in range(tensors):
             names.add(rest.text())
-            for _ in range(rest.number("I")):
+            if (dimensions := rest.number("I")) > MOST_DIMENSIONS:
+                raise ValueError(f"it has a tensor of {dimensions} dimensions: it is damaged")
+            for _ in range(dimensions):
                 rest.number("Q")
             rest.number("I"), rest.number("Q")
     except _Ends:
@@ -126,7 +136,8 @@ def model(found: Metadata) -> Architecture | None:
     elif found.tensors is not None:
         raise ValueError("it has no general.architecture")
     said = {key.removeprefix("llama."): value for key, value in values.items() if key.startswith("llama.")}
-    vocabulary = said.get("vocab_size") or len(values.get("tokenizer.ggml.tokens", ()))
+    tokens = values.get("tokenizer.ggml.tokens")
+    vocabulary = said.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else 0)
     if not vocabulary and found.tensors is None:
         return None
     tied = found.tensors is not None and "output.weight" not in found.tensors
@@ -154,7 +165,13 @@ def hugging_face_config(said: Mapping[str, Any], freqs: Sequence[float] | None) 
 
     `said` are the values of its keys, without `llama.`; `freqs` its rope_freqs.weight.
     """
+    try:
+        return _hugging_face_config(said, freqs)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"its sizes are no sizes ({error})") from None
 
+
+def _hugging_face_config(said: Mapping[str, Any], freqs: Sequence[float] | None) -> dict[str, Any]:
     def value(key: str) -> Any:
         if said.get(key) is None:
             raise ValueError(f"it has no llama.{key}")

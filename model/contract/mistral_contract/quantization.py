@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_contract import tensors
+from mistral_contract import tensors, untrusted
 from mistral_contract.architecture import Architecture
 
 HALVES = ("bfloat16", "float16")
@@ -37,12 +37,13 @@ METHODS = {
 }
 GPTQ_BITS, AWQ_BITS, PACKED_BITS = (4, 8), (4,), range(2, 9)
 MARLIN_GROUPS = (-1, 32, 64, 128)
+MOST_NAMES = 2048  # each is tried with each layer
 # Files that hold what config.json does not, where they lie beside it, and the method that vLLM reads them for.
 BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
-class NotServed(ValueError):
-    """Weights are quantized in a way that is not served; the message is one line."""
+class NotServed(untrusted.Refusal):
+    """Weights are quantized in a way that is not served."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read(config: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] | No
         return reader(found)
     except NotServed as error:
         raise NotServed(f"{place}: {method} {error}; use another copy of these weights") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NotServed(f"{place}: {method} cannot be read ({error!r}); correct it, or use another copy") from None
 
 
@@ -179,6 +180,8 @@ def _names(value: Any) -> tuple[str, ...]:
     found: list[str] = []
     for item in value or ():
         found += [item] if isinstance(item, str) else list(_names(item))
+    if len(found) > MOST_NAMES:
+        raise NotServed(f"names {len(found)} layers, and at most {MOST_NAMES} are read")
     return tuple(found)
 
 
@@ -256,12 +259,12 @@ def _matches(module: str, patterns: Iterable[str]) -> bool:
         if not pattern.startswith("re:"):
             if f".{pattern.strip('.')}." in f".{module}.":
                 return True
-        elif _harmless(pattern := pattern[3:]) and re.match(pattern, module):
+        elif harmless(pattern := pattern[3:]) and re.match(pattern, module):
             return True
     return False
 
 
-def _harmless(pattern: str) -> bool:
+def harmless(pattern: str) -> bool:
     """Whether an expression that came with weights can be tried in little time: few repetitions, none of a group."""
     try:
         re.compile(pattern)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Protocol
 
+from mistral_contract import untrusted
 from mistral_contract.architecture import Architecture
 from mistral_contract.safetensors import FLOATS, Tensor
 
@@ -21,7 +22,7 @@ ANGLES = re.compile(r"\.rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$")
 UNFIT = "this is not the model that its configuration says: serve it with vLLM's own class"
 
 
-class Unfit(ValueError):
+class Unfit(untrusted.Refusal):
     """Which tensor has no place, or is missing, and what to do, in one line."""
 
 

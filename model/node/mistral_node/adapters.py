@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mistral_contract import adapters
+from mistral_contract import adapters, figures
 from mistral_contract.adapters import Adapter
-from mistral_node.canary import forced_logprobs
+from mistral_node import weights
+from mistral_node.canary import NotFinite, forced_logprobs
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 
@@ -32,6 +32,7 @@ def judged(wanted: Contract, model_dir: Path) -> dict[str, Adapter]:
         base = adapters.base_of(model_dir) if wanted.adapters else None
         for name, folder in wanted.adapters:
             place = f"the adapter {name}"
+            weights.check_named(folder)
             found[name] = adapters.read(folder, base)
     except ValueError as error:
         raise LaunchError(Code.WEIGHTS, f"{place}: {error}") from None
@@ -52,14 +53,14 @@ def check(client: Client, wanted: Contract, found: dict[str, Adapter]) -> dict[s
     if not found:
         return answers
     bare = ask(wanted.served_name)
-    noise = max(abs(a - b) for a, b in zip(bare, ask(wanted.served_name), strict=True))
+    noise = figures.difference(bare, ask(wanted.served_name))
     for name, folder in wanted.adapters:
-        got = ask(name)
-        if not all(map(math.isfinite, got)):
+        try:
+            difference = figures.difference(ask(name), bare)
+        except NotFinite:
             raise LaunchError(
                 Code.CANARY, f"the adapter {name} makes log-probabilities that are not finite; its tensors are damaged"
-            )
-        difference = max(abs(a - b) for a, b in zip(got, bare, strict=True))
+            ) from None
         if difference > noise:
             answers[name] = Answer("answers", round(difference, 6))
         elif adapters.changes_nothing(folder, found[name]):

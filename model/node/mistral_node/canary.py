@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import urllib.error
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mistral_contract import figures, files
+from mistral_contract import figures, files, sets, untrusted
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.weights import CONVERTED
@@ -39,28 +39,45 @@ class Verdict:
 
 def _complete(client: Client, body: dict[str, Any]) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(client.ask("/v1/completions", body, seconds=600))
-        return data
+        # The engine's own answer: it may have NaN, which is judged where figures are read.
+        [choice] = json.loads(client.ask("/v1/completions", body, seconds=600))["choices"]
+        return dict(choice)
     except urllib.error.HTTPError as error:
         raise LaunchError(Code.CANARY, f"the engine refused the check: {error.code} {error.read()[:300]!r}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LaunchError(Code.CANARY, f"the engine did not answer the check ({error})") from error
 
 
+class NotFinite(LaunchError):
+    """The engine said something else than a number, of tokens whose log-probabilities were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list) or not values or not all(map(untrusted.finite, values)):
+        raise NotFinite
+    return [float(value) for value in values]
+
+
 def forced_logprobs(client: Client, model: str, prompt: list[int], forced: list[int]) -> list[float]:
-    """The engine's log-probabilities of `forced` behind `prompt`, token ids."""
+    """The engine's log-probabilities of `forced` behind `prompt`, token ids; NotFinite unless all are numbers."""
     body = {"model": model, "prompt": prompt + forced, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    entries = _complete(client, body)["choices"][0]["prompt_logprobs"]
-    return [float(entries[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(forced)]
+    entries: Any = _complete(client, body).get("prompt_logprobs")
+    try:
+        return _numbers([entries[len(prompt) + i][str(token)]["logprob"] for i, token in enumerate(forced)])
+    except (LookupError, TypeError) as error:
+        raise LaunchError(Code.CANARY, f"the engine did not say the log-probabilities of its prompt ({error!r})") from error
 
 
 def _manifest(folder: Path) -> list[tuple[str, str]]:
-    """Name and sha256 of each file of a set of weights, by its manifest; empty without one."""
+    """Name and sha256 of each file of a set of weights, by its manifest; empty without one. LaunchError for one that is damaged."""
     try:
-        manifest = json.loads((folder.with_name(folder.name.removesuffix(CONVERTED)) / files.MANIFEST.name).read_text("utf-8"))
-        return [(str(file["name"]), str(file["sha256"])) for file in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        named = sets.read(folder.with_name(folder.name.removesuffix(CONVERTED)))
+    except sets.Wrong as wrong:
+        raise LaunchError(Code.WEIGHTS, f"{wrong}; pull the weights again") from None
+    return [(file.name, file.sha256) for file in named or ()]
 
 
 def stored_figures(folder: Path) -> dict[str, Any] | None:
@@ -71,7 +88,7 @@ def stored_figures(folder: Path) -> dict[str, Any] | None:
     path = folder / figures.FILE
     try:
         if path.exists():
-            return figures.read(path.read_text("utf-8"))
+            return figures.read(untrusted.contents(path, untrusted.MOST_BYTES))
     except (OSError, ValueError) as error:
         raise LaunchError(Code.CANARY, f"{path} is damaged ({error}); pull the weights again") from error
     hashes = {sha256 for _, sha256 in _manifest(folder)}
@@ -86,7 +103,7 @@ def known_figures(node_dir: Path, key: str, sent: list[dict[str, Any]]) -> dict[
         for one in sent:
             if one.get("weights") == key:
                 return figures.read(json.dumps(one), key)
-        return figures.read(path.read_text("utf-8"), key)
+        return figures.read(untrusted.contents(path, untrusted.MOST_BYTES), key)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -104,7 +121,7 @@ def compare(client: Client, model: str, stored: dict[str, Any] | None, dtype: st
     got = forced_logprobs(client, model, stored["prompt_token_ids"], stored["forced_token_ids"])
     against, allowed, key = str(stored.get("source", "")), figures.tolerance(stored, dtype), stored.get("weights")
     difference = _difference(got, stored["logprobs"])
-    if difference > allowed:
+    if not difference <= allowed:
         what, why = "what the weights say", "the weights, the window or the rotary base are not those of the model"
         if key:
             file = f"{files.CANARIES.name}/{key}.json"
@@ -119,9 +136,16 @@ def compare(client: Client, model: str, stored: dict[str, Any] | None, dtype: st
 
 
 def _difference(got: list[float], expected: list[float]) -> float:
-    if not all(math.isfinite(value) for value in got):  # max() would lose a nan that is not the first
-        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
-    return max(abs(a - b) for a, b in zip(got, expected, strict=True))
+    try:
+        return figures.difference(got, expected)
+    except ValueError:
+        raise NotFinite from None
+
+
+def _said(choice: Mapping[str, Any]) -> list[float]:
+    """The log-probabilities of what the engine generated; NotFinite unless all are numbers."""
+    logprobs = choice.get("logprobs")
+    return _numbers(logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None)
 
 
 def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> dict[str, Any] | None:
@@ -138,16 +162,16 @@ def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> d
         except ValueError:
             return None
         asked = {"max_tokens": CANARY_TOKENS, "temperature": 0, "logprobs": 0, "ignore_eos": True, "return_token_ids": True}
-        [choice] = _complete(client, {"model": wanted.served_name, "prompt": prompt, **asked})["choices"]
-        said = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+        choice = _complete(client, {"model": wanted.served_name, "prompt": prompt, **asked})
+        said = _said(choice)
         if best is None or sum(said) > sum(best[2]):
-            best = prompt, choice["token_ids"], said
+            best = prompt, list(choice.get("token_ids") or ()), said
     assert best is not None  # noqa: S101
     prompt, forced, said = best
     logprobs = forced_logprobs(client, wanted.served_name, prompt, forced)
     dtype = facts["dtype"]
     difference, allowed = _difference(logprobs, said), 2 * figures.TOLERANCE.get(dtype, figures.TOLERANCE["bfloat16"])
-    if difference > allowed:
+    if not difference <= allowed:
         raise LaunchError(
             Code.CANARY,
             f"the engine contradicts itself: what it generates behind its cache differs by {difference:.3f} from the same tokens in a "
@@ -194,7 +218,4 @@ def check(client: Client, wanted: Contract, folder: Path, facts: dict[str, Any],
 def answers(client: Client, model: str) -> None:
     """LaunchError unless a completion comes back with finite log-probabilities."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
-    choice = _complete(client, body)["choices"][0]
-    values = choice["logprobs"]["token_logprobs"]
-    if not values or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
-        raise LaunchError(Code.CANARY, "the engine's log-probabilities are not finite; the weights are damaged")
+    _said(_complete(client, body))

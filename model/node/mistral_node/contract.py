@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mistral_contract import envs, files
 from mistral_contract.exits import Code
+from mistral_contract.untrusted import printable
 
 __all__ = ["Code", "Contract", "LaunchError", "read"]
 
@@ -16,7 +17,7 @@ class LaunchError(Exception):
     """What is wrong and what to do, in one line, with the exit code of its kind."""
 
     def __init__(self, code: Code, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))
         self.code = code
 
 

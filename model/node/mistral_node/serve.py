@@ -6,7 +6,6 @@ deployment's lifetime, or for vLLM to die, which it starts again as often as the
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from mistral_contract import envs, files, keys
+from mistral_contract import envs, files, keys, untrusted
 from mistral_contract.adapters import served_rank
 from mistral_node import adapters, canary, contract, flags, gate, lifetime, tls, weights
 from mistral_node.client import Client
@@ -84,7 +83,7 @@ def wait_for_secrets(wanted: Contract, asked: threading.Event, seconds: float = 
         try:
             if file.stat().st_mode & 0o077:
                 raise LaunchError(Code.SECRETS, f"{file} can be read by others; run chmod 600 on it")
-            found = json.loads(file.read_text("utf-8"))
+            found = untrusted.read_file(file)
             missing = [name for name in wanted.secrets if not isinstance(found[name], str) or not found[name]]
             if not missing:
                 return dict(found)
@@ -282,10 +281,10 @@ def _sent_figures(run_dir: Path) -> list[dict[str, Any]]:
     if not (run_dir / files.SECRETS.name).exists():
         return []
     try:
-        sent = json.loads(json.loads((run_dir / files.SECRETS.name).read_text("utf-8")).get("figures", "[]"))
-    except (OSError, ValueError, TypeError) as error:
+        sent = untrusted.read_any(str(untrusted.read_file(run_dir / files.SECRETS.name).get("figures", "[]")))
+    except (OSError, ValueError) as error:
         raise LaunchError(Code.SECRETS, f"{run_dir / files.SECRETS.name} has figures that are no JSON ({error})") from error
-    return [one for one in sent if isinstance(one, dict)]
+    return [one for one in sent if isinstance(one, dict)] if isinstance(sent, list) else []
 
 
 def _failed(status: Status, error: LaunchError) -> None:

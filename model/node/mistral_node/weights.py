@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -12,11 +13,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import architecture
+from mistral_contract import architecture, files, sets, untrusted
 from mistral_contract import gguf as metadata
 from mistral_contract import quantization as schemes
 from mistral_node.contract import Code, LaunchError
 
+RECORD = ".mistralctl-converted.json"  # what a conversion wrote
+# What vLLM's libraries read beside the configuration.
+DOCUMENTS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "tekken.json", "chat_template.json",
+)  # fmt: skip
 CONVERTED = ".hf2"  # with the number of `convert`: what another version of it made is not served
 
 
@@ -29,17 +36,19 @@ def model_dir(folder: Path) -> Path:
     """The folder to serve; LaunchError if there is nothing that can be served in it."""
     if not folder.is_dir():
         raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
+    check_named(folder)
     if any(folder.glob("*.safetensors")):
         try:
             architecture.read_folder(folder)
         except architecture.Refused as refused:
             raise LaunchError(Code.WEIGHTS, str(refused)) from None
+        _check_documents(folder)
         return folder
     found = sorted(folder.rglob("*.gguf"))
     if len(found) != 1:
         raise LaunchError(Code.WEIGHTS, f"{folder} holds {len(found)} GGUF files and no *.safetensors; one set is needed")
     target = folder.with_name(folder.name + CONVERTED)
-    if not target.is_dir():
+    if not _is_as_converted(target):
         # In a process of its own, so that the launcher does not keep torch in its memory.
         done = subprocess.run(
             [sys.executable, "-m", __name__, str(found[0]), str(target)], stdout=subprocess.PIPE, text=True, check=False
@@ -50,15 +59,47 @@ def model_dir(folder: Path) -> Path:
     return target
 
 
+def check_named(folder: Path) -> None:
+    """LaunchError unless exactly what the manifest names lies in the folder of a set; what has no manifest is said not to be checked."""
+    try:
+        named = sets.check(folder)
+    except sets.Wrong as wrong:
+        raise LaunchError(Code.WEIGHTS, f"{wrong}; run mistralctl up again, which puts the set in order") from None
+    if named is None:
+        sys.stdout.write(f"{folder} has no {files.MANIFEST.name}: what lies in it is served unchecked\n")
+
+
+def _check_documents(folder: Path) -> None:
+    """LaunchError for a file that vLLM's libraries would follow as deep as it is nested."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in DOCUMENTS or path.name.endswith(".index.json"):
+            try:
+                untrusted.read_any(untrusted.contents(path, untrusted.MOST_TOKENIZER_BYTES), untrusted.MOST_TOKENIZER_BYTES)
+            except (OSError, ValueError) as error:
+                raise LaunchError(Code.WEIGHTS, f"{path} cannot be read ({error}); mirror the model again") from None
+
+
+def _is_as_converted(target: Path) -> bool:
+    """Whether a conversion made this folder, and it is as that left it; anything else there is taken away."""
+    try:
+        if sets.check(target, RECORD) is not None:
+            return True
+    except sets.Wrong as wrong:
+        sys.stdout.write(f"{wrong}; it is converted again\n")
+    shutil.rmtree(target, ignore_errors=True)
+    return False
+
+
 def quantization(wanted: str | None, folder: Path) -> str | None:
     """What vLLM's --quantization is told; LaunchError if these weights are quantized in another way, or in one that is not served."""
 
     def content(name: str) -> dict[str, Any]:
         try:
-            data = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
+            return untrusted.read_file(folder / name)
+        except FileNotFoundError:
             return {}
-        return data if isinstance(data, dict) else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be read ({error})") from None
 
     try:
         config = content("params.json" if is_consolidated(folder) else "config.json")
@@ -95,6 +136,13 @@ def hugging_face_name(name: str) -> str:
     return f"{part}.weight" if match[1] is None else f"model.layers.{match[1]}.{part}.weight"
 
 
+def _check_header(gguf_file: Path) -> None:
+    """ValueError for a header that a reader without bounds would follow anywhere."""
+    with gguf_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if metadata.read(data, len(data)).tensors is None:
+            raise ValueError("its header goes on behind its end: it is damaged")
+
+
 def convert(gguf_file: Path, target: Path) -> None:
     """Writes a llama-shaped GGUF model as a Mistral checkpoint (bfloat16 safetensors, config, tokenizer); all or nothing.
 
@@ -109,6 +157,7 @@ def convert(gguf_file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".new", dir=target.parent))
     try:
+        _check_header(gguf_file)
         reader = gguf.GGUFReader(gguf_file)
 
         def value(key: str) -> Any:
@@ -157,6 +206,7 @@ def convert(gguf_file: Path, target: Path) -> None:
         config.save_pretrained(temporary)
         GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"]).save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
+        (temporary / RECORD).write_text(json.dumps(sets.describe(temporary, RECORD)), "utf-8")
         temporary.chmod(0o755)
         try:
             temporary.rename(target)

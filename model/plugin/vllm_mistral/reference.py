@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mistral_contract import untrusted
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
@@ -159,7 +160,7 @@ def parse_config(raw: dict[str, Any], consolidated: bool) -> ModelConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return untrusted.read_file(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except (TypeError, ValueError) as error:
@@ -170,7 +171,12 @@ def weight_files(folder: Path) -> tuple[list[Path], bool]:
     """The safetensors files of a folder, and whether they are Mistral's consolidated ones."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return sorted({folder / shard for shard in read_json(index).get("weight_map", {}).values()}), False
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+        ):
+            raise BadInput(f"{index}: weight_map should name a file of this folder for each weight")
+        return sorted({folder / shard for shard in shards.values()}), False
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"], False
     consolidated = sorted(folder.glob("consolidated*.safetensors"))

@@ -105,7 +105,8 @@ def text(result: Result) -> str:
         case Verified():
             lines = [_damage_line(damage.name, damage.what, damage.at) for damage in result.damages]
             lines += [f"{name}: the store promises only its size" for name in result.unproven]
-            right = len(result.files) - len(result.damages) - len(result.unproven)
+            wrong = [damage for damage in result.damages if damage.what != "unexpected"]
+            right = len(result.files) - len(wrong) - len(result.unproven)
             lines.append(f"{result.where}: {right} of {len(result.files)} files proven, {_size(result.bytes)} read")
             return "\n".join(lines)
         case Listed():
@@ -121,6 +122,8 @@ def text(result: Result) -> str:
 def _damage_line(name: str, what: str, at: tuple[int, ...]) -> str:
     if what == "missing":
         return f"{name}: missing"
+    if what == "unexpected":
+        return f"{name}: not in the manifest"
     where = f" (first in the range from byte {at[0]}; {len(at)} ranges)" if at else ""
     return f"{name}: wrong {what}{where}"
 

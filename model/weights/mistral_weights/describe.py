@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mistral_contract.safetensors import LARGEST_HEADER
+from mistral_contract.untrusted import MOST_BYTES
+
 from . import names
 from .address import parse
 from .errors import Kind, WeightsError
@@ -18,11 +21,9 @@ from .secrets import Secrets
 from .source import beginning, look
 from .stores import Opening, StoredFile, open_store
 
-LARGEST_DOCUMENT = 4 * 2**20
 BEGINNING = 4096  # of a document that is larger: tekken.json has its version there
 FIRST_READ = 256 * 1024
 GGUF_HEADER = 1 << 20
-LARGEST_HEADER = 100 * 10**6  # of safetensors: the format's own limit
 DOCUMENTS = (
     "config.json", "params.json", "adapter_config.json", "tokenizer_config.json", "tekken.json", "quantize_config.json", "quant_config.json",
     "hf_quant_config.json", "model.safetensors.index.json",
@@ -81,9 +82,7 @@ def describe(request: Describe, report: Report = silent) -> Described:
         small = [files[name] for name in DOCUMENTS if name in files]
         tensors = [file for name, file in files.items() if name.endswith((".safetensors", ".gguf"))]
         with ThreadPoolExecutor(max_workers=8) as workers:
-            documents = list(
-                workers.map(lambda file: read(file, LARGEST_DOCUMENT if file.size <= LARGEST_DOCUMENT else BEGINNING), small)
-            )
+            documents = list(workers.map(lambda file: read(file, MOST_BYTES if file.size <= MOST_BYTES else BEGINNING), small))
             headers = list(workers.map(lambda file: _header(file, read), tensors))
     manifest = source.manifest
     return Described(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from mistral_contract.untrusted import printable
+
 
 class Kind(Enum):
     """The kinds of failure; each has an exit code of its own."""
@@ -43,7 +45,7 @@ class WeightsError(Exception):
     """
 
     def __init__(self, kind: Kind, message: str, *, retry_after: float = 0.0) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))
         self.kind = kind
         self.retry_after = retry_after
 

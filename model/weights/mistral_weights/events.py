@@ -64,7 +64,15 @@ class Kept:
     why: str
 
 
-Event = Begun | Advanced | FileFinished | FileRestarted | Retrying | Waiting | Kept
+@dataclass(frozen=True)
+class SetAside:
+    """Files lay in a set that its manifest does not name; they were moved to the folder `where`, so that nothing loads them."""
+
+    names: tuple[str, ...]
+    where: str
+
+
+Event = Begun | Advanced | FileFinished | FileRestarted | Retrying | Waiting | Kept | SetAside
 Report = Callable[[Event], None]
 
 

@@ -29,7 +29,7 @@ from .transfer import Reader
 
 PIECE = 2**20
 LONGEST_HEAD = 64 * 1024
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:\d{1,19}|\*)")
 
 
 class Links:

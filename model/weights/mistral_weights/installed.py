@@ -9,17 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mistral_contract import sets, untrusted
+
 from . import manifest as manifests
 from . import names
 from .digests import blake3_of
-from .disk import page_aligned, write_whole
+from .disk import explained, page_aligned, write_whole
 from .errors import Kind, WeightsError
 from .manifest import Manifest, ManifestFile
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file: "missing", "size" or "content"; `at` are the first bytes of its wrong ranges."""
+    """What is wrong with a file: "missing", "size", "content" (`at` are the first bytes of its wrong ranges), or "unexpected".
+
+    Unexpected is what lies there and the manifest does not name.
+    """
 
     name: str
     what: str
@@ -49,9 +54,15 @@ def find(folder: Path) -> Installed | None:
         raise WeightsError(
             Kind.USAGE, f"{folder} is there, but is no set of weights (it has no {names.MANIFEST}); name another folder"
         )
-    manifest = manifests.read(path.read_bytes(), str(folder))
     try:
-        state = json.loads((folder / names.STATE).read_bytes())
+        data = untrusted.contents(path, names.LARGEST_INDEX)
+    except ValueError as error:
+        raise WeightsError(
+            Kind.DAMAGED, f"the manifest of {folder} cannot be read ({error}); pull or mirror the set again"
+        ) from None
+    manifest = manifests.read(data, str(folder))
+    try:
+        state = untrusted.read_file(folder / names.STATE, names.LARGEST_INDEX)
         stats, versions = dict(state["stats"]), dict(state["versions"])
         return Installed(folder, manifest, str(state["address"]), stats, versions)
     except (OSError, ValueError, KeyError, TypeError):
@@ -86,7 +97,10 @@ def damages(installed: Installed, full: bool, advance: Callable[[int], None] = l
             doubtful.append(file)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
         found = workers.map(lambda file: damage(installed.folder, file, installed.manifest.range_bytes, advance), doubtful)
-        return tuple(one for one in found if one)
+        wrong = tuple(one for one in found if one)
+    named = {file.name for file in installed.manifest.files}
+    with explained(installed.folder):
+        return wrong + tuple(Damage(name, "unexpected") for name in sets.unexpected(installed.folder, named))
 
 
 def damage(

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import untrusted
+
 from .digests import blake3_of
 from .disk import explained
 from .manifest import ManifestFile
+from .names import LARGEST_INDEX
 
 _NAME = "journal.jsonl"
 
@@ -82,7 +85,7 @@ class Journal:
             if checksum != _checksum(line):
                 continue  # torn or damaged: what it spoke of is fetched again
             try:
-                entry = json.loads(line)
+                entry = untrusted.read(line, LARGEST_INDEX)
                 if "range_bytes" in entry:
                     fits = entry["range_bytes"] == range_bytes
                 elif "void" in entry:

@@ -7,9 +7,11 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mistral_contract import untrusted
+
 from .digests import blake3_of
 from .errors import Kind, WeightsError
-from .names import check
+from .names import LARGEST_INDEX, check, no_twins
 
 SCHEMA = 1
 RANGE_BYTES = 8 * 2**20
@@ -66,7 +68,7 @@ def read(data: bytes, where: str) -> Manifest:
         return WeightsError(Kind.DAMAGED, f"the manifest of {where} {why}; pull or mirror the set again")
 
     try:
-        body = json.loads(data)
+        body = untrusted.read(data, LARGEST_INDEX)
         schema = body.pop("schema")
         if isinstance(schema, int) and schema > SCHEMA:
             raise WeightsError(
@@ -75,10 +77,13 @@ def read(data: bytes, where: str) -> Manifest:
         body.pop("blake3")
         files = tuple(ManifestFile(**{**file, "ranges": tuple(file["ranges"])}) for file in body.pop("files"))
         manifest = Manifest(**body, files=files)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except untrusted.NotRead as error:
+        raise broken(f"cannot be read ({error})") from None
+    except (KeyError, TypeError, AttributeError):
         raise broken("cannot be read") from None
     for file in manifest.files:
         check(str(file.name))
+    no_twins(str(file.name) for file in manifest.files)
     if not _well_formed(manifest) or render(manifest) != data:
         raise broken("is damaged")
     return manifest

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from fnmatch import fnmatch
+
+from mistral_contract import sets, untrusted
 
 from .errors import Kind, WeightsError
 
 MANIFEST = "mistral-weights.json"
-STATE = ".mistral-weights.state.json"
+STATE = sets.STATE
 UNFINISHED = "mistral-weights.unfinished"
 OWN = frozenset({MANIFEST, STATE, UNFINISHED})
 
@@ -28,6 +30,7 @@ _BESIDE = (  # what a server reads beside the weights
 )
 _NOT = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "optimizer*", "trainer_state.json")
 MOST_LISTED = 20
+LARGEST_INDEX = sets.LARGEST_MANIFEST
 _SHARD = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -72,6 +75,7 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
     Every name is checked first. Pickles, code and folders below the set are never among them.
     """
     every = sorted(check(name) for name in names)
+    no_twins(every)
     kinds = {name: kind_of(name) for name in every}
     there = set(kinds.values())
     if form == "auto":
@@ -84,15 +88,15 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
             )
         wanted = form or "safetensors or GGUF"
         raise WeightsError(Kind.NOT_FOUND, f"the source holds no {wanted} weights; look with `ls` at what it has")
-    files = [name for name in every if kinds[name] == "gguf"]
-    if form == "gguf" and (split := next((name for name in files if _SPLIT.search(name)), "")):
+    models = [name for name in every if kinds[name] == "gguf"]
+    if form == "gguf" and (split := next((name for name in models if _SPLIT.search(name)), "")):
         raise WeightsError(
             Kind.REFUSED, f"{split} is one part of a GGUF that was split; join the parts (llama-gguf-split --merge)"
         )
-    if form == "gguf" and len(files) > 1:
+    if form == "gguf" and len(models) > 1:
         raise WeightsError(
             Kind.REFUSED,
-            f"the source holds {len(files)} GGUF files ({listed(files)}), and one is served; add its name to the URI: .../{files[0]}",
+            f"the source holds {len(models)} GGUF files ({listed(models)}), and one is served; add its name to the URI: .../{models[0]}",
         )
     unwanted = set() if form == "consolidated" else {"params.json", "consolidated.safetensors.index.json"}
     if form != "safetensors":
@@ -119,9 +123,22 @@ def absent_shards(names: Iterable[str]) -> tuple[str, ...]:
 def missing_shards(index: bytes, names: Iterable[str]) -> tuple[str, ...]:
     """The shards that a `*.safetensors.index.json` speaks of and that are not among `names`."""
     try:
-        shards = set(json.loads(index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        shards = set(untrusted.read(index, LARGEST_INDEX)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f" ({error})" if isinstance(error, untrusted.NotRead) else ""
         raise WeightsError(
-            Kind.DAMAGED, "the index of the weights cannot be read; the source is damaged: mirror it again"
+            Kind.DAMAGED, f"the index of the weights cannot be read{why}; the source is damaged: mirror it again"
         ) from None
     return tuple(sorted(str(shard) for shard in shards - set(names)))
+
+
+def no_twins(names: Iterable[str]) -> None:
+    """WeightsError if two names are one file on some machine: in another case, or in another spelling of the same letters."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()), name)
+        if other != name:
+            raise WeightsError(
+                Kind.REFUSED,
+                f"the source has {other!r} and {name!r}, which are one file on some machines; do not use this source",
+            )

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TextIO
 
-from .events import Advanced, Begun, Event, FileFinished, FileRestarted, Kept, Report, Retrying, Waiting
+from .events import Advanced, Begun, Event, FileFinished, FileRestarted, Kept, Report, Retrying, SetAside, Waiting
+from .names import listed
 
 VERSION = 1  # of the lines of JSON
 LINE_SECONDS = 5.0
@@ -53,6 +54,8 @@ def sentence(event: Event) -> str:
             return f"waiting for {for_what}"
         case Kept(why):
             return f"what is there is used as it is: {why}"
+        case SetAside(names, where):
+            return f"{listed(names)} lay in the set, and its manifest does not name it: moved to {where}"
         case _:
             return ""
 
@@ -138,6 +141,7 @@ class _Events:
             Retrying: "retrying",
             Waiting: "waiting",
             Kept: "kept",
+            SetAside: "set_aside",
         }
         self._print({"event": names[type(event)], **asdict(event)})
 

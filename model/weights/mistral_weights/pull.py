@@ -15,7 +15,7 @@ from .address import Address, parse
 from .arrival import Wanted
 from .disk import explained, require_space, sync_folder, write_whole, written_so_far
 from .errors import Kind, WeightsError
-from .events import Advanced, Begun, FileFinished, FileRestarted, Kept, Report, silent
+from .events import Advanced, Begun, FileFinished, FileRestarted, Kept, Report, SetAside, silent
 from .http_reader import readers
 from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
 from .journal import Journal
@@ -86,6 +86,9 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), request.patience.lock, report):
         there = _there(folder, address, request)
+        if isinstance(there, tuple) and any(one.what == "unexpected" for one in there):
+            _set_aside(folder, [one.name for one in there if one.what == "unexpected"], report)
+            there = _there(folder, address, request)
         if isinstance(there, Pulled) and (not request.fresh or _is_fresh(request, address, folder, report)):
             return replace(there, seconds=time.monotonic() - begun)
         partial = folder.with_name(f".{folder.name}.partial")
@@ -158,6 +161,17 @@ def _refresh_state(installed: Installed) -> None:
     if stats != installed.stats:
         with suppress(WeightsError):  # a folder that we may only read: the next check hashes again
             write_state(installed)
+
+
+def _set_aside(folder: Path, unnamed: list[str], report: Report) -> None:
+    """Moves what the manifest does not name out of the set: nothing of it is loaded, and nothing is lost."""
+    aside = folder.with_name(f".{folder.name}.unexpected-{time.time_ns()}")
+    with explained(folder):
+        for name in unnamed:
+            target = aside / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(target)
+    report(SetAside(tuple(unnamed), str(aside)))
 
 
 def _withdraw(folder: Path, partial: Path, wrong: tuple[Damage, ...]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from mistral_contract import untrusted
 
 from .errors import Kind, WeightsError
 
@@ -27,7 +28,7 @@ class Secrets:
                 return ""
             time.sleep(0.2)
         try:
-            value = json.loads(self.path.read_text()).get(name) or ""
-        except (OSError, ValueError, AttributeError):
+            value = untrusted.read_file(self.path).get(name) or ""
+        except (OSError, ValueError):
             raise WeightsError(Kind.USAGE, f"{self.path} is not a readable JSON object; write the secrets again") from None
         return str(value)

@@ -15,7 +15,7 @@ from .reader import PlainReader
 from .retrying import tried
 from .stores import Contents, Store, StoredFile
 
-LARGEST_INDEX = 64 * 2**20
+LARGEST_FILE = 2**44
 POINTER, LARGEST_POINTER = b"version https://git-lfs", 1024  # what git keeps of a file that git-lfs has
 
 
@@ -40,8 +40,12 @@ def look(store: Store, address: Address, form: str, patience: Patience, report: 
     if address.file:
         contents = _only(contents, address.file)
     files = {file.name: file for file in contents.files}
-    for name in files:
-        names.check(name)
+    if len(files) != len(contents.files):
+        raise WeightsError(Kind.REFUSED, f"{where} lists a file twice; do not use this source")
+    for file in contents.files:
+        names.check(file.name)
+        if not 0 <= file.size <= LARGEST_FILE:
+            raise WeightsError(Kind.REFUSED, f"{file.name} at {where} has {file.size} bytes by its store; do not use this source")
     if names.MANIFEST in files:
         data = _whole(store, files[names.MANIFEST], patience, report)
         return _with_manifest(contents, files, manifests.read(data, where), address, form)
@@ -130,7 +134,7 @@ def _no_pointers(store: Store, where: str, files: list[StoredFile], patience: Pa
 
 
 def _whole(store: Store, file: StoredFile, patience: Patience, report: Report) -> bytes:
-    if file.size > LARGEST_INDEX:
+    if file.size > names.LARGEST_INDEX:
         raise WeightsError(Kind.REFUSED, f"{file.name} has {file.size} bytes, far too many; do not use this source")
 
     return beginning(store, file, file.size, patience, report)

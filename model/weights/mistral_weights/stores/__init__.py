@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..address import Address
 from ..errors import Kind, WeightsError
@@ -17,8 +18,19 @@ from ..secrets import Secrets
 # scheme -> module of this package; the extra of the distribution has the scheme's name
 STORES: dict[str, str] = {"hf": "hf", "s3": "s3", "gs": "gs", "az": "az", "file": "file", "pypi": "pypi"}
 
-
+T = TypeVar("T")
 Advance = Callable[[int], None]
+
+
+MOST_FILES = 100_000
+
+
+def bounded(entries: Iterable[T], where: str) -> list[T]:
+    """The entries of a listing; WeightsError if it goes on and on."""
+    found = list(islice(entries, MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise WeightsError(Kind.REFUSED, f"{where} holds more than {MOST_FILES} files; name the folder with the weights")
+    return found
 
 
 def unheard(size: int) -> None:

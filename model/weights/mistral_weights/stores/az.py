@@ -29,7 +29,7 @@ from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
 from ..status import LET_IT_BE, changed, meaning, too_large
-from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
+from . import Advance, Contents, Found, Link, Opening, StoredFile, bounded, unheard
 
 LINK_SECONDS = 3600
 UPLOAD_BLOCK = 32 * 2**20
@@ -51,7 +51,7 @@ class AzureStore:
 
     def list(self) -> Contents:
         with self._explained(str(self.address)):
-            found = list(self._client.list_blobs(name_starts_with=self.below or None))
+            found = bounded(self._client.list_blobs(name_starts_with=self.below or None), str(self.address))
         if not found:
             raise WeightsError(Kind.NOT_FOUND, f"there is nothing at {self.address}; check container and prefix")
         files = tuple(

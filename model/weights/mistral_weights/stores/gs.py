@@ -25,7 +25,7 @@ from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
 from ..status import changed, meaning, too_large
-from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
+from . import Advance, Contents, Found, Link, Opening, StoredFile, bounded, unheard
 
 _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_write",)
 
@@ -45,7 +45,8 @@ class GcsStore:
 
     def list(self) -> Contents:
         with self._explained(str(self.address)):
-            found = list(self._client().list_blobs(self.address.root, prefix=self.below, timeout=self.timeout, retry=None))
+            blobs = self._client().list_blobs(self.address.root, prefix=self.below, timeout=self.timeout, retry=None)
+            found = bounded(blobs, str(self.address))
         if not found:
             raise WeightsError(Kind.NOT_FOUND, f"there is nothing at {self.address}; check bucket and prefix")
         files = tuple(
@@ -57,7 +58,9 @@ class GcsStore:
 
     def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
         with self._explained(file.name):
-            yield self._blob(file.name).download_as_bytes(
+            sink = _Room(stop - start, file.name)
+            self._blob(file.name).download_to_file(
+                sink,
                 start=start,
                 end=stop - 1,
                 raw_download=True,
@@ -66,6 +69,7 @@ class GcsStore:
                 timeout=self.timeout,
                 retry=None,
             )
+            yield bytes(sink.data)
 
     def link(self, file: StoredFile) -> Link | None:
         base = self._emulator or "https://storage.googleapis.com"
@@ -186,6 +190,22 @@ class _Heard:
 
     def tell(self) -> int:
         return self._source.tell()
+
+
+class _Room:
+    """A file that takes so many bytes of an answer, and ends one that goes on."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size, self._name, self.data = size, name, bytearray()
+
+    def write(self, piece: bytes) -> int:
+        if len(self.data) + len(piece) > self._size:
+            raise WeightsError(Kind.UNREACHABLE, f"the store sent more of {self._name} than was asked for; try again")
+        self.data += piece
+        return len(piece)
+
+    def tell(self) -> int:
+        return len(self.data)
 
 
 def _promises(blob: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
 from ..status import LET_IT_BE, meaning
-from . import Advance, Contents, Link, Opening, StoredFile, unheard
+from . import Advance, Contents, Link, Opening, StoredFile, bounded, unheard
 
 _HTTP_ERROR: type[Exception] = hub.HfHubHTTPError.__mro__[1]  # the HTTP library's own base; it differs by hub version
 
@@ -39,11 +39,8 @@ class HubStore:
             wanted = self.address.revision or None
             info = self.api.model_info(self.address.root, revision=wanted, timeout=self.timeout)
             self.commit = str(info.sha)
-            entries = [
-                entry
-                for entry in self.api.list_repo_tree(self.address.root, recursive=True, revision=self.commit)
-                if isinstance(entry, RepoFile)
-            ]
+            tree = self.api.list_repo_tree(self.address.root, recursive=True, revision=self.commit)
+            entries = [entry for entry in bounded(tree, str(self.address)) if isinstance(entry, RepoFile)]
         below = f"{self.address.path}/" if self.address.path else ""
         files = tuple(
             StoredFile(entry.path.removeprefix(below), entry.size, _version(entry), _promises(entry))
@@ -66,7 +63,7 @@ class HubStore:
                 got = answer.headers.get("content-range", "")
                 if answer.status_code == 206 and not got.startswith(f"bytes {start}-{stop - 1}/"):
                     raise _another_range(file)
-                yield from answer.iter_bytes()
+                yield from answer.iter_raw()  # as it came: nothing is unpacked
 
     def link(self, file: StoredFile) -> Link | None:
         """Where the hub sends us for this file; its own token goes to the hub only."""
@@ -127,6 +124,10 @@ class HubStore:
             raise WeightsError(
                 Kind.UNREACHABLE,
                 f"{what}: {self.endpoint} cannot be reached ({type(error).__name__}); check the network",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of what should be the hub's JSON
+            raise WeightsError(
+                Kind.UNREACHABLE, f"{what}: {self.endpoint} answers like no hub ({type(error).__name__}); check HF_ENDPOINT"
             ) from error
 
 

@@ -26,7 +26,7 @@ from ..address import Address
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
 from ..status import LET_IT_BE, changed, meaning, too_large
-from . import Advance, Contents, Found, Link, Opening, StoredFile, unheard
+from . import Advance, Contents, Found, Link, Opening, StoredFile, bounded, unheard
 
 LINK_SECONDS = 3600
 PIECE = 2**20
@@ -50,7 +50,7 @@ class S3Store:
     def list(self) -> Contents:
         with self._explained(str(self.address)):
             pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=self.address.root, Prefix=self.below)
-            found = [entry for page in pages for entry in page.get("Contents", ())]
+            found = bounded((entry for page in pages for entry in page.get("Contents", ())), str(self.address))
         if not found:
             raise WeightsError(Kind.NOT_FOUND, f"there is nothing at {self.address}; check bucket and prefix")
         files = tuple(
