@@ -29,7 +29,7 @@ Output = Annotated[Form, typer.Option("-o", "--output", help="text, json or yaml
 def known_names(incomplete: str) -> list[str]:
     from mistralctl import state
 
-    return [name for name in state.names() if name.startswith(incomplete)]
+    return [name for name in state.names() if name.startswith(incomplete) and state.is_name(name)]
 
 
 DeployedName = Annotated[str, typer.Argument(metavar="NAME", help="name of a deployment", autocompletion=known_names)]

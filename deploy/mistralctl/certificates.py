@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistralctl import state
+from mistralctl import own_files, state
 from mistralctl.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def context(name: str) -> ssl.SSLContext:
     found = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     found.minimum_version = ssl.TLSVersion.TLSv1_2
     found.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    own_files.require(server_file(name))
     try:
         found.load_verify_locations(server_file(name))
     except (OSError, ssl.SSLError) as error:

@@ -105,7 +105,10 @@ def down(
     """Take deployments away and make sure that they are gone."""
     from mistralctl.commands import down as down_command
 
-    say(down_command.run(names or [], everything=everything), output, "down_text")
+    done, failures = down_command.run(names or [], everything=everything)
+    if done or not failures:
+        say(done, output, "down_text")
+    down_command.check(failures)
 
 
 @app.command()
@@ -120,7 +123,9 @@ def status(
     from mistralctl.commands import status as status_command
 
     with uncollected():
-        say(status_command.run(name), output, "status_text")
+        found = status_command.run(name)
+    say(found, output, "status_text")
+    status_command.check(found)
 
 
 @app.command(epilog="Example: mistralctl logs smollm2-135m-instruct -f")

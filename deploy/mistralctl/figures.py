@@ -9,7 +9,7 @@ from typing import Any
 
 from mistral_contract import figures, files
 
-from mistralctl import runtime, state
+from mistralctl import own_files, runtime, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
@@ -23,7 +23,7 @@ def known(model: str) -> list[dict[str, Any]]:
     found = []
     for path in sorted(_folder().glob("*.json")):
         try:
-            one = figures.read(path.read_text("utf-8"), path.stem)
+            one = figures.read(own_files.read(path), path.stem)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it", Exit.CONFLICT) from error
         if one.get("model") == model:

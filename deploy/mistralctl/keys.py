@@ -11,7 +11,7 @@ from mistral_contract import files
 from mistral_contract import keys as contract
 from mistral_contract.keys import Key, Keys
 
-from mistralctl import state
+from mistralctl import own_files, state
 from mistralctl.errors import Exit, UserError
 
 OWN = "own"  # the name of the key that `up` makes
@@ -26,7 +26,7 @@ def file(name: str) -> Path:
 def known(name: str) -> Keys:
     """The keys as this laptop last knew them; UserError if the file is damaged."""
     try:
-        return contract.read(file(name).read_text("utf-8"))
+        return contract.read(own_files.read(file(name)))
     except FileNotFoundError:
         return Keys()
     except ValueError as error:

@@ -154,8 +154,14 @@ def up_text(result: UpResult) -> str:
 
 def down_text(results: list[DownResult]) -> str:
     """One line a name."""
-    words = {"up": "is down", "down": "was down already"}
-    return "\n".join(f"{result.name} {words[result.was]}" for result in results) or "nothing is known, nothing to do"
+    words = {"up": "is down", "down": "was down already", "damaged": "is down"}
+    return (
+        "\n".join(
+            f"{result.name} {words[result.was]}{f'; its record was damaged and is kept as {result.kept}' if result.kept else ''}"
+            for result in results
+        )
+        or "nothing is known, nothing to do"
+    )
 
 
 def _minutes(value: float | None) -> str:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistralctl import state
+from mistralctl import own_files, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.tasks import digest, owner_label
@@ -29,7 +29,7 @@ def current(environ: Mapping[str, str]) -> str:
         return digest(given)
     path = state.home(environ) / FILE
     try:
-        found = path.read_text("ascii").strip()
+        found = own_files.read(path).strip()
     except (FileNotFoundError, NotADirectoryError):
         return former()
     except (OSError, ValueError) as error:

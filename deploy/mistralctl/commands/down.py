@@ -7,42 +7,74 @@ from dataclasses import dataclass
 
 from mistralctl import apply, lifecycle, runtime, state
 from mistralctl.commands import receipt
-from mistralctl.errors import Exit, UserError
+from mistralctl.errors import UserError
+from mistralctl.runtime import leftovers
+from mistralctl.state import Record, Unreadable
+
+LOCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class DownResult:
-    """A deployment that is gone: `was` is `up` or `down`."""
+    """A deployment that is gone: `was` is `up` or `down`, or `damaged` where its record could not be read; that is kept in `kept`."""
 
     name: str
     was: str
+    kept: str = ""
 
 
 def _one(name: str) -> DownResult:
-    from filelock import FileLock, Timeout
-
-    state.known(name)
-    try:
-        with FileLock(state.folder(name) / "lock", timeout=60):
+    with state.locked(name, "down", seconds=LOCK_SECONDS):
+        try:
             record = state.known(name)
-            where = runtime.of(record.cloud)
-            there = apply.down(lifecycle.take_down(record, where.observe(record, None)), where, record)
-            return DownResult(name, "up" if there else "down")
-    except Timeout:
-        raise UserError(f"{name} is being brought up; press Ctrl-C there, then run down again", Exit.CONFLICT) from None
+        except Unreadable as error:
+            return _unreadable(name, error)
+        return DownResult(name, "up" if _take_down(record) else "down")
 
 
-def run(names: Sequence[str], *, everything: bool) -> list[DownResult]:
-    """Takes the named deployments away (or all that are known), one after the other."""
+def _take_down(record: Record) -> bool:
+    where = runtime.of(record.cloud)
+    return apply.down(lifecycle.take_down(record, where.observe(record, None)), where, record)
+
+
+def _unreadable(name: str, error: Unreadable) -> DownResult:
+    """Take away what a deployment's name alone says; its record is kept beside the new one."""
+    if error.state == "newer" or not state.is_name(name):
+        raise error
+    there, left = leftovers.take_down(name, error)
+    kept = state.set_aside(name)
+    state.save(left)
+    return DownResult(name, "damaged" if there else "down", str(kept))
+
+
+def check(failures: Sequence[UserError]) -> None:
+    """UserError if something could not be taken away."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise UserError(
+            "; ".join(map(str, failures)), failures[0].code, "\n".join(one.details for one in failures if one.details)
+        )
+
+
+def run(names: Sequence[str], *, everything: bool) -> tuple[list[DownResult], list[UserError]]:
+    """Takes the named deployments away (or all that are known), one after the other; what went wrong with one stops no other."""
     if everything and names:
         raise UserError("--all: names are given as well; leave one of the two out")
     if not everything and not names:
         raise UserError("NAME: none is given; name a deployment or say --all (mistralctl status lists them)")
     wanted = state.names() if everything else list(dict.fromkeys(names))
+    done: list[DownResult] = []
+    failures: list[UserError] = []
     for name in wanted:
-        state.known(name)
-    done = []
+        try:
+            state.known(name)
+        except Unreadable:
+            continue
     for name in wanted:
-        done.append(_one(name))
-        receipt.close(name)
-    return done
+        try:
+            done.append(_one(name))
+            receipt.close(name)
+        except UserError as error:
+            failures.append(error)
+    return done, failures

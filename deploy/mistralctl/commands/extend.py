@@ -74,12 +74,7 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
 
 def run(name: str, by: str) -> Extended:
     """Puts the end of a deployment's life off by a duration such as `2h`; UserError if it does not run or never ends."""
-    from filelock import FileLock, Timeout
-
     minutes = _minutes(by)
     tasks.kind(state.known(name).kind).require_endpoint(name)
-    try:
-        with FileLock(state.folder(name) / "lock", timeout=0):
-            return _extend(state.known(name), by, minutes)
-    except Timeout:
-        raise UserError(f"{name} is being brought up or down; wait for that to end", Exit.CONFLICT) from None
+    with state.locked(name, "extend"):
+        return _extend(state.known(name), by, minutes)

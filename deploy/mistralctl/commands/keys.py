@@ -161,14 +161,9 @@ def _one(found: Keys, wanted: str, name: str) -> Key:
 @contextmanager
 def _alone(name: str) -> Iterator[Record]:
     """The record of a deployment that nobody else on this laptop changes meanwhile."""
-    from filelock import FileLock, Timeout
-
     state.known(name)
-    try:
-        with FileLock(state.folder(name) / "lock", timeout=0):
-            yield state.known(name)
-    except Timeout:
-        raise UserError(f"{name} is being brought up or down; wait for that to end", Exit.CONFLICT) from None
+    with state.locked(name, "keys"):
+        yield state.known(name)
 
 
 def run(name: str) -> KeyList:

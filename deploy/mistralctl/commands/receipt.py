@@ -6,14 +6,14 @@ import importlib.metadata
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mistral_contract import files
 
 import mistralctl
-from mistralctl import runtime, state
+from mistralctl import own_files, runtime, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import facts
 from mistralctl.state import Record
@@ -111,16 +111,34 @@ def write(record: Record) -> Receipt:
     return receipt
 
 
-def _read(name: str) -> Receipt | None:
+def _data(name: str) -> dict[str, Any] | None:
+    """What a receipt holds, also of a newer version."""
     try:
-        data = json.loads(path(name).read_text("utf-8"))
-        data["files"] = tuple(WeightsFile(**file) for file in data["files"])
-        data["flags"], data["phases"] = tuple(data["flags"]), tuple(data["phases"])
-        return Receipt(**data)
+        found = json.loads(own_files.read(path(name)))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path(name)} is damaged ({error}); delete it", Exit.CONFLICT) from error
+
+
+def _read(name: str) -> Receipt | None:
+    from pydantic import TypeAdapter
+
+    if (data := _data(name)) is None:
+        return None
+    if type(data.get("schema")) is int and data["schema"] > SCHEMA:
+        raise UserError(
+            f"{path(name)} was made by a newer version of mistralctl (schema {data['schema']}); use that version, or upgrade",
+            Exit.CONFLICT,
+        )
+    try:
+        known = {field.name: data[field.name] for field in fields(Receipt) if field.name in data}
+        return TypeAdapter(Receipt).validate_json(json.dumps(known, allow_nan=False), strict=True)
+    except ValueError as error:
+        raise UserError(f"{path(name)} is damaged ({state.first_problem(error)}); delete it", Exit.CONFLICT) from error
 
 
 def canary(name: str) -> dict[str, Any]:
@@ -133,9 +151,9 @@ def canary(name: str) -> dict[str, Any]:
 
 def close(name: str) -> None:
     """Notes the end of a deployment in its receipt, if it has an open one."""
-    receipt = _read(name)
-    if receipt is not None and receipt.down_at is None:
-        _save(replace(receipt, down_at=round(time.time(), 1)))
+    data = _data(name)
+    if data is not None and data.get("down_at") is None:
+        state.write_private(path(name), json.dumps(data | {"down_at": round(time.time(), 1)}, indent=1) + "\n")
 
 
 def run(name: str) -> Receipt:

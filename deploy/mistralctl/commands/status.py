@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 
 from mistralctl import owners, processes, readiness, runtime, state, sweep, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
-from mistralctl.errors import UserError
+from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import local, rented
 from mistralctl.state import Record
 from mistralctl.tasks import env
@@ -46,7 +47,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Status:
-    """A deployment now. `state` is `up`, `starting`, `stopped`, `failed`, `down`, or `lost` (it ended without `down`).
+    """A deployment now. `state` is `up`, `starting`, `stopped`, `failed`, `down`, or `lost` (it ended without `down`); `damaged` or `newer` where
+    its record cannot be read.
 
     `idle_left` and `ttl_left` are minutes; None where there is no limit or nothing runs. `launcher` is its status.json.
     `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine.
@@ -80,8 +82,22 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> 
     return _left(env(record.task, "ttl_minutes"), since)
 
 
+def _sound(found: Any) -> dict[str, Any] | None:
+    """A launcher's status.json without what is of another type than a launcher writes; None if it is no object."""
+    if not isinstance(found, dict):
+        return None
+    objects = ("error", "requests", "restarts", "isolation", "engine", "canary")
+    numbers = ("ends_at", "ready_at", "started_at")
+    wrong = {name for name in objects if not isinstance(found.get(name), dict)}
+    wrong |= {name for name in numbers if type(found.get(name)) not in (int, float) or not math.isfinite(found[name])}
+    last = (found.get("requests") or {}).get("last_at") if "requests" not in wrong else None
+    if last is not None and type(last) not in (int, float):
+        wrong.add("requests")
+    return {name: None if name in wrong else value for name, value in found.items()}
+
+
 def _here(record: Record) -> Status:
-    launcher = local.read_status(record.run_dir)
+    launcher = _sound(local.read_status(record.run_dir))
     living = processes.alive(record) or bool(processes.servers(record))
     now: str = record.state
     why = ""
@@ -163,7 +179,7 @@ def _node(record: Record, *, shared: bool = False) -> Node:
         found = json.loads(text)
     except ValueError:
         return Node()
-    launcher = found if isinstance(found, dict) else None
+    launcher = _sound(found)
     return Node(launcher, "", (launcher or {}).get("state") == "ready" and readiness.answers(record))
 
 
@@ -223,11 +239,22 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     )  # fmt: skip
 
 
+def check(found: Sequence[Status]) -> None:
+    """UserError if a record could not be read."""
+    if unreadable := [one.why for one in found if one.state in ("damaged", "newer")]:
+        raise UserError("; ".join(unreadable), Exit.CONFLICT)
+
+
 def run(name: str | None) -> list[Status]:
-    """One deployment, or all that are known; the clouds are asked once for all of them."""
+    """One deployment, or all that are known; the clouds are asked once for all of them. What cannot be read is a row, and stops no other."""
+    records, unreadable = ([state.known(name)], {}) if name is not None else state.every()
+    rows = [Status(one, error.state, "", "", None, None, None, None, str(error), None) for one, error in unreadable.items()]
+    return sorted([*_read(records), *rows], key=lambda one: one.name)
+
+
+def _read(records: Sequence[Record]) -> list[Status]:
     from mistralctl.runtime import ssh
 
-    records = [state.known(one) for one in ([name] if name is not None else state.names())]
     with ThreadPoolExecutor(AT_ONCE) as pool, ThreadPoolExecutor(EARLY) as few:
         asked = pool.submit(_machines, records)
         # Those that have a tunnel most likely have a machine, which can be asked while the clouds still are.

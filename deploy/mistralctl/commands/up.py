@@ -109,8 +109,8 @@ def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
 
 
 def _others_ports(name: str) -> set[int]:
-    records = (state.read(other) for other in state.names() if other != name)
-    return {record.port for record in records if record is not None and record.state != "down" and not record.public}
+    records = (record for record in state.every()[0] if record.name != name)
+    return {record.port for record in records if record.state != "down" and not record.public}
 
 
 @dataclass(frozen=True)
@@ -215,20 +215,13 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
 
     `offline`: neither the hub nor the clouds' quotas are asked before anything is rented. `key_file` holds a key that the user brings.
     """
-    from filelock import FileLock, Timeout
-
     system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
     for line in plan.caveats:
         talk.note(line)
     if not offline:
         plan = replace(plan, lora_versions=adapters.asked(plan, talk.note))
-    folder = state.folder(plan.name)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            old = state.read(plan.name)
-            keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
-            return _bring_up(sourced, plan, talk, offline=offline)
-    except Timeout:
-        raise UserError(f"{plan.name} is being brought up or down already; wait for that to end", Exit.CONFLICT) from None
+    with state.locked(plan.name, "up"):
+        old = state.read(plan.name)
+        keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
+        return _bring_up(sourced, plan, talk, offline=offline)

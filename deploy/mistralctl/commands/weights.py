@@ -105,7 +105,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
             raise UserError(str(error), Exit.WEIGHTS, error.details) from error
         except KeyboardInterrupt:
             raise _interrupted(spec.name) from None
-    down.run([spec.name], everything=False)
+    down.check(down.run([spec.name], everything=False)[1])
     [seconds] = [phase.seconds for phase in phases.durations(job.events) if phase.phase == "weights"]
     return Mirrored(spec.source, spec.target, record.cloud, seconds)
 

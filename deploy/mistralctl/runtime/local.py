@@ -15,7 +15,7 @@ from typing import Any
 
 from mistral_contract import files
 
-from mistralctl import endpoint, processes, readiness, state
+from mistralctl import endpoint, own_files, processes, readiness, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.lifecycle import Observed
@@ -130,6 +130,16 @@ def place_files(task: Task) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".venv", "*.egg-info"))
 
 
+def node_folders(record: Record) -> list[Path]:
+    """What a server on this machine is made of: its environment, its weights, its own folder."""
+    node_dir, task = Path(record.node_dir), record.task
+    return [
+        node_dir / files.ENVIRONMENTS.name / env(task, "env_id"),
+        node_dir / files.WEIGHTS.name / env(task, "weights_id"),
+        record.run_dir,
+    ]
+
+
 def check_disk(task: Task, weights_bytes: int) -> None:
     """UserError when the disk cannot hold what is still missing."""
     node_dir = Path(env(task, "node_dir"))
@@ -189,7 +199,9 @@ class Local:
         return Observed("up", jobs, answers, interrupted=bool(jobs) and not (leads and one.state == "up"), beside=True)
 
     def check(self, attempt: Attempt) -> None:
-        """UserError when the disk cannot hold what is still missing."""
+        """UserError when another user could have written what is run here, or the disk cannot hold what is still missing."""
+        for folder in node_folders(attempt.record):
+            own_files.require(folder)
         check_disk(attempt.record.task, attempt.disk_bytes)
 
     def start(self, attempt: Attempt) -> Session:
@@ -208,7 +220,7 @@ class Local:
     def _set_up(self, attempt: Attempt, keep: Callable[[Record], None]) -> Progress:
         """Bring environment and weights; `keep` is told the session as soon as it exists, so that whoever comes later can end it."""
         log, progress, task = _log(attempt.record.name), Progress(attempt.on_phase), attempt.record.task
-        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        own_files.folder(log.parent)
         log.write_bytes(b"")
         place_files(task)
         file = _run_dir(task) / files.SECRETS.name

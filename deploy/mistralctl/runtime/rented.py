@@ -194,7 +194,7 @@ class Rented:
 
     def cluster(self, name: str) -> str:
         """Return SkyPilot's name of a deployment's machine, apart from the user's own clusters."""
-        return f"mctl-{name}"
+        return f"{state.CLUSTER}{name}"
 
     def observe(self, record: Record | None, wanted: Record | None) -> Observed:
         """Return what is there. While an interrupted launch may be at work nobody is asked: its end comes first."""

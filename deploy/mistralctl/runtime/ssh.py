@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mistral_contract import files
 
-from mistralctl import processes, state, tasks
+from mistralctl import own_files, processes, state, tasks
 from mistralctl.errors import Exit, UserError
 
 HOST = "node"
@@ -118,6 +118,8 @@ def command(name: str, *arguments: str) -> list[str]:
     """`ssh` to the node of a deployment, which takes a host key that is not known only from a machine that has none; UserError without one."""
     if not config_file(name).exists():
         raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
+    for file in (config_file(name), known_hosts(name)):  # it may name a command to run
+        own_files.require(file)
     first = () if _is_known(name) else FIRST
     return ["ssh", "-F", str(config_file(name)), *first, *arguments]
 

@@ -1,0 +1,112 @@
+"""Files that are this user's own: written as a whole, read only where nobody else can have written them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from mistralctl.errors import Exit, UserError
+
+LARGEST = 1 << 26  # none of our files comes near
+
+
+def problem(path: Path, found: os.stat_result, *, shut: bool = False) -> str:
+    """Why another user could have written a file or folder, with the command that mends it; empty if none could.
+
+    A group may write a folder where it cannot come to it (`shut`: a folder above is closed to it), or where it has one user alone, as distributions
+    make it that let new files be written by the group.
+    """
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{path} belongs to another user (uid {found.st_uid}), so its content is not trusted; run: chown $(id -u) {path}, or remove it"
+    loose = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    folder, sticky = stat.S_ISDIR(found.st_mode), found.st_mode & stat.S_ISVTX  # as /tmp: what is in it keeps its owner
+    if folder and (sticky or (loose == stat.S_IWGRP and (shut or _is_private(found)))):
+        return ""
+    if loose:
+        mode = stat.S_IMODE(found.st_mode)
+        return f"{path} can be written by other users (mode {mode:04o}), so its content is not trusted; run: chmod go-w {path}"
+    return ""
+
+
+def _is_private(found: os.stat_result) -> bool:
+    """Whether the group of a folder is its owner's alone."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(found.st_uid), grp.getgrgid(found.st_gid)
+    except KeyError:
+        return False
+    alone = set(group.gr_mem) <= {user.pw_name}
+    return bool(found.st_uid) and user.pw_gid == found.st_gid and user.pw_name == group.gr_name and alone
+
+
+def require(path: Path) -> None:
+    """UserError if another user could have written what is there, or could put something else in its place. Nothing there is no error."""
+    shut = False
+    for one in (*reversed(path.parents), path):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = one.stat()
+            if why := problem(one, found, shut=shut):
+                raise UserError(why, Exit.MACHINE)
+            shut = shut or not found.st_mode & stat.S_IXGRP
+
+
+def folder(path: Path) -> Path:
+    """Make a folder that only the user can enter, with those above it; UserError if it is there and another user may write it."""
+    for one in reversed((path, *path.parents)):
+        if not one.exists():
+            with suppress(FileExistsError):
+                one.mkdir(mode=0o700)
+    require(path)
+    return path
+
+
+def read(path: Path) -> str:
+    """The text of a file; FileNotFoundError if there is none, UserError if it is none of our own, or no regular file of text."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to nothing; remove it", Exit.CONFLICT) from None
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct that, or remove it", Exit.CONFLICT) from None
+    try:
+        found = os.fstat(handle)
+        if why := problem(path, found):
+            raise UserError(why, Exit.MACHINE)
+        require(path.parent)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            what = f"is larger than {LARGEST >> 20} MiB" if stat.S_ISREG(found.st_mode) else "is no file"
+            raise UserError(f"{path} {what}; remove it", Exit.CONFLICT)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged (it is no text); remove it", Exit.CONFLICT) from None
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file as a whole, on the disk when this returns; nobody but the user can read it at any moment."""
+    folder(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # a file system that keeps no folders
+        entry = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
