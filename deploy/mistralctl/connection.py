@@ -49,11 +49,11 @@ def options(record: Record) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def status(record: Record, path: str, seconds: float) -> int | None:
-    """The status that a GET with the deployment's own key has; None if nobody answers."""
+def status(record: Record, path: str, seconds: float, key: str = "") -> int | None:
+    """The status that a GET with a key has, the deployment's own if none is given; None if nobody answers."""
     try:
         with closing(plain(record, seconds)) as one:
-            one.request("GET", path, headers={"Authorization": f"Bearer {state.api_key(record.name)}"})
+            one.request("GET", path, headers={"Authorization": f"Bearer {key or state.api_key(record.name)}"})
             return one.getresponse().status
     except (OSError, http.client.HTTPException, UserError):
         return None

@@ -84,7 +84,7 @@ def plan_text(plan: Plan) -> str:
         lines += ["", "refused:"]
         lines += [f"  {option.cloud} {option.label}: {option.reason}" for option in plan.refused]
     if plan.rights:
-        lines += ["", "reading the weights:", *(f"  {right.line}" for right in plan.rights)]
+        lines += ["", "reading buckets:", *(f"  {right.line}" for right in plan.rights)]
     if plan.quotas:
         lines += ["", "quotas:", *(f"  {line}" for line in quotas.table(plan.quotas))]
         lines += [f"  ask for more: {page}" for page in dict.fromkeys(q.page for q in plan.quotas if q.enough is False)]
@@ -155,13 +155,11 @@ def up_text(result: UpResult) -> str:
 def down_text(results: list[DownResult]) -> str:
     """One line a name."""
     words = {"up": "is down", "down": "was down already", "damaged": "is down"}
-    return (
-        "\n".join(
-            f"{result.name} {words[result.was]}{f'; its record was damaged and is kept as {result.kept}' if result.kept else ''}"
-            for result in results
-        )
-        or "nothing is known, nothing to do"
-    )
+    lines = []
+    for result in results:
+        kept = f"its record was damaged and is kept as {result.kept}" if result.kept else ""
+        lines.append("; ".join(filter(None, (f"{result.name} {words[result.was]}", kept, result.left))))
+    return "\n".join(lines) or "nothing is known, nothing to do"
 
 
 def _minutes(value: float | None) -> str:
@@ -185,6 +183,10 @@ def status_text(results: list[Status]) -> str:
     for r in results:
         if (restarts := (r.launcher or {}).get("restarts") or {}).get("count"):
             lines.append(f"{r.name}: restart {restarts['count']} of {restarts['of']}, because {restarts['why']}")
+        if (source := (r.launcher or {}).get("keys") or {}).get("problem"):
+            lines.append(
+                f"{r.name}: its keys are not followed since {_moment(source['since'])}, and those in force stay: {source['problem']}"
+            )
         if why := ((r.launcher or {}).get("isolation") or {}).get("why"):
             lines.append(f"{r.name}: vLLM is less apart from the rest of its machine than it should be: {why}")
     for launcher in (r.launcher or {} for r in results if len(results) == 1):
@@ -302,7 +304,7 @@ def keys_text(result: KeyList) -> str:
              *("-" if one is None else str(one) for one in (*limits, *counts))]
         )  # fmt: skip
     note = "*: this laptop's own" if any(row.own for row in result.keys) else ""
-    asked = "" if result.live else f"{result.name} is not up; these are the keys of its next up"
+    asked = "" if result.live else f"{result.name} {result.why or 'is not up; these are the keys of its next up'}"
     return "\n".join([table(head, rows), *filter(None, (note, asked))])
 
 

@@ -61,7 +61,7 @@ class Option:
 class Plan:
     """What would run where. `options` fit, cheapest first, and all go into the task; `refused` say why they do not.
 
-    `rights` say what the node's role needs to read weights and adapters that lie in buckets, one for each cloud of the options;
+    `rights` say what the node's role needs to read weights, adapters and keys that lie in buckets, one for each cloud of the options;
     `quotas` are there only when the clouds were asked for them; `endpoints` are the clouds' own variables for those buckets that
     another server than the cloud's answers for. `lora_versions` say what each adapter holds, as far as this machine knows.
     """
@@ -166,6 +166,9 @@ def _check_images(sourced: Sourced) -> None:
 def _check_places(sourced: Sourced) -> None:
     _check_public(sourced)
     spec = sourced.spec
+    if spec.keys_uri and spec.keys_uri.startswith("file://") and spec.cloud != (LOCAL,):
+        raise UserError(f"{sourced.place('keys_uri')}: {spec.keys_uri} is a file of this machine, which a node in a cloud cannot read; "
+                        "name an object in a bucket")  # fmt: skip
     named = [
         field
         for field in ("region", "zone", "accelerators", "image", "disk_tier", "max_price")
@@ -519,6 +522,10 @@ def make(
         ttl_minutes=minutes(spec.ttl),
         options=tuple(fitting),
         refused=tuple(refused),
-        rights=tuple(rights((weights, *spec.lora.values()), (option.cloud for option in fitting), endpoints)),
+        rights=tuple(
+            rights(
+                (weights, *spec.lora.values(), *filter(None, [spec.keys_uri])), (option.cloud for option in fitting), endpoints
+            )
+        ),
         endpoints=endpoints,
     )

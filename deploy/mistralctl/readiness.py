@@ -26,9 +26,9 @@ def complete(record: Record, *, seconds: float = 300) -> str:
     return text
 
 
-def answers(record: Record) -> bool:
-    """Whether a server of ours takes this deployment's key now, without asking the model."""
-    return connection.status(record, "/v1/models", 5) == 200
+def answers(record: Record, key: str = "") -> bool:
+    """Whether a server of ours takes this deployment's key now, or the one that is given, without asking the model."""
+    return connection.status(record, "/v1/models", 5, key) == 200
 
 
 def reached(record: Record) -> bool:

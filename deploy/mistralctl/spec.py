@@ -6,6 +6,7 @@ import ipaddress
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from mistral_contract import files
 from mistral_contract.suggest import suggest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -22,6 +23,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DiskTier = Literal["low", "medium", "high", "best"]
 Quantization = Literal["fp8", "awq", "gptq", "compressed-tensors"]
 
+KEYS_OBJECT = f"s3://bucket/{files.KEYS_FILE.name}"
 NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/prefix", "az": "account/container/prefix",
           "file": "/folder", "pypi": "package@version/file"}  # fmt: skip
@@ -161,6 +163,17 @@ def _served_model_name(value: str) -> str:
     return value
 
 
+def _keys_uri(value: str) -> str:
+    check_uri(value)
+    scheme, _, path = value.partition("://")
+    known = [name for name in STORES if name not in ("hf", "pypi")]
+    if scheme not in known:
+        raise ValueError(f"{value!r} cannot hold keys, which change; use one of {', '.join(f'{name}://' for name in known)}")
+    if not path.endswith(".json") or path.count("/") < {"az": 2}.get(scheme, 1):
+        raise ValueError(f"{value!r} should be one object, not a folder: {value.rstrip('/')}/{files.KEYS_FILE.name}")
+    return value
+
+
 def _allow(values: tuple[str, ...]) -> tuple[str, ...]:
     found = []
     for value in values:
@@ -275,6 +288,9 @@ class DeploymentSpec(BaseModel):
     )
     key: Annotated[str | None, About(ACCESS, "server.key", "FILE")] = Field(
         None, min_length=1, description="with --public: its private key, PEM"
+    )
+    keys_uri: Annotated[Annotated[str, AfterValidator(_keys_uri)] | None, About(ACCESS, KEYS_OBJECT, "URI")] = Field(
+        None, description="object with the keys that are let in, which the node follows: s3:// gs:// az:// file://"
     )
     vllm_args: Annotated[
         tuple[str, ...],

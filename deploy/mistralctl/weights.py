@@ -27,6 +27,7 @@ from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.events import Report
 from mistral_weights.ls import Listed, Ls, ls
 from mistral_weights.mirror import Mirror, Mirrored, mirror
+from mistral_weights.objects import Found, open_object
 from mistral_weights.patience import Patience
 from mistral_weights.peek import Peeked, peek
 from mistral_weights.progress import progress
@@ -114,6 +115,29 @@ def may_pull(sources: Iterable[tuple[str, str]]) -> None:
         for uri, revision in sources:
             if uri.startswith(HUB):
                 ls(Ls(uri, revision, patience=BRIEFLY))
+
+
+def read_object(uri: str) -> Found | None:
+    """A small object with its version, by this machine's credentials; None if nothing is there. UserError if it cannot be read."""
+    with explained():
+        try:
+            return open_object(uri).get()
+        except WeightsError as error:
+            if error.kind is Kind.NOT_FOUND:
+                return None
+            raise
+
+
+def replace_object(uri: str, text: str, version: str) -> bool:
+    """Replaces the version that was read, empty where nothing was there; False if another one is there by now."""
+    with explained():
+        try:
+            open_object(uri).put(text.encode(), version)
+        except WeightsError as error:
+            if error.kind is Kind.CHANGED:
+                return False
+            raise
+        return True
 
 
 @contextmanager

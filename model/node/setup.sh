@@ -74,7 +74,8 @@ pull_weights() {
   while IFS=$'\t' read -r adapter source; do
     [ -z "$adapter" ] || sources+=("${source/#file:\/\/\~/file://$HOME}")
   done <<< "$adapters"
-  weights_tool "$uri" ${sources[@]+"${sources[@]}"} || return
+  weights_tool "$uri" ${sources[@]+"${sources[@]}"} ${MISTRALCTL_KEYS_URI:+"$MISTRALCTL_KEYS_URI"} || return
+  ln -sfn "$weights_env" "$run_dir/weights-tool" || return
   pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" || return
   while IFS=$'\t' read -r adapter source; do
     [ -z "$adapter" ] || pull_adapter "$adapter" "${source/#file:\/\/\~/file://$HOME}" || return

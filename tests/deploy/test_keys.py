@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +18,10 @@ from conftest import Run
 from mistral_contract import files
 from mistral_contract import keys as contract
 from mistral_node.callers import Callers
-from mistralctl import checkpoints, documents, keys, output, plan, state
+from mistralctl import checkpoints, documents, key_places, keys, output, plan, readiness, state
 from mistralctl.commands import keys as command
 from mistralctl.commands import plan as plan_command
+from mistralctl.commands.down import DownResult
 from mistralctl.commands.keys import Wanted
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
@@ -119,15 +123,16 @@ def test_this_laptops_key_is_rotated_without_a_moment_without_one(
     record: Record, callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, seen = own(), []
-    put = Local.write
+    put = Local.exchange
 
-    def write(self: Local, record: Record, file: str, text: str) -> None:
-        put(self, record, file, text)
+    def exchange(self: Local, record: Record, text: str, old: str) -> bool:
+        done = put(self, record, text, old)
         time.sleep(0.3)
         callers.look()
         seen.append((own() == before, let_in(callers, own())))
+        return done
 
-    monkeypatch.setattr(Local, "write", write)
+    monkeypatch.setattr(Local, "exchange", exchange)
     done = command.rotate(NAME, "", None, "10m")
     assert seen == [(True, True), (False, True)]  # the new one in, then this laptop asks with it, then the old one's end
     assert (done.key, done.key_file, done.key_name) == ("", str(state.folder(NAME) / "api_key"), "own")
@@ -213,7 +218,7 @@ def test_of_a_deployment_that_is_down_the_keys_of_the_next_up_are_changed(record
 def test_a_server_that_does_not_hear_and_a_node_without_keys_are_named(
     record: Record, callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "HEARD_SECONDS", 0.3)
+    monkeypatch.setattr(key_places, "HEARD_SECONDS", 0.3)
     monkeypatch.setattr(callers, "look", lambda: None)
     with pytest.raises(UserError, match="the keys are on its node, but its server has not read them") as caught:
         command.add(NAME, Wanted())
@@ -240,10 +245,7 @@ def test_on_a_cloud_the_file_goes_over_standard_input(record: Record, monkeypatc
 
     def run(name: str, script: str, *, given: str = "", seconds: float = 60) -> str:
         scripts.append((script, given))
-        if given:
-            (record.run_dir / KEYS_FILE).write_text(given)
-            time.sleep(0.4)
-        return (record.run_dir / ("shared/usage.json" if "usage" in script else KEYS_FILE)).read_text()
+        return on_the_node(script, given, record)
 
     monkeypatch.setattr(ssh, "run", run)
     made = command.add(NAME, Wanted(name="ci"))
@@ -251,6 +253,166 @@ def test_on_a_cloud_the_file_goes_over_standard_input(record: Record, monkeypatc
     assert "keys.json" in script
     assert contract.digest(made.key) in given
     assert not [one for one in scripts if made.key in "".join(one)]
+
+
+def on_the_node(script: str, given: str, record: Record) -> str:
+    """What a script prints there: in a real shell, whose home folder is the node's."""
+    home = Path(record.node_dir).parent
+    with contextlib.suppress(FileExistsError):
+        (home / ".mistralctl").symlink_to(record.node_dir)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HOME": str(home), "PATH": os.defpath},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.fixture(params=["local", "aws", "object"])
+def place(request: pytest.FixtureRequest, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> key_places.Place:
+    """Every place in which two laptops can change keys."""
+    if request.param == "object":
+        return key_places.Bucket(NAME, f"file://{tmp_path}/bucket/keys.json", up=True)
+    monkeypatch.setattr(ssh, "run", lambda name, script, given="", seconds=0: on_the_node(script, given, record))
+    return key_places.Node(replace(record, cloud=request.param))
+
+
+def test_whoever_was_quicker_is_not_lost_and_the_other_tries_again(
+    place: key_places.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_places.changed(place, NAME, lambda found: found)
+    quicker, read = keys.entry(GOOD, "quicker"), type(place).read
+    reads = []
+
+    def late(self: key_places.Place) -> key_places.Held:
+        held = read(self)
+        reads.append(held)
+        if len(reads) == 1:
+            assert place.replace(read(place), held.keys.changed([*held.keys.keys, quicker]))
+        return held
+
+    monkeypatch.setattr(type(place), "read", late)
+    mine = keys.entry(GOOD[::-1], "mine")
+    after = key_places.changed(place, NAME, lambda found: found.changed([*found.keys, mine]))
+    assert len(reads) == 2
+    assert [key.name for key in after.keys] == ["own", "quicker", "mine"]
+    assert read(place).keys == after == keys.known(NAME)
+
+
+def test_of_changes_at_the_same_moment_none_is_lost(place: key_places.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    key_places.changed(place, NAME, lambda found: found)
+    monkeypatch.setattr(keys, "save", lambda name, found: None)  # two laptops have a file each
+
+    def add(who: int) -> None:
+        for number in range(4):
+            key = keys.entry(f"{who}{number}{GOOD}", f"{who}-{number}")
+            key_places.changed(place, NAME, lambda found, key=key: found.changed([*found.keys, key]))  # type: ignore[misc]
+
+    laptops = [threading.Thread(target=add, args=(who,)) for who in range(2)]
+    for laptop in laptops:
+        laptop.start()
+    for laptop in laptops:
+        laptop.join()
+    assert sorted(key.name for key in place.read().keys.keys) == sorted(
+        ["own", *(f"{who}-{n}" for who in range(2) for n in range(4))]
+    )
+
+
+def test_who_is_never_quick_enough_is_told(place: key_places.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_places, "TRIES", 2)
+    monkeypatch.setattr(type(place), "replace", lambda self, before, after: False)
+    with pytest.raises(UserError, match=f"{NAME}: others change its keys again and again; try again") as caught:
+        key_places.changed(place, NAME, lambda found: found.changed(found.keys))
+    assert caught.value.code == Exit.CONFLICT
+
+
+@pytest.fixture
+def bucket(record: Record, tmp_path: Path) -> Path:
+    """The object that holds the keys of the deployment, in which this laptop's own lies by now."""
+    file = tmp_path / "bucket" / "keys.json"
+    state.save(replace(record, task={"envs": {"MISTRALCTL_KEYS_URI": f"file://{file}"}}))
+    key_places.join(NAME, f"file://{file}")
+    return file
+
+
+def test_keys_in_a_bucket_are_changed_there_and_not_on_the_node(
+    record: Record, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_node = (record.run_dir / KEYS_FILE).read_text()
+    made = command.add(NAME, Wanted(name="ci"))
+    assert (made.effective, output.key_change_text(made).splitlines()[0].partition(", ")[2]) == (
+        "within 5 seconds", "in force within 5 seconds",
+    )  # fmt: skip
+    assert [key.name for key in contract.read(bucket.read_text()).keys] == ["own", "ci"]
+    assert (record.run_dir / KEYS_FILE).read_text() == on_node
+    assert command.revoke(NAME, "ci").effective == "within 5 seconds"
+    asked: list[str] = []
+
+    def answers(record: Record, key: str = "") -> bool:
+        asked.append(key)
+        return len(asked) == 2  # after a while
+
+    monkeypatch.setattr(readiness, "answers", answers)
+    before = own()
+    command.rotate(NAME, "", None, "10m")
+    assert asked == [own(), own()]
+    assert own() != before
+    assert [key.expires is None for key in contract.read(bucket.read_text()).keys] == [False, True]
+    found = command.run(NAME)
+    assert [(row.name, row.own) for row in found.keys] == [("own", False), ("own", True)]
+
+
+def test_a_rotation_that_the_server_does_not_hear_of_leaves_this_laptop_its_key(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_places, "HEARD_SECONDS", 0.1)
+    monkeypatch.setattr(readiness, "answers", lambda record, key="": False)
+    before = own()
+    with pytest.raises(UserError, match="but its server does not let it in; the old one stays this laptop's own") as caught:
+        command.rotate(NAME, "", None, "10m")
+    assert (caught.value.code, own()) == (Exit.SERVER, before)
+    assert all(key.expires is None for key in contract.read(bucket.read_text()).keys)
+
+
+def test_up_joins_what_others_wrote_and_down_takes_its_own_key_out_again(
+    record: Record, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = keys.entry(GOOD, "others")
+    contract.write(bucket, contract.Keys(7, (others,)))
+    for _ in range(2):
+        key_places.join(NAME, f"file://{bucket}")
+    there = contract.read(bucket.read_text())
+    assert [key.name for key in there.keys] == ["others", "own"]
+    assert there.serial > 7
+    assert keys.known(NAME) == there  # so the task carries these
+    assert key_places.leave(state.known(NAME)) == ""
+    assert contract.read(bucket.read_text()).keys == (others,)
+    assert key_places.leave(state.known(NAME)) == ""
+    keys.prepare(NAME, None, running=False)
+    key_places.join(NAME, f"file://{bucket}")
+    bucket.write_text("{")
+    for call in (
+        lambda: command.run(NAME),
+        lambda: command.add(NAME, Wanted()),
+        lambda: key_places.join(NAME, f"file://{bucket}"),
+    ):
+        with pytest.raises(UserError, match=rf"^--keys-uri: file://{bucket} is no JSON .*; correct it, or delete it$"):
+            call()
+    assert bucket.read_text() == "{"  # nothing is written over what cannot be read
+    left = key_places.leave(state.known(NAME))
+    assert left.startswith(f"its key {contract.digest(own())[:12]} is still let in by file://{bucket}: ")
+    assert output.down_text([DownResult(NAME, "up", left=left)]) == f"{NAME} is down; {left}"
+    bucket.unlink()
+    assert key_places.leave(state.known(NAME)) == ""
+    monkeypatch.setattr(Local, "read", lambda *_: (_ for _ in ()).throw(UserError("no way")))
+    key_places.join(NAME, f"file://{bucket}")
+    found = command.run(NAME)
+    assert (found.live, found.keys[0].requests) == (False, None)
+    assert output.keys_text(found).splitlines()[-1] == f"{NAME} cannot be asked what was counted: no way"
 
 
 def test_up_makes_a_key_once_and_takes_one_that_is_brought(record: Record, tmp_path: Path) -> None:

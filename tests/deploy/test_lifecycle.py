@@ -261,6 +261,9 @@ class Fake:
     def write(self, record: Record, file: str, text: str) -> None:
         pass
 
+    def exchange(self, record: Record, text: str, old: str) -> bool:
+        return True
+
     def extend(self, record: Record, until: float) -> None:
         pass
 

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "max_price": 40, "weights": "s3://bucket/v03", "max_model_len": 16384, "max_concurrency": 12, "dtype": "float16",
         "quantization": "fp8", "lora": {"sql": "s3://bucket/sql", "chat": "hf://someone/chat"}, "served_model_name": "m",
         "vllm_args": ["--seed=7", "--enable-log-requests"], "idle": "2h", "ttl": "never", "restart": 5,
+        "keys_uri": "s3://bucket/team/keys.json",
     },
     "images": {
         "cloud": ["aws", "gcp", "azure"], "max_price": 4.0, "disk_tier": "best",

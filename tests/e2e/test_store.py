@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from mistral_contract import keys
 from mistralctl import package_dir
 from mistralctl.models import SMOLLM2
 from mistralctl.runtime import local
@@ -20,7 +23,7 @@ from running import LITTLE, MODEL, Cli, down, share_node
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 import servers
 
-BUCKET, MIRROR = "weights", "s3://weights/smollm2"
+BUCKET, MIRROR, KEYS = "weights", "s3://weights/smollm2", "s3://weights/team/keys.json"
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +58,53 @@ def mirrored(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     down(cli)
 
 
-def test_up_serves_the_weights_of_the_store(mirrored: Cli) -> None:
-    result = mirrored.json("up", MODEL, *LITTLE, "--cloud", "local", "--weights", MIRROR, "--name", "from-s3")
+def test_up_serves_the_weights_of_the_store(mirrored: Cli, store: dict[str, str]) -> None:
+    result = mirrored.json("up", MODEL, *LITTLE, "--cloud", "local", "--weights", MIRROR, "--keys-uri", KEYS, "--name", "from-s3")
     assert "Paris" in result["answer"]
     log = (mirrored.home / "deployments" / "from-s3" / "up.log").read_text("utf-8")
     assert re.search(r"weights/smollm2-135m-instruct-\w+ is complete", log)
+    follow_keys(mirrored, client(store), result["base_url"])
     mirrored("down", "from-s3")
     assert mirrored.processes() == []
+    assert [key.name for key in held(client(store)).keys] == ["own", "by-hand"]  # its own went with it
+
+
+def held(s3: Any) -> keys.Keys:
+    """What is in the object with the keys."""
+    return keys.read(s3.get_object(Bucket=BUCKET, Key="team/keys.json")["Body"].read().decode())
+
+
+def follow_keys(cli: Cli, s3: Any, url: str) -> None:
+    """Keys come to a running server by the bucket alone; what is wrong there keeps those in force, and `status` says it."""
+
+    def asks(key: str) -> int:
+        return httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).status_code
+
+    def within_seconds(wanted: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20  # it says 5; this machine may be busy
+        while not wanted():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    made = cli.json("keys", "from-s3", "add", "--name", "ci")
+    assert made["effective"] == "within 5 seconds"
+    within_seconds(lambda: asks(made["key"]) == 200)
+    by_hand = "sk-0123456789abcdef0123456789abcdef"
+    whole = held(s3).changed([*held(s3).keys, keys.make(by_hand, "by-hand", time.time())])
+    s3.put_object(Bucket=BUCKET, Key="team/keys.json", Body=whole.dump().encode())
+    within_seconds(lambda: asks(by_hand) == 200)
+    cli("keys", "from-s3", "revoke", "ci")
+    within_seconds(lambda: asks(made["key"]) == 401)
+    cli("keys", "from-s3", "rotate")
+    assert "Paris" in cli("chat", "from-s3", "-m", "What is the capital of France?").stdout
+    last = held(s3)
+    s3.put_object(Bucket=BUCKET, Key="team/keys.json", Body=b"{")
+    within_seconds(lambda: "keys are not followed since" in cli("status", "from-s3").stdout)
+    assert asks(by_hand) == 200
+    refused = cli("keys", "from-s3", "add", code=5)
+    assert refused.stderr.startswith(f"mistralctl: --keys-uri: {KEYS} is no JSON")
+    s3.put_object(Bucket=BUCKET, Key="team/keys.json", Body=last.dump().encode())
+    within_seconds(lambda: "keys are not followed since" not in cli("status", "from-s3").stdout)
 
 
 def test_verify_finds_one_flipped_bit_in_the_store(mirrored: Cli, store: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mistralctl import apply, lifecycle, runtime, state
+from mistralctl import apply, key_places, lifecycle, runtime, state
 from mistralctl.commands import receipt
 from mistralctl.errors import UserError
 from mistralctl.runtime import leftovers
@@ -16,11 +16,15 @@ LOCK_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class DownResult:
-    """A deployment that is gone: `was` is `up` or `down`, or `damaged` where its record could not be read; that is kept in `kept`."""
+    """A deployment that is gone: `was` is `up` or `down`, or `damaged` where its record could not be read; that is kept in `kept`.
+
+    `left` says what of it others have to take away.
+    """
 
     name: str
     was: str
     kept: str = ""
+    left: str = ""
 
 
 def _one(name: str) -> DownResult:
@@ -29,7 +33,8 @@ def _one(name: str) -> DownResult:
             record = state.known(name)
         except Unreadable as error:
             return _unreadable(name, error)
-        return DownResult(name, "up" if _take_down(record) else "down")
+        left = key_places.leave(record)
+        return DownResult(name, "up" if _take_down(record) else "down", left=left)
 
 
 def _take_down(record: Record) -> bool:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-from mistral_contract import files
 from mistral_contract import keys as contract
 from mistral_contract.keys import Key, Keys
 
-from mistralctl import durations, keys, runtime, state
+from mistralctl import durations, key_places, keys, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
-
-HEARD_SECONDS = 15.0
-NOW, LATER = "now", "with the next up"
 
 
 @dataclass(frozen=True)
@@ -42,16 +36,21 @@ class Row:
 
 @dataclass(frozen=True)
 class KeyList:
-    """The keys of a deployment; `live` says that its node was asked, else they are those of the last time, or of the next `up`."""
+    """The keys of a deployment; `live` says that its node was asked what it counted, `why` why it was not although it is up.
+
+    Without a `--keys-uri` they are then those of the next `up`.
+    """
 
     name: str
     live: bool
     keys: tuple[Row, ...]
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class KeyChange:
-    """What was changed. `key` is a new key that is stored nowhere, `key_file` where this laptop's own lies; `effective`: now, or with the next up."""
+    """What was changed. `key` is a new key that is stored nowhere, `key_file` where this laptop's own lies; `effective`: now, within 5 seconds (by an
+    object in a bucket), or with the next up."""
 
     name: str
     action: str
@@ -91,58 +90,6 @@ def _later(option: str, text: str) -> float | None:
     return None if minutes is None else round(time.time() + 60 * minutes, 3)
 
 
-def _is_up(record: Record) -> bool:
-    return record.state == "up"
-
-
-def _there(record: Record) -> Keys:
-    """The keys in force: the node's where it runs, else those of the next `up`."""
-    if not _is_up(record):
-        return keys.known(record.name)
-    text = runtime.of(record.cloud).read(record, files.KEYS_FILE.of(record.name))
-    if not text:
-        raise UserError(
-            f"{record.name}: its node has no file of keys; run mistralctl up again, which replaces a server of an earlier version",
-            Exit.CONFLICT,
-        )
-    try:
-        return contract.read(text)
-    except ValueError as error:
-        raise UserError(
-            f"{record.name}: {files.KEYS_FILE.name} of its node {error}; run mistralctl up again", Exit.CONFLICT
-        ) from error
-
-
-def _usage(record: Record) -> dict[str, Any]:
-    try:
-        found = json.loads(runtime.of(record.cloud).read(record, files.USAGE.of(record.name)))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _put(record: Record, found: Keys) -> str:
-    """Makes these the deployment's keys, here and on its node; when they are in force."""
-    if len(found.keys) > contract.MOST_KEYS or len(found.dump()) > contract.LARGEST:
-        raise UserError(
-            f"{record.name} has {len(found.keys)} keys, and {contract.MOST_KEYS} are the most; revoke some", Exit.CONFLICT
-        )
-    if not _is_up(record):
-        keys.save(record.name, found)
-        return LATER
-    runtime.of(record.cloud).write(record, files.KEYS_FILE.of(record.name), found.dump() + "\n")
-    keys.save(record.name, found)
-    deadline = time.monotonic() + HEARD_SECONDS
-    while _usage(record).get("serial") != found.serial:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{record.name}: the keys are on its node, but its server has not read them; mistralctl status {record.name} says why",
-                Exit.SERVER,
-            )
-        time.sleep(0.1)
-    return NOW
-
-
 def _current(found: Keys) -> list[Key]:
     """Without those whose time is over."""
     now = time.time()
@@ -167,44 +114,64 @@ def _alone(name: str) -> Iterator[Record]:
 
 
 def run(name: str) -> KeyList:
-    """The keys of a deployment, with what was asked with each."""
+    """The keys of a deployment, with what was asked with each as far as its node can be asked."""
     record = state.known(name)
-    found, own = _there(record), keys.own(name, keys.known(name))
-    counted = _usage(record).get("keys", {}) if _is_up(record) else None
+    place = key_places.of(record)
+    found, own = place.read().keys, keys.own(name, keys.known(name))
+    counted, why = None, ""
+    if record.state == "up":
+        try:
+            counted = key_places.usage(record).get("keys", {})
+        except UserError as error:  # of keys in a bucket all but the counts is known
+            if not isinstance(place, key_places.Bucket):
+                raise
+            why = f"cannot be asked what was counted: {error}"
     rows = []
     for key in found.keys:
         counts = {} if counted is None else {"requests": 0, "tokens": 0, "refused": 0} | counted.get(key.id, {})
         mine = own is not None and own.sha256 == key.sha256
         seen = {field.name: getattr(key, field.name, None) for field in fields(Row)}
         rows.append(Row(**seen | {"own": mine, **{name: counts.get(name) for name in ("requests", "tokens", "refused")}}))
-    return KeyList(name, counted is not None, tuple(rows))
+    return KeyList(name, counted is not None, tuple(rows), why)
 
 
 def add(name: str, wanted: Wanted) -> KeyChange:
     """Lets another key in; it is in the result and nowhere else, unless the user brought it."""
     secret = keys.brought(wanted.key_file) if wanted.key_file else keys.generate()
     expires = _later("--expires", wanted.expires)
-    with _alone(name) as record:
-        found = _there(record)
-        if any(key.sha256 == contract.digest(secret) for key in found.keys):
+    made: list[Key] = []
+
+    def change(found: Keys) -> Keys:
+        if any(one.sha256 == contract.digest(secret) for one in found.keys):
             raise UserError(f"{name} has this key already; mistralctl keys {name} list shows it", Exit.CONFLICT)
-        key = keys.entry(secret, wanted.name or f"key-{len(found.keys)}", expires=expires, **wanted.limits)
-        effective = _put(record, found.changed([*_current(found), key]))
-    return KeyChange(name, "added", key.id, key.name, "" if wanted.key_file else secret, "", effective, expires)
+        made.append(keys.entry(secret, wanted.name or f"key-{len(found.keys)}", expires=expires, **wanted.limits))
+        return found.changed([*_current(found), made[-1]])
+
+    with _alone(name) as record:
+        place = key_places.of(record)
+        effective = place.settle(key_places.changed(place, name, change))
+    shown = "" if wanted.key_file else secret
+    return KeyChange(name, "added", made[-1].id, made[-1].name, shown, "", effective, expires)
 
 
 def revoke(name: str, wanted: str) -> KeyChange:
     """Shuts a key out; answers that run with it run on."""
-    with _alone(name) as record:
-        found = _there(record)
+    gone: list[Key] = []
+
+    def change(found: Keys) -> Keys:
         key = _one(found, wanted, name)
         mine = keys.own(name, found)
         if mine is not None and key.id == mine.id:
             raise UserError(
                 f"{wanted} is this laptop's own key; run mistralctl keys {name} rotate, or mistralctl down {name}", Exit.CONFLICT
             )
-        effective = _put(record, found.changed(one for one in _current(found) if one.id != key.id))
-    return KeyChange(name, "revoked", key.id, key.name, "", "", effective)
+        gone.append(key)
+        return found.changed(one for one in _current(found) if one.id != key.id)
+
+    with _alone(name) as record:
+        place = key_places.of(record)
+        effective = place.settle(key_places.changed(place, name, change))
+    return KeyChange(name, "revoked", gone[-1].id, gone[-1].name, "", "", effective)
 
 
 def rotate(name: str, wanted: str, key_file: Path | None, grace: str) -> KeyChange:
@@ -213,8 +180,9 @@ def rotate(name: str, wanted: str, key_file: Path | None, grace: str) -> KeyChan
     until = _later("--grace", grace)
     if until is None:
         raise UserError("--grace: never would keep the old key; write for example 10m")
-    with _alone(name) as record:
-        found = _there(record)
+    pairs: list[tuple[Key, Key, bool]] = []  # the old one, the new one, and whether they are this laptop's own
+
+    def begin(found: Keys) -> Keys:
         mine = keys.own(name, found)
         old = _one(found, wanted, name) if wanted else mine
         if old is None:
@@ -223,14 +191,26 @@ def rotate(name: str, wanted: str, key_file: Path | None, grace: str) -> KeyChan
         made = replace(old, id=made.id, sha256=made.sha256, created=made.created)
         if any(key.sha256 == made.sha256 for key in found.keys):
             raise UserError(f"{name} has this key already; give another one", Exit.CONFLICT)
-        found = found.changed([*_current(found), made])
-        _put(record, found)
+        pairs.append((old, made, old == mine))
+        return found.changed([*_current(found), made])
+
+    with _alone(name) as record:
+        place = key_places.of(record)
+        place.settle(key_places.changed(place, name, begin))
+        old, made, own = pairs[-1]
         path = state.folder(name) / "api_key"
-        if old == mine:  # from now on this laptop asks with the new one; whatever goes wrong later, it has one that is let in
+        if own:  # from now on this laptop asks with the new one; whatever goes wrong later, it has one that is let in
+            if record.state == "up" and isinstance(place, key_places.Bucket):
+                key_places.let_in(record, secret)
             state.write_private(path, f"{secret}\n")
         last = min(until, old.expires or until)
-        effective = _put(record, found.changed(replace(key, expires=last) if key.id == old.id else key for key in found.keys))
-    shown = "" if old == mine or key_file else secret
+        found = key_places.changed(
+            place,
+            name,
+            lambda found: found.changed(replace(key, expires=last) if key.id == old.id else key for key in found.keys),
+        )
+        effective = place.settle(found)
+    shown = "" if own or key_file else secret
     return KeyChange(
-        name, "rotated", made.id, made.name, shown, str(path) if old == mine else "", effective, made.expires, old.id, last
+        name, "rotated", made.id, made.name, shown, str(path) if own else "", effective, made.expires, old.id, last
     )  # fmt: skip

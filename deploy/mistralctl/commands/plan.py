@@ -35,7 +35,7 @@ def run(sourced: Sourced, *, ask: bool = False) -> Plan:
     model = checkpoints.resolve(sourced, ask=ask)
     spec = sourced.spec.model_copy(update={"lora": adapters.resolve(sourced, model)})
     sourced = replace(sourced, spec=spec)
-    endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values()), os.environ)
+    endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values(), spec.keys_uri or ""), os.environ)
     plan = planning.make(sourced, model, machine, endpoints, adapters.rank(spec.lora))
     record = state.read(plan.name)
     return replace(plan, lora_versions=adapters.versions(spec.lora, record.task.get("envs", {}) if record else {}))

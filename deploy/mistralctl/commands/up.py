@@ -17,6 +17,7 @@ from mistralctl import (
     certificates,
     endpoint,
     figures,
+    key_places,
     keys,
     lifecycle,
     owners,
@@ -224,4 +225,6 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
     with state.locked(plan.name, "up"):
         old = state.read(plan.name)
         keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
+        if plan.spec.keys_uri:
+            key_places.join(plan.name, plan.spec.keys_uri)
         return _bring_up(sourced, plan, talk, offline=offline)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import files
+from mistral_contract import files, keys
 
 from mistralctl import endpoint, own_files, processes, readiness, state
 from mistralctl.errors import Exit, UserError
@@ -327,6 +327,16 @@ class Local:
         temporary = path.with_suffix(".new")
         temporary.write_text(text, "utf-8")
         temporary.replace(path)
+
+    def exchange(self, record: Record, text: str, old: str) -> bool:
+        """Replace the node's file of keys if its text is still `old`; False if it is not."""
+        node_dir = Path(record.node_dir)
+        with keys.alone(node_dir / files.KEYS_LOCK.of(record.name)):
+            file = files.KEYS_FILE.of(record.name)
+            if self.read(record, file) != old:
+                return False
+            self.write(record, file, text)
+            return True
 
     def extend(self, record: Record, until: float) -> None:
         """Do nothing: no cloud ends this machine."""

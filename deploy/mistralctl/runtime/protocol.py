@@ -106,5 +106,8 @@ class Runtime(Protocol):
     def write(self, record: Record, file: str, text: str) -> None:
         """Replace a file below the node's folder as a whole."""
 
+    def exchange(self, record: Record, text: str, old: str) -> bool:
+        """Replace the node's file of keys if its text is still `old`; False if it is not."""
+
     def extend(self, record: Record, until: float) -> None:
         """Let the machine live until then."""

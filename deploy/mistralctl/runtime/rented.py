@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mistral_contract import files
+from mistral_contract import files, keys
 from mistral_contract.envs import Serve, value
 
 from mistralctl import certificates, endpoint, owners, processes, readiness, state, sweep
@@ -28,6 +28,7 @@ TUNNEL_SECONDS = 60.0
 LOOK_SECONDS = 3.0  # after which a tunnel that does not open may be one to another machine
 PUBLIC_SECONDS = 60.0
 SECRETS_SECONDS = 120.0
+LOCK_SECONDS = 15
 MACHINES: dict[str, Machine] = {"UP": "up", "STOPPED": "stopped"}
 
 
@@ -403,6 +404,15 @@ class Rented:
     def write(self, record: Record, file: str, text: str) -> None:
         """Replace a file below the node's folder as a whole."""
         ssh.run(record.name, f'cd "{ssh.NODE_DIR}" && cat > "{file}.new" && mv "{file}.new" "{file}"', given=text, seconds=30)
+
+    def exchange(self, record: Record, text: str, old: str) -> bool:
+        """Replace the node's file of keys if its text is still `old`; False if it is not. UserError if the node cannot be reached."""
+        file, lock = files.KEYS_FILE.of(record.name), files.KEYS_LOCK.of(record.name)
+        script = (
+            f'cd "{ssh.NODE_DIR}" && exec 9>> "{lock}" && flock -w {LOCK_SECONDS} 9 && cat > "{file}.new" && '
+            f'if [ "$(sha256sum < "{file}")" = "{keys.digest(old)}  -" ]; then mv "{file}.new" "{file}"; else rm "{file}.new"; echo changed; fi'
+        )
+        return not ssh.run(record.name, script, given=text, seconds=2 * LOCK_SECONDS)
 
     def extend(self, record: Record, until: float) -> None:
         """Write the machine's new end to its label, so that `reap` lets it be; UserError if it has no machine."""

@@ -106,7 +106,7 @@ def environment_id(device: str, python: str) -> str:
 
 
 # What a node's set-up is made from; everything else is the server's alone.
-_SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lora_versions")
+_SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lora_versions", "keys_uri")
 
 
 def env(task: Task, field: str) -> str:

@@ -138,6 +138,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         ttl_minutes=plan.ttl_minutes,
         setup_minutes=None if plan.local else SETUP_MINUTES,
         restart=spec.restart,
+        keys_uri=spec.keys_uri,
     )
     try:
         options = {**envs.write(serve), **plan.endpoints}

@@ -338,6 +338,10 @@ class Serve:
         KEYS, "the keys that are let in, as in a keys file (below): hashes, which anybody may read; no part of MISTRALCTL_SERVING_ID",
         '{"version": 1, "serial": 1795478400, "keys": []}', "launcher", default=None, template="",
     )  # fmt: skip
+    keys_uri: str | None = _env(
+        _matching(r"(s3|gs|az|file)://\S+/[^/\s]+"), "an object that holds the keys, as in a keys file: the launcher reads it every 3 s, with the "
+        "machine's role, and takes up what is newer; not set: none", "s3://bucket/keys.json", "set-up launcher laptop", default=None, template="",
+    )  # fmt: skip
     secrets: tuple[str, ...] = _env(
         STRINGS, "what set-up and launcher wait for in secrets.json: `hf_token`, `address`, `tls_certificate`, `tls_key`; empty: nothing",
         '["hf_token"]', "set-up launcher", default=(),

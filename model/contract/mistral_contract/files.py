@@ -46,7 +46,12 @@ SITE = _entry(
 )
 KEYS = _entry("run/NAME/keys/", "a folder of its own, which vLLM's user may read")
 KEYS_FILE = _entry("run/NAME/keys/keys.json", "who may ask (below): written by the launcher from MISTRALCTL_KEYS unless a newer one is there, and "
-                   "by `mistralctl keys`")  # fmt: skip
+                   "by `mistralctl keys`, or taken from MISTRALCTL_KEYS_URI")  # fmt: skip
+KEYS_LOCK = _entry("run/NAME/keys.lock", "held (flock) by whoever replaces keys.json, from reading it to writing it; not in the folder keys, where "
+                   "vLLM's user could hold it")  # fmt: skip
+WEIGHTS_TOOL = _entry(
+    "run/NAME/weights-tool", "a link to the environment of mistral_weights that set-up made for this deployment's stores"
+)
 SECRETS = _entry("run/NAME/secrets.json", 'mode 0600: {"hf_token": "..."}; written by the laptop if it has anything to send, never part of the '
                  'task. With MISTRALCTL_TLS "address" (what the laptop calls this machine) or "tls_certificate" and "tls_key". "figures": JSON '
                  "list of the figures that the laptop keeps of this model's weights, which are no secret and never waited for")  # fmt: skip

@@ -13,7 +13,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,26 @@ def write(path: Path, found: Keys) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a node's lock of its keys: whoever changes them reads, compares and writes within it."""
+    import fcntl
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def take(path: Path, lock: Path, found: Keys) -> bool:
+    """Replaces the file if these are newer, or what is there cannot be read; whether it was."""
+    with alone(lock):
+        try:
+            newer = found.serial > read(path.read_text("utf-8")).serial
+        except (OSError, ValueError):
+            newer = True
+        if newer:
+            write(path, found)
+        return newer

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ class Status:
             "schema": 1, "pid": os.getpid(), "state": "starting", "phase": "", "phases": [], "started_at": time.time(),
             "ready_at": None, "isolation": None, "ends_at": None, "budget": None, "flags": None, "engine": None, "canary": None,
             "requests": {"served": 0, "running": 0, "last_at": None},
-            "restarts": {"count": 0, "of": 0, "why": None, "at": None}, "error": None, **fields,
+            "restarts": {"count": 0, "of": 0, "why": None, "at": None}, "keys": None, "error": None, **fields,
         }  # fmt: skip
+        self.watched: Callable[[], dict[str, Any]] = dict  # fields that change by themselves, looked at with each `set`
         self.set()
 
     def set(self, **fields: Any) -> None:
         """Changes fields and replaces the file, only if anything changed."""
+        fields = self.watched() | fields
         if self.file.exists() and all(self.fields.get(key) == value for key, value in fields.items()):
             return
         self.fields |= fields

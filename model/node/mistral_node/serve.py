@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Engine, check_installed, check_port
 from mistral_node.isolation import prepare
+from mistral_node.key_source import KeySource
 from mistral_node.phases import Status, say
 from mistral_node.traffic import Count, Traffic
 from vllm_mistral import ARCHITECTURE, inspection
 
 SECRETS_SECONDS = 600.0
+KEYS_SECONDS = 10.0  # for the first look at the object that holds the keys; a start waits no longer
 START_SECONDS = 1800.0
 POLL_SECONDS, SOON_SECONDS = 0.5, 0.1  # SOON: somebody waits for what is polled
 # Before a server that died is started again; twice as long each time.
@@ -103,7 +105,7 @@ def wait_for_secrets(wanted: Contract, asked: threading.Event, seconds: float = 
 
 def settle_keys(wanted: Contract) -> None:
     """Puts the task's keys where the guard reads them, unless newer ones are there: `mistralctl keys` may have changed them since the task was
-    made. LaunchError if nobody could ask."""
+    made, or they came from MISTRALCTL_KEYS_URI. LaunchError if nobody could ask."""
     wanted_keys = wanted.keys or keys.Keys()
     path, there = wanted.run_dir / files.KEYS.name / files.KEYS_FILE.name, None
     try:
@@ -117,7 +119,23 @@ def settle_keys(wanted: Contract) -> None:
             raise LaunchError(
                 Code.CONTRACT, "MISTRALCTL_KEYS names no key, so nobody could ask; start the deployment with mistralctl up"
             )
-        keys.write(path, wanted_keys)
+        keys.take(path, wanted.run_dir / files.KEYS_LOCK.name, wanted_keys)
+
+
+@contextmanager
+def followed_keys(wanted: Contract, status: Status, asked: threading.Event) -> Iterator[None]:
+    """Follows the object that holds the keys, if the contract names one; it was looked at once, or is slow, when this is entered."""
+    if wanted.keys_uri is None:
+        yield
+        return
+    source = KeySource(wanted.keys_uri, wanted.run_dir)
+    source.start()
+    try:
+        source.first(asked, KEYS_SECONDS)
+        status.watched = lambda: {"keys": source.status()}
+        yield
+    finally:
+        source.end()
 
 
 def _usage_kept(shared: Path) -> str:
@@ -412,7 +430,8 @@ def main() -> int:
         served_model_name=wanted.served_name, serving_id=wanted.serving_id,
     )  # fmt: skip
     try:
-        _launch(wanted, status, signals)
+        with followed_keys(wanted, status, signals.asked):
+            _launch(wanted, status, signals)
     except _Asked:
         status.set(state="stopped", ended_because="it was asked to")
     except LaunchError as error:
