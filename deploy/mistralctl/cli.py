@@ -281,12 +281,23 @@ def doctor(
             autocompletion=known_names,
         ),
     ] = None,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="print a role for a cloud with this home's owner in it instead: aws, aws-node, azure, gcp, gcp-condition",
+        ),
+    ] = None,
     output: Output = Form.text,
 ) -> None:
     """Say what is missing on this machine or account, and the command that mends it."""
     from mistralctl.commands import doctor as doctor_command
 
-    if node is None:
+    if role is not None:
+        if cloud or node:
+            raise UserError("--role: prints one file and means nothing with --cloud or --node; leave one of them out")
+        sys.stdout.write(doctor_command.role(role))
+    elif node is None:
         say(doctor_command.run(cloud or ()), output, "doctor_text")
     elif cloud:
         raise UserError("--node: asks one machine and means nothing with --cloud; leave one of the two out")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mistralctl import owners, state
-from mistralctl.clouds import GOING, NotUsed, Part, listing
+from mistralctl.clouds import GOING, NotUsed, Part, labelling, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
@@ -68,6 +68,22 @@ def leave_no_other(record: Record) -> None:
             f"{not_found(record)}: it was not touched; if it is yours, delete it in the cloud's console or put the label right",
             Exit.CLOUD, rows,
         )  # fmt: skip
+
+
+def label_others(record: Record) -> None:
+    """Label what SkyPilot made beside a deployment's new machine; UserError if the cloud does not list that machine with its labels.
+
+    Nothing happens where the cloud cannot be asked.
+    """
+    module = labelling(record.cloud)
+    if module is None or not record.region:
+        return
+    try:
+        there = module.label_others(owners.label(record), record.name, record.region)
+    except NotUsed:
+        return
+    if there == 0:
+        raise UserError(f"{not_found(record)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
 
 
 def tell_cloud(record: Record, until: float | None) -> int:

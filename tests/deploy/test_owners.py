@@ -169,6 +169,21 @@ def test_down_never_says_that_nothing_is_there_while_the_machine_runs(
     assert (now.state, now.why.partition(";")[0]) == ("lost", f"{machine} bears the owner changed, not a1 as its record says")
 
 
+def test_up_labels_the_groups_of_its_new_machine_and_notices_one_without_its_labels(ec2: Any, one: Any) -> None:
+    group = ec2.create_security_group(
+        GroupName="sky-sg",
+        Description="x",
+        TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": "skypilot", "Value": "true"}]}],
+    )["GroupId"]
+    with pytest.raises(UserError, match="aws lists no machine with the labels .*mistralctl down one takes it away"):
+        sweep.label_others(one)
+    machine = rent(ec2, "one")
+    ec2.modify_instance_attribute(InstanceId=machine, Groups=[group])
+    sweep.label_others(one)
+    [found] = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    assert {tag["Key"]: tag["Value"] for tag in found["Tags"]} == {"skypilot": "true", "mistralctl-owner": "a1"}
+
+
 class nothing:  # noqa: N801 - used like contextlib.nullcontext
     def __enter__(self) -> None:
         pass

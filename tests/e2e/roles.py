@@ -10,6 +10,7 @@ import yaml
 from simcloud import SimCloud
 from simcloud.arm.identity import LAPTOP
 from simcloud.clouds.gcp import ACCOUNT
+from simcloud.policies import Request, allows
 
 ROLES = Path(__file__).parent.parent.parent / "docs" / "roles"
 Journal = list[dict[str, Any]]
@@ -35,11 +36,21 @@ def exceeded(sim: SimCloud, cloud: str) -> set[str]:
 
 
 def _on_aws(journal: Journal, by: str, role: str) -> set[str]:
-    """The actions that `by` (`laptop` or `node`) called and that the policy in `role`.json does not name."""
-    statements = json.loads((ROLES / f"{role}.json").read_text())["Statement"]
-    allowed = {action for statement in statements for action in statement["Action"]}
+    """The actions that `by` (`laptop` or `node`) called and that the policy in `role`.json does not name, and what else it does not allow."""
+    text = (ROLES / f"{role}.json").read_text()
+    allowed = {action for statement in json.loads(text)["Statement"] for action in statement["Action"]}
     calls = [call for call in journal if call["event"] == "call" and call["by"] == by]
-    return {f"{PREFIXES.get(call['service'], call['service'])}:{call['action']}" for call in calls} - allowed
+    asked = [[Request(*one) for one in call["asked"]] for call in calls if call.get("asked") and "error" not in call]
+    owners = {value for call in asked for one in call for value in one.values("aws:RequestTag/mistralctl-owner")} or {"nobody"}
+    policies = [json.loads(text.replace("OWNER", owner)) for owner in owners]
+    refused = {
+        f"{one.action} on {one.resource}, {dict(one.context)}"
+        for call in asked
+        if not any(all(allows(policy, one) for one in call) for policy in policies)
+        for one in call
+        if not any(allows(policy, one) for policy in policies)
+    }
+    return {f"{PREFIXES.get(call['service'], call['service'])}:{call['action']}" for call in calls} - allowed | refused
 
 
 def _on_gcp(journal: Journal, by: str) -> set[str]:

@@ -83,6 +83,9 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     assert one["price"] > 0
     assert 0 < one["cost"] < one["price"]
     assert instance.tags["mistralctl-name"] == "served"
+    folder = sim.home / ".mistralctl" / "deployments" / "served"
+    assert {line.split()[0] for line in (folder / "known_hosts").read_text().splitlines()} == {f"{instance.id}-0"}
+    assert instance.tags["mistralctl-owner"] == (sim.home / ".mistralctl" / "owner").read_text().strip()
     tells_of_its_machine(sim, "served")
     assert 25 < one["idle_left"] <= 30
     assert 600 < one["ttl_left"] <= 720
@@ -105,6 +108,9 @@ def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: di
     [instance] = sim.instances("aws")
     assert 840 <= int(instance.tags["mistralctl-ttl"]) < 860  # from the machine's start, which is minutes before the launcher's
     assert instance.tags["mistralctl-name"] == "served"
+    folder = sim.home / ".mistralctl" / "deployments" / "served"
+    assert {line.split()[0] for line in (folder / "known_hosts").read_text().splitlines()} == {f"{instance.id}-0"}
+    assert instance.tags["mistralctl-owner"] == (sim.home / ".mistralctl" / "owner").read_text().strip()
 
 
 def test_no_keys_of_a_cloud_and_no_secret_but_one_are_on_the_node(

@@ -40,7 +40,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_it_carries_what_a_node_needs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
-        "task_templates/serve.yaml", "task_templates/mirror.yaml", "model/node/setup.sh", "model/node/mirror.sh",
+        "docs/roles/aws.json", "task_templates/serve.yaml", "task_templates/mirror.yaml", "model/node/setup.sh", "model/node/mirror.sh",
         "model/plugin/vllm_mistral/model.py", "model/node/mistral_node/serve.py", "clouds/aws/vms.csv",
         "model/weights/mistral_weights/pull.py", "model/node/vllm-cpu/shim/pyproject.toml", "mistralctl.schema.json",
     ):  # fmt: skip

@@ -7,7 +7,7 @@ protocols the folder's other files implement; each file and each protocol may be
     buckets.py  HasBuckets                          its buckets, and what a node's identity may do with them
     errors.py   HasErrors                           its error codes and how it words them
     quotas.py   HasQuotas                           what a machine counts against, and asking for it
-    api.py      CanList, CanFirewall, HasIdentity, HasChecks
+    api.py      CanList, CanLabel, CanFirewall, HasIdentity, HasChecks
 
 No SDK is imported before a function is called.
 """
@@ -261,6 +261,14 @@ class CanList(Protocol):
 
 
 @runtime_checkable
+class CanLabel(Protocol):
+    """What SkyPilot makes beside a machine and leaves without our labels can be labelled, so that it is known for the deployment's."""
+
+    def label_others(self, owner: str, name: str, region: str) -> int:
+        """Labels what belongs to a deployment's machines and bears no owner; the number of machines that bear owner and name."""
+
+
+@runtime_checkable
 class CanFirewall(Protocol):
     """A cloud's firewall can be set."""
 
@@ -345,6 +353,12 @@ def listing(cloud: str) -> CanList:
     found: CanList | None = _implementing(cloud, "api", CanList)
     if found is None:
         raise Lacking(f"mistralctl cannot list what runs on {cloud}; look in its console", Exit.CLOUD)
+    return found
+
+
+def labelling(cloud: str) -> CanLabel | None:
+    """What labels that which belongs to a cloud's machines; None where nothing does."""
+    found: CanLabel | None = _implementing(cloud, "api", CanLabel)
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistralctl import node, state, system
+from mistralctl import node, owners, package_dir, state, system
 from mistralctl.clouds import Cloud, Lacking, every, facts, identity, names
 from mistralctl.clouds import checks as further
 from mistralctl.errors import Exit, UserError
@@ -126,6 +126,25 @@ def node_facts(name: str) -> dict[str, Any]:
     if record.state == "down":
         raise UserError(f"--node: {name} is down; its last machine is in mistralctl receipt {name}", Exit.NOT_FOUND)
     return facts.read(record)
+
+
+def role(name: str) -> str:
+    """Return a role file, by its name without the ending, with this home's owner and SkyPilot's name for this user in it; makes the owner's id.
+
+    UserError if there is no such file, or SkyPilot never ran here and the file needs its name.
+    """
+    files = {Path(file).stem: file for cloud in every() for file in cloud.roles}
+    if name not in files:
+        raise UserError(f"--role: {name!r} is not one of {', '.join(files)}")
+    text = (package_dir("docs") / "roles" / files[name]).read_text("utf-8")
+    if "OWNER" in text:
+        owners.make(os.environ)
+    user = owners.skypilot_user()
+    if "SKYPILOT_USER" in text and not user:
+        raise UserError(
+            f"--role: {name} needs SkyPilot's name for this user, which it makes when it first runs; run: sky check", Exit.CLOUD
+        )
+    return text.replace("OWNER", owners.current(os.environ)).replace("SKYPILOT_USER", user)
 
 
 def run(clouds: Sequence[str] = ()) -> Doctor:

@@ -246,7 +246,9 @@ class Rented:
             if progress.failure:
                 raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error
             raise
-        return self._follow(sender.finish(), job, progress)
+        record = sender.finish()
+        sweep.label_others(record)
+        return self._follow(record, job, progress)
 
     def replace(self, attempt: Attempt) -> Job:
         """Start the job on a machine that is set up, after those that run there; or go on with the one that is the same."""

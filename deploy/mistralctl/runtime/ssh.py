@@ -26,11 +26,10 @@ SHARED = "ssh.sock"  # how commands go over the tunnel's connection; relative, b
 SHARED_SECONDS = 3.0  # the tunnel takes up to 45 s to notice that its connection is dead
 # The host keys of a new machine are published nowhere: the first connection remembers one, for that machine alone, and only that one is
 # taken from then on. Where one is known, `accept-new` would still take one of another type.
-FIRST = ("-o", "StrictHostKeyChecking=accept-new")
+STRICT, FIRST = "StrictHostKeyChecking yes", "StrictHostKeyChecking accept-new"
 REFUSED = "Host key verification failed."
 OPTIONS = {
     "IdentitiesOnly": "yes",
-    "StrictHostKeyChecking": "yes",
     "GlobalKnownHostsFile": "/dev/null",
     "HashKnownHosts": "no",
     "UpdateHostKeys": "no",
@@ -86,7 +85,7 @@ def remember(name: str, address: Address) -> None:
     given["UserKnownHostsFile"] = f'"{known_hosts(name)}"'.replace("%", "%%")
     if address.proxy_command:
         given["ProxyCommand"] = address.proxy_command
-    lines = [f"Host {HOST}", *(f"  {key} {value}" for key, value in (given | OPTIONS).items())]
+    lines = [f"Host {HOST}", *(f"  {key} {value}" for key, value in (given | OPTIONS).items()), f"  {FIRST}"]
     state.write_private(config_file(name), "\n".join(lines) + "\n")
 
 
@@ -115,13 +114,15 @@ def forget_machine(name: str) -> None:
 
 
 def command(name: str, *arguments: str) -> list[str]:
-    """`ssh` to the node of a deployment, which takes a host key that is not known only from a machine that has none; UserError without one."""
+    """`ssh` to the node of a deployment; UserError if none is known. It takes a new host key only from a machine of which none is remembered."""
     if not config_file(name).exists():
         raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
     for file in (config_file(name), known_hosts(name)):  # it may name a command to run
         own_files.require(file)
-    first = () if _is_known(name) else FIRST
-    return ["ssh", "-F", str(config_file(name)), *first, *arguments]
+    text = config_file(name).read_text("utf-8")
+    if FIRST in text and _is_known(name):
+        state.write_private(config_file(name), text.replace(FIRST, STRICT))
+    return ["ssh", "-F", str(config_file(name)), *arguments]
 
 
 def verify(name: str, *, seconds: float = CONNECT_SECONDS + 5) -> None:

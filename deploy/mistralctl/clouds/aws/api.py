@@ -154,6 +154,27 @@ def delete(parts: Sequence[Part]) -> None:
                     raise
 
 
+def label_others(owner: str, name: str, region: str) -> int:
+    """Labels the security groups that SkyPilot made for a deployment's machines and that bear no owner; the number of its machines.
+
+    One that all of a user's machines share bears the owner alone; so every one does.
+    """
+    with _asked():
+        ec2 = _client("ec2", region)
+        machines = _running(ec2, owner, name)
+        groups = sorted({group["GroupId"] for one in machines for group in one["SecurityGroups"]})
+        for group in ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"] if groups else ():
+            tags = _tags(group)
+            if tags.get("skypilot") == "true" and "mistralctl-owner" not in tags:
+                ec2.create_tags(Resources=[group["GroupId"]], Tags=[{"Key": "mistralctl-owner", "Value": owner}])
+        return len(machines)
+
+
+def _running(ec2: Any, owner: str, name: str) -> list[dict[str, Any]]:
+    found = ec2.describe_instances(Filters=_filters(owner, name))["Reservations"]
+    return [one for reservation in found for one in reservation["Instances"] if one["State"]["Name"] != GONE]
+
+
 def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
     """Lets a port of a deployment's machines be reached from these networks alone: first opened to them, then shut to all others; the
     number of groups that have a rule for it.
@@ -164,9 +185,7 @@ def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str
     held = 0
     with _asked():
         ec2 = _client("ec2", region)
-        found = ec2.describe_instances(Filters=_filters(owner, name))["Reservations"]
-        machines = [one for reservation in found for one in reservation["Instances"] if one["State"]["Name"] != GONE]
-        groups = sorted({group["GroupId"] for one in machines for group in one["SecurityGroups"]})
+        groups = sorted({group["GroupId"] for one in _running(ec2, owner, name) for group in one["SecurityGroups"]})
         for group in ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"] if groups else ():
             rules = [rule for rule in group["IpPermissions"] if rule.get("FromPort") == rule.get("ToPort") == port]
             if not rules:

@@ -35,7 +35,7 @@ CLOUD = Cloud(
     order=2,
     variables=("GOOGLE_APPLICATION_CREDENTIALS",),
     files=(".config/gcloud/application_default_credentials.json",),
-    roles=("gcp.yaml",),
+    roles=("gcp.yaml", "gcp-condition.yaml"),
     # pd-ssd, 283 MiB/s with 90 GiB instead of pd-balanced's 165 (https://cloud.google.com/compute/docs/disks/performance).
     disk_tier="high",
     disk_price=0.10,  # balanced persistent disk, us-central1 (https://cloud.google.com/compute/disks-image-pricing)

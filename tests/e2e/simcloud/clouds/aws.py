@@ -374,9 +374,20 @@ def teach_compute(amazon: Amazon) -> None:
 
 def teach_refusals(amazon: Amazon) -> None:
     """Every call goes into the journal, and is refused where a fault says so."""
+    import flask
     from moto.core.responses import BaseResponse
 
+    from simcloud import authorization
+
     call = BaseResponse.call_action
+
+    def asked(response: Any, by: str) -> dict[str, Any]:
+        """What a policy has to allow for a call that changes something, for the journal."""
+        if str(response._get_action()).startswith(("Describe", "Get", "List")):
+            return {}
+        source = amazon.at(str(flask.request.remote_addr)) if by == "node" else None
+        more = {"ec2:SourceInstanceARN": f"arn:aws:ec2:{source.region_name}:{ACCOUNT}:instance/{source.id}"} if source else {}
+        return {"asked": [[one.action, one.resource, {**one.context, **more}] for one in authorization.requests(response)]}
 
     def call_action(self: Any) -> Any:
         service, action, region = str(self.service_name or ""), str(self._get_action() or ""), str(self.region)
@@ -403,9 +414,10 @@ def teach_refusals(amazon: Amazon) -> None:
             if service != "ec2":
                 body = f"<ErrorResponse>{inner}<RequestId>simulated</RequestId></ErrorResponse>"
             return refused.status, {"status": str(refused.status), "Content-Type": "text/xml"}, body
+        rights = asked(self, by)
         answer: tuple[Any, Any, Any] = call(self)
         failed = {} if int(answer[0]) < 400 else {"error": str(answer[0])}
-        amazon.journal.write("call", by=by, service=service, action=action, **where, **failed)
+        amazon.journal.write("call", by=by, service=service, action=action, **where, **failed, **rights)
         return answer
 
     setattr(BaseResponse, "call_action", call_action)  # noqa: B010 - a method of a class that mypy knows
