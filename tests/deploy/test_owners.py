@@ -175,7 +175,7 @@ def test_up_labels_the_groups_of_its_new_machine_and_notices_one_without_its_lab
         Description="x",
         TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": "skypilot", "Value": "true"}]}],
     )["GroupId"]
-    with pytest.raises(UserError, match="aws lists no machine with the labels .*mistralctl down one takes it away"):
+    with pytest.raises(UserError, match=r"aws lists no machine with the labels .*mistralctl down one takes it away"):
         sweep.label_others(one)
     machine = rent(ec2, "one")
     ec2.modify_instance_attribute(InstanceId=machine, Groups=[group])
