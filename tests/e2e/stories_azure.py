@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import AUTOSTOP_SECONDS, PLACES, gone, gpu, simulated, status, story, up
+from deployments import AUTOSTOP_SECONDS, PLACES, gone, gpu, mirrors, replaces_the_job, simulated, status, story, up
 from running import MODEL
 from simcloud import SimCloud
 
@@ -29,6 +29,14 @@ def sim(folder: Path) -> Iterator[SimCloud]:
 def no_faults(sim: SimCloud) -> Iterator[None]:
     yield
     sim.clear_faults()
+
+
+def test_a_changed_option_replaces_the_job_and_a_mirror_runs_on_a_machine_of_its_own(sim: SimCloud) -> None:
+    """What tests/e2e/test_aws.py shows on AWS, here as well."""
+    with story("a changed option replaces the job on its machine; a mirror runs on one of its own", "azure"):
+        replaces_the_job(sim, AZURE, up(sim, AZURE, "served"))
+        gone(sim, AZURE, "served")
+        mirrors(sim, AZURE, "az://simulated/models/copy")
 
 
 def test_a_driver_that_does_not_reach_an_a10_is_told_in_its_own_words(sim: SimCloud) -> None:

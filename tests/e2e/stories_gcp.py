@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import PLACES, gone, simulated, status, story, up
+from deployments import PLACES, gone, mirrors, replaces_the_job, simulated, status, story, up
 from simcloud import SimCloud
 from test_simcloud_gcp import call
 
@@ -23,6 +23,14 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
 def no_faults(sim: SimCloud) -> Iterator[None]:
     yield
     sim.clear_faults()
+
+
+def test_a_changed_option_replaces_the_job_and_a_mirror_runs_on_a_machine_of_its_own(sim: SimCloud) -> None:
+    """What tests/e2e/test_aws.py shows on AWS, here as well."""
+    with story("a changed option replaces the job on its machine; a mirror runs on one of its own", "gcp"):
+        replaces_the_job(sim, GCP, up(sim, GCP, "served"))
+        gone(sim, GCP, "served")
+        mirrors(sim, GCP, "gs://models/copy")
 
 
 def test_wrong_credentials_are_named(sim: SimCloud) -> None:

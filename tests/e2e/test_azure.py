@@ -11,9 +11,7 @@ import pytest
 from deployments import (
     PLACES,
     answers_through_the_tunnel,
-    mirrors,
     on_node,
-    replaces_the_job,
     secrets_on_node,
     simulated,
     status,
@@ -52,10 +50,6 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
     signed_in = json.loads(on_node(sim, "served", "~/skypilot-runtime/bin/az account show"))
     assert signed_in["user"] == {"assignedIdentityInfo": "MSI", "name": "systemAssignedIdentity", "type": "servicePrincipal"}
     assert LAPTOP not in on_node(sim, "served", "cat ~/.azure/*.json")
-
-
-def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
-    replaces_the_job(sim, AZURE, served)
 
 
 def test_down_sees_a_deletion_through_that_fails_after_it_was_accepted(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -114,7 +108,3 @@ def test_up_names_the_command_for_a_resource_provider_that_is_not_registered(sim
         assert "Traceback" not in refused.stderr
     sim.clear_faults()
     assert sim.instances("azure") == []
-
-
-def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
-    mirrors(sim, AZURE, "az://simulated/models/copy")

@@ -11,9 +11,7 @@ import pytest
 from deployments import (
     PLACES,
     answers_through_the_tunnel,
-    mirrors,
     on_node,
-    replaces_the_job,
     secrets_on_node,
     simulated,
     status,
@@ -49,10 +47,6 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
     key = Path(served["key_file"]).read_text().strip()
     assert secrets_on_node(sim, GCP, "served", key) == []
     assert on_node(sim, "served", "ls -A ~/.config/gcloud 2> /dev/null || true") == ""
-
-
-def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
-    replaces_the_job(sim, GCP, served)
 
 
 def left_behind(sim: SimCloud, name: str) -> None:
@@ -108,7 +102,3 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     assert "Traceback" not in refused.stderr
     assert sim.instances("gcp") == []
     assert status(sim, "refused")["state"] == "down"
-
-
-def test_a_mirror_runs_on_a_machine_of_the_cloud_that_is_gone_afterwards(sim: SimCloud) -> None:
-    mirrors(sim, GCP, "gs://models/copy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from nodes import launched
+from vllm.tokenizers import get_tokenizer
 
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {
     "one question": [{"role": "user", "content": "What is the capital of France?"}],
@@ -25,10 +27,15 @@ CONVERSATIONS: dict[str, list[dict[str, str]]] = {
 # oldest tokenizer, which v0.1 and v0.2 share, a control token later. v0.3 also has its tokenizer under the old name.
 VERSIONS = {
     "v0.1 and v0.2": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
-    "v0.3": (["mistral_instruct_tokenizer_240323.model.v3"], 32768, MistralTokenizer.v3, 3),
     "v0.3, old name too": (["mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"], 32768, MistralTokenizer.v3, 3),
 }
 ROLES = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
+
+
+def by_mistral(library: Callable[[], MistralTokenizer], conversation: list[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation by Mistral's own library."""
+    messages = [ROLES[message["role"]](content=message["content"]) for message in conversation]
+    return list(library().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -43,7 +50,14 @@ def test_chat_over_http_is_tokenized_as_mistral_does(tmp_path: Path, version: st
         for name, conversation in CONVERSATIONS.items():
             body = {"model": "tiny", "messages": conversation, "max_tokens": 1, "return_token_ids": True}
             answer = launcher.json("/v1/chat/completions", body)
-            messages = [ROLES[message["role"]](content=message["content"]) for message in conversation]
-            wanted = library().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+            wanted = by_mistral(library, conversation)
             assert answer["prompt_token_ids"] == wanted, name
             assert wanted[:2] == [1, instruction], name
+
+
+def test_the_tokenizer_under_its_new_name_alone_is_the_same(tmp_path: Path) -> None:
+    """By the very tokenizer that vLLM serves with, without a server around it."""
+    folder = mistral_tokenizer(tmp_path, "mistral_instruct_tokenizer_240323.model.v3")
+    found = get_tokenizer(folder, tokenizer_mode="mistral")
+    for name, conversation in CONVERSATIONS.items():
+        assert found.apply_chat_template(conversation) == by_mistral(MistralTokenizer.v3, conversation), name
