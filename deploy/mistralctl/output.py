@@ -327,11 +327,18 @@ def mirrored_text(result: Mirrored) -> str:
     return f"{result.target} holds {result.source} ({result.seconds:.0f} s on a machine of {result.cloud}, which is gone)"
 
 
+def _fate(part: Found) -> str:
+    """Whether a part stays, goes or went, or why nobody can say."""
+    if part.problem:
+        return f"{'could not be deleted' if part.due else 'unknown'}: {part.problem}"
+    return "deleted" if part.deleted else part.due or "stays"
+
+
 def parts_text(found: Sequence[Found]) -> str:
     """One row a machine, disk or address."""
     rows = [
         [f.name, f.kind, f.id, f"{f.cloud} {f.place}", f.size, f.state, _minutes(f.age_minutes),
-         "-" if f.per_day is None else f"{f.per_day:.2f}", "deleted" if f.deleted else f.due or "stays"]
+         "-" if f.per_day is None else f"{f.per_day:.2f}", _fate(f)]
         for f in found
     ]  # fmt: skip
     return table(["NAME", "KIND", "ID", "WHERE", "SIZE", "STATE", "AGE", "USD/DAY", "WHAT"], rows)
@@ -339,7 +346,7 @@ def parts_text(found: Sequence[Found]) -> str:
 
 def reap_text(result: Reaped) -> str:
     """What was found, and which clouds could not be asked."""
-    asked = ", ".join(one.cloud for one in result.clouds if one.state == "asked")
+    asked = ", ".join(one.cloud for one in result.clouds if one.state in ("asked", "partly"))
     nothing = f"nothing with our labels is there ({asked})" if asked else "nobody could be asked"
     lines = [parts_text(result.parts) if result.parts else nothing]
     return "\n".join([*lines, *(f"{one.cloud} {one.state}: {one.why}" for one in result.clouds if one.state != "asked")])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mistralctl import owners, state
-from mistralctl.clouds import GOING, NotUsed, Part, labelling, listing
+from mistralctl.clouds import GOING, NotUsed, Part, labelling, listing, part_by_part
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
@@ -19,8 +19,8 @@ PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was n
 
 
 def lifetime_label(part: Part, until: float | None) -> str:
-    """The machine's mistralctl-ttl: minutes from its start to the end of its life; `never` without one."""
-    return "never" if until is None else str(math.ceil((until - (part.created or time.time())) / 60))
+    """The machine's mistralctl-ttl: minutes from its start to the end of its life, by its cloud's clock; `never` without one."""
+    return "never" if until is None else str(math.ceil((until - (part.created or time.time() + part.ahead)) / 60))
 
 
 def _within(record: Record) -> list[str] | None:
@@ -86,12 +86,16 @@ def label_others(record: Record) -> None:
         raise UserError(f"{not_found(record)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
 
 
-def tell_cloud(record: Record, until: float | None) -> int:
-    """Writes to the machine's label how long it may live (None: always); the number of machines that have it now."""
+def tell_cloud(record: Record, until: float | None, *, here: bool = False) -> int:
+    """Writes to the machine's label how long it may live (None: always); the number of machines that have it now.
+
+    `until` is by the node's clock, which its cloud sets; with `here` by this machine's.
+    """
     module = listing(record.cloud)
     machines = [part for part in _listed(record) if part.kind == "machine"]
     for part in machines:
-        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, until)})
+        ends = until + part.ahead if here and until is not None else until
+        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, ends)})
     return len(machines)
 
 
@@ -106,7 +110,7 @@ def wait_until_gone(record: Record, *, promised: bool, since: float = 0.0) -> li
     began, asked = time.monotonic(), set[str]()
     while True:
         found = _listed(record)
-        left = [part for part in found if not since or (part.created or 0.0) > since - CLOCKS_SECONDS]
+        left = [part for part in found if not since or (part.since or 0.0) > since - CLOCKS_SECONDS]
         if not left:
             return found
         rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.size}" for part in left)
@@ -119,10 +123,13 @@ def wait_until_gone(record: Record, *, promised: bool, since: float = 0.0) -> li
             )  # fmt: skip
         others = "machine" if promised and waited < PROMISE_SECONDS else ""
         alone = [part for part in left if part.id not in asked and part.kind != others and part.state.lower() not in GOING]
-        try:
-            module.delete(alone)
-        except UserError as error:
-            raise UserError(f"{record.name}: {len(left)} of it stay on {record.cloud}: {error}", Exit.CLOUD, rows) from error
+        errors: list[UserError] = []
+        for part in alone:  # what one refuses must not keep the others
+            with part_by_part(errors, part.id.rpartition("/")[2]):
+                module.delete([part])
+        if errors:
+            why = "; ".join(map(str, errors))
+            raise UserError(f"{record.name}: {len(errors)} of it stay on {record.cloud}: {why}", Exit.CLOUD, rows)
         asked |= {part.id for part in alone}
         time.sleep(2)
 

@@ -7,7 +7,7 @@ protocols the folder's other files implement; each file and each protocol may be
     buckets.py  HasBuckets                          its buckets, and what a node's identity may do with them
     errors.py   HasErrors                           its error codes and how it words them
     quotas.py   HasQuotas                           what a machine counts against, and asking for it
-    api.py      CanList, CanLabel, CanFirewall, HasIdentity, HasChecks
+    api.py      CanList, CanListPartly, CanLabel, CanFirewall, HasIdentity, HasChecks
 
 No SDK is imported before a function is called.
 """
@@ -15,8 +15,11 @@ No SDK is imported before a function is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -167,7 +170,9 @@ class Errors:
 class Part:
     """Something in a cloud that bears our labels, by the cloud's own listing: a `machine`, or what is left without one, which is a
     `disk`, an `address`, an `interface`, a `rule` of a firewall or a `group` of resources. `created` is in seconds since the epoch, None
-    where the cloud does not say it."""
+    where the cloud does not say it, by the cloud's clock, which was `ahead` of this machine's by so many seconds. `disk_gib` is what a
+    machine's disks hold; None where that is not known.
+    """
 
     cloud: str
     kind: str
@@ -177,6 +182,41 @@ class Part:
     size: str
     created: float | None
     labels: dict[str, str]
+    ahead: float = 0.0
+    disk_gib: float | None = None
+
+    @property
+    def since(self) -> float | None:
+        """Return `created` by this machine's clock."""
+        return None if self.created is None else self.created - self.ahead
+
+
+def ahead(date: str | None) -> float:
+    """Return by how many seconds a cloud's clock is ahead of this machine's, by the Date of an answer that just came; 0.0 if it has none.
+
+    >>> ahead(None)
+    0.0
+    """
+    try:
+        return parsedate_to_datetime(date or "").timestamp() - time.time()
+    except ValueError:
+        return 0.0
+
+
+Refused = list[UserError]  # what a cloud would not list, each with its place
+
+
+@contextmanager
+def part_by_part(refused: Refused | None, place: str = "") -> Iterator[None]:
+    """Add a cloud's refusal to what was refused, with its place, so that the rest is asked; raise it where nobody asks for the rest."""
+    try:
+        yield
+    except NotUsed:
+        raise
+    except UserError as error:
+        if refused is None:
+            raise
+        refused.append(UserError(f"{place}: {error}" if place else str(error), error.code))
 
 
 @dataclass(frozen=True)
@@ -266,6 +306,14 @@ class CanLabel(Protocol):
 
     def label_others(self, owner: str, name: str, region: str) -> int:
         """Labels what belongs to a deployment's machines and bears no owner; the number of machines that bear owner and name."""
+
+
+@runtime_checkable
+class CanListPartly(Protocol):
+    """What a cloud refuses to list does not hide the rest."""
+
+    def listed(self, owner: str | None, name: str | None, within: Iterable[str] | None, refused: Refused | None) -> list[Part]:
+        """What `ours` lists; what the cloud refuses is added to `refused`. NotUsed without credentials."""
 
 
 @runtime_checkable
@@ -360,6 +408,12 @@ def labelling(cloud: str) -> CanLabel | None:
     """What labels that which belongs to a cloud's machines; None where nothing does."""
     found: CanLabel | None = _implementing(cloud, "api", CanLabel)
     return found
+
+
+def listed_partly(cloud: str, owner: str | None, name: str | None, refused: Refused) -> list[Part]:
+    """Return what of ours a cloud has; what it refuses to list is added to `refused`, where it can be asked part by part."""
+    found: CanListPartly | None = _implementing(cloud, "api", CanListPartly)
+    return listing(cloud).ours(owner, name) if found is None else found.listed(owner, name, None, refused)
 
 
 def firewall(cloud: str) -> CanFirewall | None:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from mistralctl import state
-from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part
 from mistralctl.clouds.aws.errors import ERRORS
 from mistralctl.errors import Exit, UserError
 
 GONE = "terminated"
+PROTECTED = "disableApiTermination"  # in the words with which AWS keeps a machine
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
 _MAKING = threading.Lock()  # several at once would each make a session and read the model of all of EC2
 
@@ -40,38 +41,68 @@ def _filters(owner: str | None, name: str | None) -> list[dict[str, Any]]:
     return found or [{"Name": "tag-key", "Values": ["mistralctl-name"]}]
 
 
-def _machines(ec2: Any, owner: str | None, name: str | None) -> Iterator[Part]:
-    for page in ec2.get_paginator("describe_instances").paginate(Filters=_filters(owner, name)):
+def _ahead(answer: Mapping[str, Any]) -> float:
+    return ahead(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
+
+
+def _machines(ec2: Any, wanted: Sequence[Any], disks: Mapping[str, float]) -> Iterator[Part]:
+    """The machines that the filters `wanted` let through; `disks` are the GiB of those that are attached, by machine."""
+    for page in ec2.get_paginator("describe_instances").paginate(Filters=wanted):
         for reservation in page["Reservations"]:
             for one in reservation["Instances"]:
                 if one["State"]["Name"] == GONE:
                     continue
                 yield Part(
                     "aws", "machine", one["InstanceId"], one["Placement"]["AvailabilityZone"], one["State"]["Name"],
-                    one["InstanceType"], one["LaunchTime"].timestamp(), _tags(one),
+                    one["InstanceType"], one["LaunchTime"].timestamp(), _tags(one), _ahead(page), disks.get(one["InstanceId"]),
                 )  # fmt: skip
 
 
-def _region(region: str, owner: str | None, name: str | None) -> Iterator[Part]:
-    ec2 = _client("ec2", region)
-    yield from _machines(ec2, owner, name)
-    for page in ec2.get_paginator("describe_volumes").paginate(Filters=_filters(owner, name)):
+def _disks(ec2: Any, wanted: Sequence[Any], attached: dict[str, float]) -> Iterator[Part]:
+    """The disks without a machine; those that have one go with it, and are added to `attached`."""
+    for page in ec2.get_paginator("describe_volumes").paginate(Filters=wanted):
         for one in page["Volumes"]:
-            if one["State"] == "available":  # one that is attached goes with its machine
+            for machine in one.get("Attachments", ()):
+                attached[machine["InstanceId"]] = attached.get(machine["InstanceId"], 0.0) + float(one["Size"])
+            if one["State"] == "available":
                 yield Part(
                     "aws", "disk", one["VolumeId"], one["AvailabilityZone"], one["State"], f"{one['Size']} GiB",
-                    one["CreateTime"].timestamp(), _tags(one),
+                    one["CreateTime"].timestamp(), _tags(one), _ahead(page),
                 )  # fmt: skip
-    # Neither SkyPilot nor mistralctl makes these two on AWS; who gives a deployment one and labels it finds it here.
-    for one in ec2.describe_addresses(Filters=_filters(owner, name))["Addresses"]:
+
+
+def _addresses(ec2: Any, wanted: Sequence[Any], region: str) -> Iterator[Part]:
+    """Neither SkyPilot nor mistralctl makes these or interfaces on AWS; who gives a deployment one and labels it finds it here."""
+    for one in ec2.describe_addresses(Filters=wanted)["Addresses"]:
         if "AssociationId" not in one:
             yield Part("aws", "address", one["AllocationId"], region, "unused", one["PublicIp"], None, _tags(one))
-    for page in ec2.get_paginator("describe_network_interfaces").paginate(Filters=_filters(owner, name)):
+
+
+def _interfaces(ec2: Any, wanted: Sequence[Any]) -> Iterator[Part]:
+    for page in ec2.get_paginator("describe_network_interfaces").paginate(Filters=wanted):
         for one in page["NetworkInterfaces"]:
             if one["Status"] == "available":
                 tags = _tags({"Tags": one.get("TagSet", [])})
                 place = one["AvailabilityZone"]
                 yield Part("aws", "interface", one["NetworkInterfaceId"], place, "unused", one["PrivateIpAddress"], None, tags)
+
+
+def _region(region: str, owner: str | None, name: str | None, refused: Refused | None) -> list[Part]:
+    """What is ours in a region; without its machines nobody could say what they left, so that is not asked then."""
+    ec2, wanted, found = _client("ec2", region), _filters(owner, name), list[Part]()
+    attached: dict[str, float] = {}
+    with part_by_part(refused, region), _asked():
+        found += _disks(ec2, wanted, attached)
+    machines: list[Part] | None = None
+    with part_by_part(refused, region), _asked():
+        machines = list(_machines(ec2, wanted, attached))
+    if machines is None:
+        return []
+    with part_by_part(refused, region), _asked():
+        found += _addresses(ec2, wanted, region)
+    with part_by_part(refused, region), _asked():
+        found += _interfaces(ec2, wanted)
+    return machines + found
 
 
 def identity() -> str:
@@ -98,27 +129,38 @@ def _asked() -> Iterator[None]:
     except NoCredentialsError as error:
         raise NotUsed("there are no credentials for AWS here; run aws configure", Exit.CLOUD) from error
     except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        what = "sign in again: aws configure" if ERRORS.codes.get(code) == "credentials" else "give this identity that right"
+        said = error.response.get("Error", {})
+        code, what = said.get("Code", ""), "give this identity that right"
+        if ERRORS.codes.get(code) == "credentials":
+            what = "sign in again: aws configure"
+        elif PROTECTED in said.get("Message", ""):
+            what = (
+                "it is protected from termination: aws ec2 modify-instance-attribute --no-disable-api-termination, then try again"
+            )
         raise UserError(f"AWS refused {error.operation_name} ({code}); {what}", Exit.CLOUD) from error
     except BotoCoreError as error:
         raise UserError(f"AWS cannot be asked: {error}", Exit.CLOUD) from error
 
 
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """What `listed` lists; UserError if anything of it is refused."""
+    return listed(owner, name, within, None)
+
+
+def listed(owner: str | None, name: str | None, within: Iterable[str] | None, refused: Refused | None) -> list[Part]:
     """Machines that are not gone, and disks, addresses and interfaces without one, with our labels; `owner` None: everybody's.
 
-    NotUsed without credentials, UserError if AWS refuses.
+    NotUsed without credentials, UserError if AWS refuses; with `refused` a region that it refuses is added there.
     """
     with _asked(), ThreadPoolExecutor(8) as pool:
         places = list(within) if within is not None else regions()
-        return [part for parts in pool.map(lambda region: list(_region(region, owner, name)), places) for part in parts]
+        return [part for parts in pool.map(lambda region: _region(region, owner, name, refused), places) for part in parts]
 
 
 def machines(owner: str | None, within: Iterable[str]) -> list[Part]:
     """The machines of what `ours` lists, in one question a region; NotUsed without credentials, UserError if AWS refuses."""
     with _asked(), ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda region: list(_machines(_client("ec2", region), owner, None)), within)
+        found = pool.map(lambda region: list(_machines(_client("ec2", region), _filters(owner, None), {})), within)
         return [part for parts in found for part in parts]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mistralctl import refusals, state
-from mistralctl.clouds import Finding, NotUsed, Part
+from mistralctl.clouds import Finding, NotUsed, Part, Refused, ahead, part_by_part
 from mistralctl.clouds.azure import CLOUD
 from mistralctl.clouds.azure.errors import ERRORS
 from mistralctl.clouds.azure.quotas import subscription
@@ -90,18 +90,29 @@ def _account() -> tuple[Any, str]:
     return AzureCliCredential(process_timeout=30), subscription()
 
 
-def _clients() -> tuple[Any, Any]:
+class _Clock:
+    """How far Azure's clock is ahead of this machine's, by its last answer."""
+
+    ahead = 0.0
+
+    def hear(self, answer: Any) -> None:
+        """Take the Date of an answer."""
+        self.ahead = ahead(answer.http_response.headers.get("Date"))
+
+
+def _clients(clock: _Clock | None = None) -> tuple[Any, Any]:
     """Those of machines and of groups."""
     from azure.mgmt.resource import ResourceManagementClient
 
     account = _account()
-    return _compute(account), ResourceManagementClient(*account, **TIMEOUTS)
+    return _compute(account, clock), ResourceManagementClient(*account, **TIMEOUTS)
 
 
-def _compute(account: tuple[Any, str]) -> Any:
+def _compute(account: tuple[Any, str], clock: _Clock | None = None) -> Any:
     from azure.mgmt.compute import ComputeManagementClient
 
-    return ComputeManagementClient(*account, **TIMEOUTS)
+    heard = {"raw_response_hook": clock.hear} if clock else {}
+    return ComputeManagementClient(*account, **(TIMEOUTS | heard))
 
 
 def identity() -> str:
@@ -129,7 +140,7 @@ def _skypilot_user() -> str:
         return ""
 
 
-def _left_groups(resource: Any, name: str | None, held: set[str]) -> Iterator[Part]:
+def _left_groups(resource: Any, name: str | None, held: set[str], clock: _Clock) -> Iterator[Part]:
     """This user's groups without a machine, by their names; of those that are empty nobody knows the age."""
     user = _skypilot_user()
     form = re.compile(rf"mctl-({re.escape(name) if name else '.+'})-{re.escape(user)}-[a-z0-9]+")
@@ -141,24 +152,44 @@ def _left_groups(resource: Any, name: str | None, held: set[str]) -> Iterator[Pa
         made = [part.created_time.timestamp() for part in parts if part.created_time]
         state = "deleting" if group.properties.provisioning_state == "Deleting" else "left behind"
         labels = {"mistralctl-name": named[1]}
-        size = f"{len(parts)} resources"
-        yield Part("azure", "group", group.id, group.location, state, size, min(made, default=time.time()), labels)
+        size, created = f"{len(parts)} resources", min(made, default=time.time() + clock.ahead)
+        yield Part("azure", "group", group.id, group.location, state, size, created, labels, clock.ahead)
+
+
+def _created(one: Any, clock: _Clock) -> float:
+    return float(one.time_created.timestamp()) if one.time_created else time.time() + clock.ahead
+
+
+def _left_disks(compute: Any, owner: str | None, name: str | None, clock: _Clock) -> Iterator[Part]:
+    """Those without a machine; one that is attached goes with its machine."""
+    for one in _every(compute.disks.list()):
+        if one.managed_by is None and _is_ours(one.tags or {}, owner, name):
+            size, state = "" if one.disk_size_gb is None else f"{one.disk_size_gb} GiB", str(one.disk_state).lower()
+            yield Part("azure", "disk", one.id, one.location, state, size, _created(one, clock), one.tags, clock.ahead)
 
 
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """What `listed` lists; UserError if anything of it is refused."""
+    return listed(owner, name, within, None)
+
+
+def listed(owner: str | None, name: str | None, within: Iterable[str] | None, refused: Refused | None) -> list[Part]:
     """Machines and disks without one with our labels, and this user's resource groups that a machine has left; UserError if Azure
-    refuses."""
+    refuses. With `refused` that is added there. Where not all machines are known, nobody can say which groups one has left."""
+    found: list[Part] = []
     with _asked():
-        compute, resource = _clients()
+        clock = _Clock()
+        compute, resource = _clients(clock)
+    every: list[Any] | None = None
+    with part_by_part(refused), _asked():
         every = _every(compute.virtual_machines.list_all())
-        found = _parts(compute, every, owner, name)
-        for one in _every(compute.disks.list()):
-            if one.managed_by is None and _is_ours(one.tags or {}, owner, name):  # one that is attached goes with its machine
-                created = one.time_created.timestamp() if one.time_created else time.time()
-                size = f"{one.disk_size_gb} GiB"
-                found.append(Part("azure", "disk", one.id, one.location, str(one.disk_state).lower(), size, created, one.tags))
+        found += _parts(compute, every, (owner, name), clock)
+    with part_by_part(refused), _asked():
+        found += _left_disks(compute, owner, name, clock)
+    if every is not None:
         held = {_group(one.id).lower() for one in every}
-        found += _left_groups(resource, name, held)
+        with part_by_part(refused), _asked():
+            found += _left_groups(resource, name, held, clock)
     places = None if within is None else set(within)
     return [part for part in found if places is None or part.place in places]
 
@@ -166,21 +197,30 @@ def ours(owner: str | None, name: str | None = None, within: Iterable[str] | Non
 def machines(owner: str | None, within: Iterable[str]) -> list[Part]:
     """The machines of what `ours` lists, in two questions; NotUsed without a sign-in, UserError if Azure refuses."""
     with _asked():
-        compute = _compute(_account())
-        found = _parts(compute, _every(compute.virtual_machines.list_all()), owner, None)
+        clock = _Clock()
+        compute = _compute(_account(), clock)
+        found = _parts(compute, _every(compute.virtual_machines.list_all()), (owner, None), clock)
     places = set(within)
     return [part for part in found if part.place in places]
 
 
-def _parts(compute: Any, every: Iterable[Any], owner: str | None, name: str | None) -> list[Part]:
-    """Those of these machines that are ours, each with its power, for which Azure is asked once."""
-    own = [one for one in every if _is_ours(one.tags or {}, owner, name)]
+def _disk_gib(one: Any) -> float | None:
+    """What a machine's disks hold, as far as Azure says it with the machine."""
+    stored = one.storage_profile
+    disks = [stored.os_disk, *(stored.data_disks or ())] if stored and stored.os_disk else []
+    sizes = [float(disk.disk_size_gb or 0) for disk in disks]
+    return sum(sizes) if sizes and all(sizes) else None
+
+
+def _parts(compute: Any, every: Iterable[Any], whose: tuple[str | None, str | None], clock: _Clock) -> list[Part]:
+    """Those of these machines that are of that owner and name, each with its power, for which Azure is asked once."""
+    own = [one for one in every if _is_ours(one.tags or {}, *whose)]
     power = _powers(compute) if own else {}
     return [
         Part(
             "azure", "machine", one.id, one.location,
             "deleting" if one.provisioning_state == "Deleting" else power.get(one.id.lower(), str(one.provisioning_state).lower()),
-            one.hardware_profile.vm_size, one.time_created.timestamp() if one.time_created else time.time(), one.tags,
+            one.hardware_profile.vm_size, _created(one, clock), one.tags, clock.ahead, _disk_gib(one),
         )
         for one in own
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mistralctl import state
-from mistralctl.clouds import NotUsed, Part
+from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part
 from mistralctl.errors import Exit, UserError
 
 ENDPOINT = "https://compute.googleapis.com/compute/v1"
@@ -26,6 +26,8 @@ SCOPES = ("https://www.googleapis.com/auth/compute",)
 SECONDS = 30
 ATTEMPTS = 5
 BUSY = {429, 500, 502, 503}
+PROTECTED = "deletionProtection"  # in the words with which Google keeps a machine
+AHEAD = "clockAhead"  # what `_call` adds to an answer
 CLUSTER = r"(?P<cluster>mctl-(?P<name>.+)-(?P<user>[0-9a-f]{8}))"
 DISK = re.compile(rf"{CLUSTER}-(?:head|worker)-.+")
 RULE = re.compile(rf"sky-ports-{CLUSTER}")
@@ -66,13 +68,14 @@ def _refused(answer: Any, what: str, project: str) -> UserError:
             f"GCP: the Compute Engine API is not enabled in {project}; run gcloud services enable compute.googleapis.com",
             Exit.CLOUD,
         )
-    return UserError(f"GCP refused {what} ({reason}: {message[:200]}); give this identity that right", Exit.CLOUD)
+    mend = "switch that off, then try again" if PROTECTED in message else "give this identity that right"
+    return UserError(f"GCP refused {what} ({reason}: {message[:200]}); {mend}", Exit.CLOUD)
 
 
 def _call(
     method: str, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
-    """The answer to a call of Compute Engine about this project, None if what it is about is not there."""
+    """The answer to a call of Compute Engine about this project, None if what it is about is not there; AHEAD is how far Google's clock is."""
     with _SIGNING_IN:
         session, project = _signed_in()  # NotUsed where the SDK is not installed
     from google.auth.exceptions import GoogleAuthError
@@ -96,8 +99,11 @@ def _call(
         return None
     if answer.status_code >= 400:
         raise _refused(answer, f"{method} {path.split('?')[0]}", project)
-    found: dict[str, Any] = answer.json()
-    return found
+    try:
+        found: dict[str, Any] = answer.json()
+    except ValueError as error:
+        raise UserError(f"GCP answered {method} {path.split('?')[0]} with what is no JSON; try again", Exit.CLOUD) from error
+    return found | {AHEAD: ahead(answer.headers.get("Date"))}
 
 
 def _pages(path: str, **query: str) -> Iterator[dict[str, Any]]:
@@ -109,11 +115,14 @@ def _pages(path: str, **query: str) -> Iterator[dict[str, Any]]:
         query["pageToken"] = page["nextPageToken"]
 
 
-def _everywhere(kind: str, **query: str) -> Iterator[dict[str, Any]]:
-    """Resources of a kind in all zones."""
-    for page in _pages(f"aggregated/{kind}", **query):
+def _everywhere(kind: str, refused: Refused | None, **query: str) -> Iterator[dict[str, Any]]:
+    """Resources of a kind in all zones, each with AHEAD; a zone that does not answer is among what was refused."""
+    for page in _pages(f"aggregated/{kind}", returnPartialSuccess="true", **query):
+        for name in page.get("unreachables", ()):
+            with part_by_part(refused, _last(name)):
+                raise UserError(f"GCP does not say which {kind} are there; try again later", Exit.CLOUD)
         for scope in page.get("items", {}).values():
-            yield from scope.get(kind, [])
+            yield from (one | {AHEAD: page.get(AHEAD, 0.0)} for one in scope.get(kind, []))
 
 
 def identity() -> str:
@@ -159,15 +168,18 @@ def _left_behind(kind: str, one: Mapping[str, Any], living: set[str], owner: str
         return None
     place = _last(one["zone"]) if "zone" in one else "global"
     size = f"{one['sizeGb']} GiB" if "sizeGb" in one else ""
-    return Part("gcp", kind, one["name"], place, "unused", size, _created(one), {"mistralctl-name": found["name"]} | labels)
+    named = {"mistralctl-name": found["name"]} | labels
+    return Part("gcp", kind, one["name"], place, "unused", size, _created(one), named, one.get(AHEAD, 0.0))
 
 
-def _machines() -> Iterator[Part]:
+def _machines(refused: Refused | None = None) -> Iterator[Part]:
     """Everybody's machines."""
-    for one in _everywhere("instances", filter="labels.mistralctl-name:*"):
+    for one in _everywhere("instances", refused, filter="labels.mistralctl-name:*"):
         state = "stopped" if one["status"] == "TERMINATED" else one["status"].lower()
         kind, place = _last(one["machineType"]), _last(one["zone"])
-        yield Part("gcp", "machine", one["name"], place, state, kind, _created(one), one.get("labels", {}))
+        sizes = [disk.get("diskSizeGb") for disk in one.get("disks", ())]
+        gib = sum(map(float, sizes)) if sizes and all(sizes) else None
+        yield Part("gcp", "machine", one["name"], place, state, kind, _created(one), one.get("labels", {}), one[AHEAD], gib)
 
 
 def _is_ours(labels: Mapping[str, str], owner: str | None, name: str | None) -> bool:
@@ -186,18 +198,32 @@ def machines(owner: str | None, within: Iterable[str]) -> list[Part]:
 
 
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
+    """What `listed` lists; UserError if anything of it is refused."""
+    return listed(owner, name, within, None)
+
+
+def listed(owner: str | None, name: str | None, within: Iterable[str] | None, refused: Refused | None) -> list[Part]:
     """Machines that are not gone with our labels, disks and firewall rules that outlived one; `owner` None: everybody's.
 
-    NotUsed without credentials, UserError if Google refuses.
+    NotUsed without credentials, UserError if Google refuses; with `refused` that is added there. Where not all machines are known, nobody can
+    say what has outlived one.
     """
-    machines = list(_machines())
+    before = len(refused or ())
+    machines: list[Part] = []
+    with part_by_part(refused):
+        machines += _machines(refused)
     living = {part.labels.get("ray-cluster-name", "") for part in machines}
     found = [part for part in machines if _is_ours(part.labels, owner, name)]
-    disks = [one for one in _everywhere("disks") if not one.get("users")]  # one that is attached goes with its machine
-    rules = [one for page in _pages("global/firewalls") for one in page.get("items", [])]
-    left = [_left_behind("disk", one, living, owner, name) for one in disks]
-    left += [_left_behind("rule", one, living, owner, name) for one in rules]
-    return _within(found + [part for part in left if part is not None], within)
+    if len(refused or ()) == before:
+        with part_by_part(refused):
+            disks = [
+                one for one in _everywhere("disks", refused) if not one.get("users")
+            ]  # one that is attached goes with its machine
+            found += filter(None, [_left_behind("disk", one, living, owner, name) for one in disks])
+        with part_by_part(refused):
+            rules = [one | {AHEAD: page.get(AHEAD, 0.0)} for page in _pages("global/firewalls") for one in page.get("items", [])]
+            found += filter(None, [_left_behind("rule", one, living, owner, name) for one in rules])
+    return _within(found, within)
 
 
 def _path(part: Part) -> str:
