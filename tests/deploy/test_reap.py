@@ -22,7 +22,13 @@ OLD = NOW - 86400.0
 
 def part(id: str, ttl: str | None = "60", cloud: str = "aws", **changed: Any) -> Part:
     labels = {"mistralctl-name": "one"} | ({} if ttl is None else {"mistralctl-ttl": ttl})
-    given = {"kind": "machine", "place": "us-east-1a", "state": "running", "size": "g6.xlarge", "created": OLD} | changed
+    given: dict[str, Any] = {
+        "kind": "machine",
+        "place": "us-east-1a",
+        "state": "running",
+        "size": "g6.xlarge",
+        "created": OLD,
+    } | changed
     return Part(cloud, id=id, labels=labels, **given)
 
 
@@ -58,8 +64,8 @@ def reaped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[reap.Reaped, 
             reap, "listed_partly", lambda cloud, owner, name, refused: named.get(cloud, empty).listed(owner, name, None, refused)
         )
         monkeypatch.setattr(owners, "known", lambda environ: [("a1", None)])
-        monkeypatch.setattr(reap.time, "time", lambda: NOW)
-        monkeypatch.setattr(reap.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("mistralctl.commands.reap.time.time", lambda: NOW)
+        monkeypatch.setattr("mistralctl.commands.reap.time.sleep", lambda seconds: None)
         result = reap.run([], all_owners=False, dry_run=False, confirm=lambda due: True)
         try:
             reap.check(result)
@@ -252,7 +258,7 @@ def test_gcp_names_a_zone_that_does_not_answer_and_then_judges_no_rest(monkeypat
         "name": "mctl-one-1-head", "status": "TERMINATED", "machineType": "x/g2-standard-4", "zone": "x/us-central1-a", "creationTimestamp": made,
         "labels": {"mistralctl-name": "one"}, "disks": [{"diskSizeGb": "128"}],
     }  # fmt: skip
-    pages = {
+    pages: dict[str, Any] = {
         "aggregated/instances": {"items": {"zones/us-central1-a": {"instances": [machine]}}, "unreachables": ["projects/p/zones/us-east1-b"]},
         "aggregated/disks": {}, "global/firewalls": {"items": [{"name": "sky-ports-mctl-two-0123abcd", "creationTimestamp": made}]},
     }  # fmt: skip
@@ -268,7 +274,7 @@ def test_gcp_names_a_zone_that_does_not_answer_and_then_judges_no_rest(monkeypat
     assert list(map(str, refused)) == ["us-east1-b: GCP does not say which instances are there; try again later"]
     pages["aggregated/instances"] = {}  # now all is known, and a rule that outlived its machine is listed
     assert [one.kind for one in gcp.listed(None, None, None, None)] == ["rule"]
-    pages["global/firewalls"] = "<html>"  # type: ignore[assignment]
+    pages["global/firewalls"] = "<html>"
     with pytest.raises(UserError, match="GCP answered GET global/firewalls with what is no JSON"):
         gcp.listed(None, None, None, None)
 
