@@ -27,18 +27,49 @@ class _Pinned(http.client.HTTPSConnection):
         self.sock = self._trusted.wrap_socket(self.sock, server_hostname=self._name)
 
 
+class _Own(http.client.HTTPConnection):
+    """A connection to a deployment's server or tunnel on this machine, and to no other program."""
+
+    def __init__(self, record: Record, seconds: float) -> None:
+        super().__init__("127.0.0.1", record.port, timeout=seconds)
+        self._record = record
+
+    def connect(self) -> None:
+        from mistralctl import listeners
+
+        super().connect()
+        try:
+            listeners.require_own(self.sock, self._record)
+        except UserError:
+            self.close()
+            raise
+
+
 def plain(record: Record, seconds: float) -> http.client.HTTPConnection:
-    """A connection of the standard library, for many requests or one: to import httpx takes longer than the answer."""
-    if record.public:
-        return _Pinned(record, seconds)
-    return http.client.HTTPConnection("127.0.0.1", record.port, timeout=seconds)
+    """A connection of the standard library, for many requests or one: to import httpx takes longer than the answer.
+
+    Before anything is sent, listeners.Stranger if another program has the deployment's port.
+    """
+    return _Pinned(record, seconds) if record.public else _Own(record, seconds)
 
 
 def options(record: Record) -> dict[str, Any]:
-    """What an httpx client needs to reach a deployment: its address, whom to trust, which name to expect."""
+    """What an httpx client needs to reach a deployment, and no other program: its address, whom to trust, which name to expect."""
     if not record.public:
+        from mistralctl import listeners
+
+        def see(event: str, info: dict[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                listeners.require_own(info["return_value"].get_extra_info("socket"), record)
+
+        def watch(request: httpx.Request) -> None:
+            request.extensions["trace"] = see
+
         trusting_nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to read all authorities takes longer than the answer
-        return {"base_url": f"http://127.0.0.1:{record.port}", "trust_env": False, "verify": trusting_nobody}
+        return {
+            "base_url": f"http://127.0.0.1:{record.port}", "trust_env": False, "verify": trusting_nobody,
+            "event_hooks": {"request": [watch]},
+        }  # fmt: skip
 
     def expect(request: httpx.Request) -> None:
         request.extensions["sni_hostname"] = record.host

@@ -182,6 +182,29 @@ def of(record: Record) -> list[psutil.Process]:
     return tunnels(record.name) if record.cluster else servers(record)
 
 
+def led(record: Record) -> list[psutil.Process]:
+    """The very process of a record, and what it has started: quickly found, and none if that process is gone."""
+    if record.pid is None or not alive(record):
+        return []
+    with contextlib.suppress(psutil.Error):
+        return [psutil.Process(record.pid), *_children(record.pid)]
+    return []
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    """All that a process has started and that still runs. psutil would read every process of the machine."""
+    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        return psutil.Process(pid).children(recursive=True)
+    found, waiting = [], [pid]
+    while waiting:
+        for file in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            with contextlib.suppress(OSError, psutil.Error):
+                more = [psutil.Process(int(word)) for word in file.read_text("ascii").split()]
+                found += more
+                waiting += [one.pid for one in more]
+    return found
+
+
 def _send(processes: Iterable[psutil.Process], number: int) -> None:
     for process in processes:  # each knows when it was started, so that an id used again is not hit
         with contextlib.suppress(psutil.Error):

@@ -40,6 +40,8 @@ def ask(client: Client, messages: list[dict[str, str]]) -> Iterator[str]:
                 if piece.choices:
                     yield piece.choices[0].text
     except openai.APIConnectionError as error:
+        if isinstance(error.__cause__, UserError):  # of what was found before anything was sent
+            raise error.__cause__ from None
         raise UserError(
             f"{client.name} does not answer at {client.base_url}; see mistralctl status {client.name}", Exit.SERVER
         ) from error

@@ -21,10 +21,13 @@ class Client:
 
 
 def run(name: str) -> Client:
-    """The client's side of a deployment; UserError if it is not up."""
+    """The client's side of a deployment; UserError if it is not up, or another program has its port."""
     record = state.known(name)
     tasks.kind(record.kind).require_endpoint(name)
     if record.state != "up":
         raise UserError(f"{name} is {record.state}; run mistralctl up {record.model} --name {name} first", Exit.NOT_FOUND)
+    from mistralctl import listeners
+
+    listeners.check(record)
     trust = str(certificates.bundle_file(name)) if record.public else ""
     return Client(name, record.base_url, state.api_key(name), record.served_model_name, record.chat, trust)

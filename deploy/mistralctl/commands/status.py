@@ -96,6 +96,17 @@ def _sound(found: Any) -> dict[str, Any] | None:
     return {name: None if name in wrong else value for name, value in found.items()}
 
 
+def _stranger(record: Record) -> str:
+    """Who answers in a deployment's place; empty if nobody does."""
+    from mistralctl import listeners
+
+    try:
+        listeners.check(record)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _here(record: Record) -> Status:
     launcher = _sound(local.read_status(record.run_dir))
     living = processes.alive(record) or bool(processes.servers(record))
@@ -105,7 +116,7 @@ def _here(record: Record) -> Status:
         error = (launcher or {}).get("error") or {}
         now, why = "lost", str(error.get("message") or "its process is gone; run up again, or down to forget it")
     elif record.state == "up" and not readiness.answers(record):
-        now, why = "starting", "it does not answer"
+        now, why = "starting", _stranger(record) or "it does not answer"
     up = now in ("up", "starting")
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
@@ -212,7 +223,7 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         why = "another task than this laptop's last up runs on its machine; run up again, or from here on leave it to the other"
     elif said == "ready" and not node.answers:
         mend = f"cannot be reached at {record.address}:{record.port} from here" if record.public else "tunnel is not open"
-        why = f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
+        why = _stranger(record) or f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
     elif said and said != "ready":
         now = "starting"
     elif not said and record.state == "starting" and not tasks.kind(record.kind).serves:
