@@ -86,6 +86,7 @@ TRAFFIC = _entry(
 ROUTES = _entry("run/NAME/shared/routes.json", 'every route of the running application, [{"path": "/health", "methods": ["GET"]}, ...]; '
                 "`WEBSOCKET` for a websocket, `*` for a mounted application")  # fmt: skip
 USAGE = _entry("run/NAME/shared/usage.json", 'what the guard has counted for each key, and the serial of the keys in force, {"version": 1, '
-               '"serial": 1795478400, "keys": {ID: {"requests": 3, "tokens": 64, "refused": 0, "day": [...]}}}; kept over starts')  # fmt: skip
+               '"serial": 1795478400, "keys": {ID: {"requests": 3, "tokens": 64, "refused": 0, "day": [...]}}, "refused": {"401": 7}}; '
+               "the last counts requests and connections that were refused, by status or reason. Kept over starts")  # fmt: skip
 CERTIFICATE = _entry("run/NAME/shared/tls.crt", "the server's certificate, with MISTRALCTL_TLS")
 PRIVATE_KEY = _entry("run/NAME/shared/tls.key", "its private key, mode 0600")

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Callers:
         self._looked = 0.0
         self._seen = self._stamp()
         self._take(keys.read(file.read_text("utf-8")))
+        self.refused: dict[str, int] = {}
         self.accounts = self._counted()
         self._written = ""
 
@@ -56,7 +58,9 @@ class Callers:
     def _counted(self) -> dict[str, Account]:
         """What a server before this one has counted on this node; nothing if that cannot be read."""
         try:
-            data = json.loads(self._usage.read_text("utf-8"))["keys"]
+            found = json.loads(self._usage.read_text("utf-8"))
+            self.refused = {str(why): int(count) for why, count in found.get("refused", {}).items()}
+            data = found["keys"]
             known = {key.id for key in self._known.values()}
             return {name: Account.load(one) for name, one in data.items() if name in known}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -96,15 +100,19 @@ class Callers:
         """What a key has asked."""
         return self.accounts.setdefault(key.id, Account())
 
-    def save(self) -> None:
-        """Writes the counts, and which keys are in force, if anything is new."""
+    def save(self, refused: Mapping[str, int] | None = None) -> None:
+        """Writes the counts, which keys are in force, and how often strangers were refused and why, if anything is new."""
         counted: dict[str, Any] = {name: account.dump() for name, account in self.accounts.items()}
-        text = json.dumps({"version": USAGE_VERSION, "serial": self._serial, "keys": counted})
+        text = json.dumps({"version": USAGE_VERSION, "serial": self._serial, "keys": counted, "refused": dict(refused or {})})
         if text == self._written:
             return
         handle, temporary = tempfile.mkstemp(dir=self._usage.parent, prefix=".usage.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(self._usage)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(self._usage)
+        except OSError:  # a full disk: the next one tries again, and no pieces stay
+            Path(temporary).unlink(missing_ok=True)
+            raise
         self._written = text

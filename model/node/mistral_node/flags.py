@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_contract import envs, files
+from mistral_contract import envs
 from mistral_node.bodies import Bounds
 from mistral_node.contract import Contract
 from mistral_node.weights import is_consolidated, quantization
@@ -25,8 +25,6 @@ NOTHING_BUILT = {
     "VLLM_USE_DEEP_GEMM": "0",  # CUTLASS, for weights in blocks of fp8
 }
 NOTHING_BUILT_FLAGS = ("--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false")
-# TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
-CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 def runs_in_the_engine(contract: Contract) -> bool:
@@ -68,10 +66,6 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
         "--enable-prefix-caching",
         "--disable-access-log-for-endpoints", "/health",
     ]  # fmt: skip
-    if contract.tls:
-        shared = contract.shared_dir
-        found += ["--ssl-keyfile", str(shared / files.PRIVATE_KEY.name), "--ssl-certfile", str(shared / files.CERTIFICATE.name)]
-        found += ["--ssl-ciphers", CIPHERS]
     if method := quantization(contract.quantization, model_dir):
         found += ["--quantization", method]
     if contract.memory_utilization is not None:

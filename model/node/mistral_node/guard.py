@@ -14,6 +14,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,11 @@ from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
 from mistral_contract.routes import CHAT, COMPLETIONS, OPEN, WITH_KEY
-from mistral_node import bodies
+from mistral_node import bodies, tls
 from mistral_node.admission import RETRY_SECONDS, Admission, Full
 from mistral_node.bodies import Refused
 from mistral_node.callers import Callers
+from mistral_node.connections import HELD, Held, allowed_files, let_in
 from mistral_node.limits import Meter
 from mistral_node.traffic import Traffic
 
@@ -47,6 +49,9 @@ BODY_SECONDS = 60.0
 PULSE_SECONDS = 20.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
 WATCH_SECONDS = 0.4  # changed keys are taken up, and counts written, also while nobody asks
+# What the application is shown of a request's headers: no key, and nothing else that steers vLLM (its priority, its rank of data).
+PASSED = frozenset((b"accept", b"content-length", b"content-type", b"expect", b"host", b"transfer-encoding", b"user-agent"))
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 def _bearer(value: bytes) -> bytes:
@@ -88,6 +93,15 @@ def _address(scope: Scope) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.ip_address((scope.get("client") or ("0.0.0.0", 0))[0])  # noqa: S104 - nobody's address
 
 
+def _passed(headers: Headers) -> Headers:
+    """The headers that the application sees."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name.lower() in PASSED or (name.lower() == b"x-request-id" and REQUEST_ID.fullmatch(value))
+    ]
+
+
 class Guard:
     """Wraps an ASGI application.
 
@@ -107,9 +121,12 @@ class Guard:
         self.traffic = Traffic(self.folder)
         self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
         self.allowed = [ipaddress.ip_network(one) for one in envs.value(Serve, "allow", os.environ)]
+        self.held = Held(allowed_files(), tls.served(self.folder) if os.environ.get(envs.variable("tls")) else None)
+        self.held.refused.update(self.callers.refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            scope.setdefault("state", {})[HELD] = self.held  # for the connections below
             await self._lifespan(scope, receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
@@ -135,7 +152,7 @@ class Guard:
         while True:
             self.callers.look()
             with suppress(OSError):  # a full disk stops nobody
-                self.callers.save()
+                self.callers.save(self.held.refused)
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _pulses(self, scope: Scope) -> None:
@@ -179,13 +196,22 @@ class Guard:
         key = self._key(scope)
         refusal = self._stranger(scope) or self._refusal(route, scope["headers"], key)
         if refusal is not None:
-            await _answer(send, *refusal)
-        elif route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
+            await self._refuse(send, *refusal)
+            return
+        scope["headers"] = _passed(scope["headers"])
+        if key is not None:
+            let_in(scope)
+        if route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
         elif not self.traffic.is_open:  # the launcher's own questions
             await self._checked(scope, receive, send, key)
         else:
             await self._counted(scope, receive, send, key)
+
+    async def _refuse(self, send: Send, status: int, message: str, param: str = "", seconds: int = 0) -> None:
+        """Answers a refusal, and counts it: a line in the log for each would be a stranger's to write."""
+        self.held.refused[str(status)] += 1
+        await _answer(send, status, message, param, seconds)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
         """Runs the application within the limits of a key, and counts what was asked."""
@@ -194,7 +220,7 @@ class Guard:
             account.refused += 1
             limit, seconds = held
             message = f"the key {key.name} has reached its limit {limit} of {getattr(key, limit)}; try again in {seconds} s"
-            return await _answer(send, 429, message, limit, seconds)
+            return await self._refuse(send, 429, message, limit, seconds)
 
         async def metered_receive() -> Message:
             message = await receive()
@@ -292,7 +318,7 @@ class Guard:
         if body is None:
             return None
         if isinstance(body, tuple):
-            return await _answer(send, *body)
+            return await self._refuse(send, *body)
         try:
             if len(body) > LONG_BODY:
                 loop = asyncio.get_running_loop()
@@ -301,9 +327,9 @@ class Guard:
                 asked = bodies.check(scope["path"], body, self.bounds)
             place = self.admission.enter(key.id, asked.sequences, len(body))
         except Refused as error:
-            return await _answer(send, 400, error.message, error.param)
+            return await self._refuse(send, 400, error.message, error.param)
         except Full:
-            return await _answer(send, 429, "too many requests wait already; try again later", "queue", RETRY_SECONDS)
+            return await self._refuse(send, 429, "too many requests wait already; try again later", "queue", RETRY_SECONDS)
         gone = asyncio.ensure_future(receive())
         try:
             await asyncio.wait((place.let_in, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -332,21 +358,23 @@ async def _nowhere(message: Message) -> None:
     """Sends nothing."""
 
 
-async def _answer(send: Send, status: int, message: str, param: str = "", seconds: int = 0) -> None:
-    """An error in the form of the OpenAI API; `param` is the field that is wrong, or what holds a key back for so many seconds.
-
-    Where a request is too large or too slow, the rest of it is not waited for.
-    """
+def error_body(status: int, message: str, param: str = "") -> bytes:
+    """An error in the form of the OpenAI API; `param` is the field that is wrong, or what holds a key back."""
     kind = {401: "authentication_error", 429: "rate_limit_exceeded", 503: "server_error"}.get(status, "invalid_request_error")
-    body = json.dumps(
+    return json.dumps(
         {"error": {"message": message, "type": kind, **({"param": param} if param else {}), "code": status}}
     ).encode()
+
+
+async def _answer(send: Send, status: int, message: str, param: str = "", seconds: int = 0) -> None:
+    """A refusal, of a key for so many seconds. The connection goes on only where the request was read and is a key's to mend."""
+    body = error_body(status, message, param)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if seconds:
         headers.append((b"retry-after", str(seconds).encode()))
-    if status in (408, 413, 431):
+    if not param:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -5,8 +5,13 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
+from pathlib import Path
+
+from mistral_contract import files
 
 DAYS = 365
+# TLS 1.2 with forward secrecy and authenticated encryption; those of TLS 1.3 are good as they are, and there is nothing below 1.2.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 def self_signed(names: list[str]) -> tuple[str, str]:
@@ -51,4 +56,13 @@ def trusting(certificate: str) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=certificate)
+    return context
+
+
+def served(folder: Path) -> ssl.SSLContext:
+    """What the server shows: the key and the certificate in the folder that it shares with the launcher."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(folder / files.CERTIFICATE.name, folder / files.PRIVATE_KEY.name)
+    context.set_ciphers(CIPHERS)
     return context
