@@ -98,3 +98,24 @@ def test_a_set_up_that_fails_leaves_the_server_that_serves(home: Path) -> None:
     Local().give_up(attempt(wanted(home), [], old), KeyboardInterrupt())
     left = state.known("m")
     assert (left.state, left.pid) == ("down", None)
+
+
+def test_the_log_is_read_over_its_rotation(home: Path) -> None:
+    asked = wanted(home)
+    log = state.folder("m") / "up.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.with_name("up.log.1").write_text("1\n2\n3\n")
+    log.write_text("4\n5\n")
+    for lines, text in (
+        (None, "1\n2\n3\n4\n5\n"),
+        (1, "5\n"),
+        (2, "4\n5\n"),
+        (4, "2\n3\n4\n5\n"),
+        (9, "1\n2\n3\n4\n5\n"),
+        (0, ""),
+    ):
+        assert "".join(Local().logs(asked, follow=False, lines=lines)) == text
+    following = Local().logs(asked, follow=True, lines=1)
+    assert [next(following)] == ["5\n"]
+    log.write_text("6\n")  # what was there has gone to the older one
+    assert next(following) == "6\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import resource
 import signal
 import threading
 import time
@@ -147,6 +148,30 @@ def test_requests_are_counted_and_refusals_are_not(served: Launcher) -> None:
         time.sleep(0.1)
     time.sleep(0.7)
     assert served.status()["requests"]["served"] == before + 1
+
+
+def test_it_serves_on_while_no_file_can_grow(served: Launcher) -> None:
+    """As on a full disk: launcher, ward and vLLM can write neither log nor status nor counts."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    running = [psutil.Process(served.process.pid), *psutil.Process(served.process.pid).children(recursive=True)]
+    before = served.status()["requests"]["served"]
+    for process in running:
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        for _ in range(3):
+            served.json("/v1/completions", body)
+            assert served.ask("/v1/models", key="wrong")[0] == 401
+            time.sleep(0.7)
+        assert served.status()["requests"]["served"] == before
+        assert all(process.is_running() for process in running)
+    finally:
+        for process in running:
+            process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    deadline = time.monotonic() + 10
+    while served.status()["requests"]["served"] != before + 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert json.loads((served.run_dir / "shared" / "usage.json").read_text())["refused"]["401"] >= 3
 
 
 def test_a_stream_in_flight_ends_well_and_new_requests_are_refused(served: Launcher) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mistral_contract import files, keys
 
@@ -73,6 +73,8 @@ class Session:
     def _hear(self) -> None:
         """Take the whole lines that were written since the last call."""
         with self._log.open("rb") as file:
+            if file.seek(0, 2) < self._offset:  # it was rotated
+                self._offset = 0
             file.seek(self._offset)
             block = file.read()
         whole = block.rfind(b"\n") + 1
@@ -222,6 +224,7 @@ class Local:
         log, progress, task = _log(attempt.record.name), Progress(attempt.on_phase), attempt.record.task
         own_files.folder(log.parent)
         log.write_bytes(b"")
+        log.with_name(f"{log.name}.1").unlink(missing_ok=True)
         place_files(task)
         file = _run_dir(task) / files.SECRETS.name
         if attempt.secrets:
@@ -293,21 +296,25 @@ class Local:
         path = _log(record.name)
         if not path.exists():
             raise UserError(f"{record.name} has no log yet; run mistralctl up first", Exit.NOT_FOUND)
+        older = path.with_name(f"{path.name}.1")  # the launcher moves there what is too long
         with path.open("rb") as file:
-            if lines is not None:
-                position, block = file.seek(0, 2), b""
-                while position > 0 and block.count(b"\n") <= lines:
-                    position = max(0, position - BLOCK)
-                    file.seek(position)
-                    block = file.read()
-                kept = block.splitlines(keepends=True)[-lines:] if lines else []
-                yield b"".join(kept).decode("utf-8", "replace")
+            if lines is None:
+                if older.exists():
+                    yield older.read_text("utf-8", "replace")
+            else:
+                found = _last(file, lines)
+                if len(found) < lines and older.exists():
+                    with older.open("rb") as before:
+                        found = _last(before, lines - len(found)) + found
+                yield b"".join(found).decode("utf-8", "replace")
             while True:
                 block = file.read(BLOCK)
                 if block:
                     yield block.decode("utf-8", "replace")
                 elif not follow:
                     return
+                elif file.tell() > path.stat().st_size:
+                    file.seek(0)
                 else:
                     record = state.known(record.name)
                     if record.state == "down" or not processes.of(record):
@@ -340,6 +347,16 @@ class Local:
 
     def extend(self, record: Record, until: float) -> None:
         """Do nothing: no cloud ends this machine."""
+
+
+def _last(file: BinaryIO, lines: int) -> list[bytes]:
+    """Return the last lines of a file, which stands at its end afterwards."""
+    position, block = file.seek(0, 2), b""
+    while position > 0 and block.count(b"\n") <= lines:
+        position = max(0, position - BLOCK)
+        file.seek(position)
+        block = file.read()
+    return block.splitlines(keepends=True)[-lines:] if lines else []
 
 
 def _log(name: str) -> Path:

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO
 
-from mistral_node import ward
+from mistral_node import log, ward
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 from vllm_mistral import ARCHITECTURE, MODEL_CLASS
@@ -30,6 +30,7 @@ GONE = re.compile(r"^(\w+\.)*EngineDeadError\b|Engine core initialization failed
 WITHOUT_A_WORD = "a process of vLLM's engine was killed, or crashed without a word"
 MEMORY_FULL = "the kernel ended a process meanwhile, because the machine's memory was full"
 VMSTAT = Path("/proc/vmstat")
+LONGEST_LINE = 64 << 10
 NOISE = re.compile(r"^(\(\w+[^)]*\) )?(\w+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^]]*\] )?")
 
 
@@ -95,8 +96,7 @@ class Engine:
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
         command = [sys.executable, "-m", "mistral_node.start", "serve", *arguments]
-        sys.stdout.write(f"starts {shlex.join(command)}\n")
-        sys.stdout.flush()
+        log.line(f"starts {shlex.join(command)}")
         self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {})}))
 
     def _say(self, line: str) -> None:
@@ -107,11 +107,10 @@ class Engine:
                 self.process.stdin.flush()
 
     def _pass_on(self, output: IO[bytes]) -> None:
-        for raw in output:
-            line = raw.decode("utf-8", "replace")
-            self.lines.append(line.rstrip("\n"))
-            sys.stdout.write(line)
-            sys.stdout.flush()
+        for raw in iter(lambda: output.readline(LONGEST_LINE), b""):
+            line = raw.decode("utf-8", "replace").rstrip("\n")
+            self.lines.append(line)
+            log.line(line, ours=False)
 
     def healthy(self) -> bool:
         """Whether /health answers now."""

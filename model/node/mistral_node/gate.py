@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 from pathlib import Path
 
 from mistral_contract import files, routes
+from mistral_node import disk, log
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 
@@ -15,12 +15,10 @@ from mistral_node.contract import Code, LaunchError
 def pass_through(client: Client, run_dir: Path, shared: Path) -> routes.Report:
     """Walks the server that `client` asks and keeps what was found in the run folder; LaunchError unless the walk was clean."""
     report = _walk(client, shared / files.ROUTES.name)
-    file = run_dir / files.GATE.name
-    partial = file.with_suffix(".new")
-    partial.write_text(report.text(), "utf-8")
-    partial.replace(file)
+    if not disk.replaced(run_dir / files.GATE.name, report.text()):
+        log.line(f"{run_dir / files.GATE.name} cannot be written; is the disk full?")
     if fault := report.fault():
-        sys.stdout.write(f"{report.table()}\n")
+        log.line(report.table())
         raise LaunchError(Code.GATE, fault)
     return report
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mistral_contract.phases import Kind, PhaseEvent
+from mistral_node import disk, log
 
 
 def say(phase: str, event: Kind, message: str = "") -> float:
     """Prints one event of the contract; its time in seconds since the epoch."""
     at = round(time.time(), 3)
-    sys.stdout.write(PhaseEvent(phase, event, at, message).line() + "\n")
-    sys.stdout.flush()
+    log.line(PhaseEvent(phase, event, at, message).line())
     return at
 
 
 class Status:
-    """status.json: `set` changes fields and writes the file."""
+    """status.json: `set` changes fields and writes the file. Where that fails, as on a full disk, the next `set` tries again."""
 
     def __init__(self, file: Path, **fields: Any) -> None:
         self.file = file
@@ -34,17 +33,17 @@ class Status:
             "restarts": {"count": 0, "of": 0, "why": None, "at": None}, "keys": None, "error": None, **fields,
         }  # fmt: skip
         self.watched: Callable[[], dict[str, Any]] = dict  # fields that change by themselves, looked at with each `set`
+        self._written = False
         self.set()
 
     def set(self, **fields: Any) -> None:
         """Changes fields and replaces the file, only if anything changed."""
         fields = self.watched() | fields
-        if self.file.exists() and all(self.fields.get(key) == value for key, value in fields.items()):
+        changed = any(self.fields.get(key, self) != value for key, value in fields.items())
+        if self._written and not changed and self.file.exists():
             return
         self.fields |= fields
-        temporary = self.file.with_suffix(".new")
-        temporary.write_text(json.dumps(self.fields, indent=1) + "\n", "utf-8")
-        temporary.replace(self.file)
+        self._written = disk.replaced(self.file, json.dumps(self.fields, indent=1) + "\n")
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

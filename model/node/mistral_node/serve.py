@@ -12,7 +12,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 import psutil
 from mistral_contract import envs, files, keys, untrusted
 from mistral_contract.adapters import served_rank
-from mistral_node import adapters, canary, contract, flags, gate, lifetime, tls, weights
+from mistral_node import adapters, canary, contract, disk, flags, gate, lifetime, log, tls, weights
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Engine, check_installed, check_port
@@ -113,7 +112,7 @@ def settle_keys(wanted: Contract) -> None:
     except FileNotFoundError:
         pass
     except ValueError as error:
-        sys.stdout.write(f"{path}: {error}; the task's keys replace it\n")
+        log.line(f"{path}: {error}; the task's keys replace it")
     if there is None or there.serial < wanted_keys.serial:
         if not wanted_keys.keys:
             raise LaunchError(
@@ -186,7 +185,7 @@ def until_free(host: str, port: int, asked: threading.Event, name: str) -> None:
         if steps and waited > steps[0][0]:
             _, number = steps.pop(0)
             for process in predecessors(name):
-                sys.stdout.write(f"an earlier launcher (process {process.pid}) still has the port; it gets {number.name}\n")
+                log.line(f"an earlier launcher (process {process.pid}) still has the port; it gets {number.name}")
                 with suppress(psutil.Error):
                     process.send_signal(number)
         if asked.wait(SOON_SECONDS):
@@ -216,11 +215,9 @@ def until_gpu_free(wanted: Contract, asked: threading.Event) -> None:
     while holders := gpu_holders(wanted):
         if holders != named:
             named = holders
-            sys.stdout.write(
-                f"waits until an earlier server (processes {', '.join(map(str, holders))}) gives the GPU's memory back\n"
-            )
+            log.line(f"waits until an earlier server (processes {', '.join(map(str, holders))}) gives the GPU's memory back")
         if time.monotonic() > deadline:
-            sys.stdout.write(f"the GPU's memory was not given back within {GPU_SECONDS:.0f} s; starts nevertheless\n")
+            log.line(f"the GPU's memory was not given back within {GPU_SECONDS:.0f} s; starts nevertheless")
             return
         if asked.wait(POLL_SECONDS):
             raise _Asked
@@ -322,8 +319,7 @@ def _pause(wanted: Contract, status: Status, error: LaunchError, asked: threadin
     """Says why a server is started again, and waits before that."""
     count = status.fields["restarts"]["count"] + 1
     seconds = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2 ** (count - 1))
-    sys.stdout.write(f"restart {count} of {wanted.restart} in {seconds:.0f} s, because {error}\n")
-    sys.stdout.flush()
+    log.line(f"restart {count} of {wanted.restart} in {seconds:.0f} s, because {error}")
     restarts = {"count": count, "of": wanted.restart, "why": str(error), "at": round(time.time(), 3)}
     status.set(state="starting", phase="", phases=[], restarts=restarts)
     if asked.wait(seconds):
@@ -337,7 +333,7 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
     shutil.rmtree(shared, ignore_errors=True)
     isolation = prepare(wanted)
     shared.mkdir(exist_ok=True)
-    (shared / files.USAGE.name).write_text(usage, "utf-8")
+    disk.replaced(shared / files.USAGE.name, usage)
     traffic = Traffic(shared, fresh=True)
     traffic.go_on(before)
     status.set(
@@ -384,7 +380,7 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
         at = say("ready", "end")
         status.set(ready_at=status.fields["ready_at"] or at, state="ready", phase="ready")
         why = _serve(wanted, engine, traffic, status, signals.asked)
-        sys.stdout.write(f"ends because {why}\n")
+        log.line(f"ends because {why}")
         status.set(state="draining")
         end_by = time.monotonic() + END_SECONDS
         _drain(traffic, status, signals)
@@ -406,14 +402,16 @@ def _launch(wanted: Contract, status: Status, signals: _Signals) -> None:
     status.set(restarts={**status.fields["restarts"], "of": wanted.restart})
     while True:
         try:
-            why = _server(wanted, address, status, signals, before)
-        except LaunchError as error:
-            if not _again(wanted, status, error):
-                raise
+            return status.set(state="stopped", ended_because=_server(wanted, address, status, signals, before))
+        except LaunchError as failed:
+            error = failed
+        except OSError as failed:
+            error = LaunchError(Code.ENGINE, f"the server could not be started: {failed}")
+        if not _again(wanted, status, error):
+            raise error
+        with suppress(OSError):
             before = Traffic(wanted.shared_dir).read()
-            _pause(wanted, status, error, signals.asked)
-        else:
-            return status.set(state="stopped", ended_because=why)
+        _pause(wanted, status, error, signals.asked)
 
 
 def main() -> int:
