@@ -16,6 +16,7 @@ from typing import Any
 from mistral_contract import architecture, files, sets, untrusted
 from mistral_contract import gguf as metadata
 from mistral_contract import quantization as schemes
+from mistral_node import log
 from mistral_node.contract import Code, LaunchError
 
 RECORD = ".mistralctl-converted.json"  # what a conversion wrote
@@ -66,7 +67,7 @@ def check_named(folder: Path) -> None:
     except sets.Wrong as wrong:
         raise LaunchError(Code.WEIGHTS, f"{wrong}; run mistralctl up again, which puts the set in order") from None
     if named is None:
-        sys.stdout.write(f"{folder} has no {files.MANIFEST.name}: what lies in it is served unchecked\n")
+        log.line(f"{folder} has no {files.MANIFEST.name}: what lies in it is served unchecked")
 
 
 def _check_documents(folder: Path) -> None:
@@ -85,7 +86,7 @@ def _is_as_converted(target: Path) -> bool:
         if sets.check(target, RECORD) is not None:
             return True
     except sets.Wrong as wrong:
-        sys.stdout.write(f"{wrong}; it is converted again\n")
+        log.line(f"{wrong}; it is converted again")
     shutil.rmtree(target, ignore_errors=True)
     return False
 
