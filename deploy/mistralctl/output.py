@@ -76,6 +76,10 @@ def plan_text(plan: Plan) -> str:
         ]
         if fit.adapter_bytes:
             lines.append(f"the slots of {len(plan.spec.lora)} adapters take {fit.adapter_bytes / GIB:.2f} GiB")
+    if plan.weights_digest:
+        lines.append(f"weights: only those with the digest {plan.weights_digest}")
+    elif plan.model.stored.digest:
+        lines.append(f"weights: their manifest says the digest {plan.model.stored.digest}; the first up pins it")
     lines += plan.caveats
     lines.append("")
     head = ["CLOUD", "MACHINE", "TYPE", "REGION", "USD/H", "SPOT", "CACHE TOKENS", "REQUESTS", "WITHOUT WINDOW"]
@@ -261,6 +265,7 @@ def receipt_text(result: Receipt) -> str:
         ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)],
         ["weights", " ".join(part for part in (result.weights, result.revision) if part)],
         *(["", f"{file.name}: {file.size:,} bytes, sha256 {file.sha256}"] for file in result.files),
+        *([["digest", result.weights_digest]] if result.weights_digest else []),
         ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
         ["check", check_words(result.canary)],
         ["gate", _gate(result.gate) if result.gate else "none"],

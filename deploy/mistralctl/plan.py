@@ -63,7 +63,8 @@ class Plan:
 
     `rights` say what the node's role needs to read weights, adapters and keys that lie in buckets, one for each cloud of the options;
     `quotas` are there only when the clouds were asked for them; `endpoints` are the clouds' own variables for those buckets that
-    another server than the cloud's answers for. `lora_versions` say what each adapter holds, as far as this machine knows.
+    another server than the cloud's answers for. `weights_digest` is the one that the weights must have: asked for, or kept from an earlier
+    `up`; empty: any. `lora_versions` say what each adapter holds, as far as this machine knows.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Plan:
     quotas: tuple[Quota, ...] = ()
     endpoints: Mapping[str, str] = field(default_factory=dict)
     lora_versions: Mapping[str, str] = field(default_factory=dict)
+    weights_digest: str = ""
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from mistral_contract import files
+from mistral_contract import files, sets
 from mistral_contract.suggest import suggest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -67,6 +67,14 @@ def check_uri(value: str, *, folders: bool = False) -> str:
         raise ValueError(f"{value!r} is incomplete; it should be {scheme}://{STORES[scheme].lstrip('/')}")
     if scheme == "pypi" and not re.fullmatch(r"[A-Za-z0-9._-]+@[A-Za-z0-9.+!]+", parts[0]):
         raise ValueError(f"{value!r} needs a version: pypi://package@version/file")
+    return value
+
+
+def _digest(value: str) -> str:
+    if not sets.DIGEST.fullmatch(value):
+        raise ValueError(
+            f"{value!r} should be sha256: and 64 hexadecimal digits, as mistralctl receipt and weights verify print them"
+        )
     return value
 
 
@@ -254,6 +262,15 @@ class DeploymentSpec(BaseModel):
         Annotated[str, AfterValidator(check_uri)] | None,
         About(MODEL, "s3://bucket/prefix", "URI", otherwise="the model's own place"),
     ] = Field(None, description="pull the weights from here: hf:// s3:// gs:// az:// file://")
+    weights_digest: Annotated[
+        Annotated[str, AfterValidator(_digest)] | None,
+        About(
+            MODEL,
+            "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            "D",
+            otherwise="that of the first up",
+        ),
+    ] = Field(None, description="serve no other weights than those with this digest (docs/security.md)")
     max_model_len: Annotated[int | None, About(MEMORY, "16384", "N", otherwise="the model's context")] = Field(
         None, ge=16, le=1_048_576, description="longest prompt plus answer, tokens"
     )

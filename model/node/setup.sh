@@ -43,7 +43,7 @@ make_environment() {
   phase environment end
 }
 
-pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in the page cache
+pull() { # URI FOLDER [REVISION [RESULT [OPTION...]]]: vLLM reads it next, so it is kept in the page cache
   local n
   case $1,${MISTRALCTL_SECRETS:-} in
     hf://*,*hf_token*) # the laptop sends it as soon as it sees this set-up run; by hand it may come later, or never
@@ -52,7 +52,7 @@ pull() { # URI FOLDER [REVISION [RESULT]]: vLLM reads it next, so it is kept in 
         sleep 0.25
       done ;;
   esac
-  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"} ${5+"$5"}
+  mistral_weights pull "$1" "$2" --keep-cached ${3:+--revision "$3"} ${4:+--result "$4"} "${@:5}"
 }
 
 pull_adapter() { # NAME URI: as the store has it now, and judged. A server that runs keeps what it read of the one before
@@ -76,7 +76,8 @@ pull_weights() {
   done <<< "$adapters"
   weights_tool "$uri" ${sources[@]+"${sources[@]}"} ${MISTRALCTL_KEYS_URI:+"$MISTRALCTL_KEYS_URI"} || return
   ln -sfn "$weights_env" "$run_dir/weights-tool" || return
-  pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" || return
+  pull "$uri" "$node_dir/weights/$MISTRALCTL_WEIGHTS_ID" "${MISTRALCTL_REVISION:-}" "$run_dir/pulled.json" \
+    ${MISTRALCTL_WEIGHTS_DIGEST:+--digest "$MISTRALCTL_WEIGHTS_DIGEST"} || return
   while IFS=$'\t' read -r adapter source; do
     [ -z "$adapter" ] || pull_adapter "$adapter" "${source/#file:\/\/\~/file://$HOME}" || return
   done <<< "$adapters"

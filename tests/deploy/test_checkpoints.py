@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 from mistralctl import checkpoints, plan, weights
 from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
@@ -417,3 +418,17 @@ def test_what_a_gguf_file_is_is_read_here(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as error:
             named(data)
         assert (error.value.code, str(error.value).count("\n")) == (Exit.WEIGHTS, 0)
+
+
+def test_a_digest_that_the_weights_have_not_is_refused_before_anything_starts(mistralctl: Run, tmp_path: Path) -> None:
+    source = folder(tmp_path / "x", {"config.json": CONFIG, "model.safetensors": ""})
+    assert mistralctl("weights", "pull", f"file://{source}", str(tmp_path / "set")).returncode == 0
+    said = json.loads(mistralctl("weights", "verify", str(tmp_path / "set"), "-o", "json").stdout.splitlines()[-1])
+    digest, other = said["digest"], f"sha256:{'0' * 64}"
+    place = ["plan", str(tmp_path / "set"), "--cloud", "local"]
+    assert f"only those with the digest {digest}" in mistralctl(*place, "--weights-digest", digest).stdout
+    assert f"their manifest says the digest {digest}" in mistralctl(*place).stdout
+    refused = mistralctl(*place, "--weights-digest", other)
+    assert (refused.returncode, refused.stderr.count("\n")) == (10, 1)
+    assert f"say --weights-digest {digest}" in refused.stderr
+    assert mistralctl(*place, "--weights-digest", "sha256:1").returncode == 2

@@ -146,6 +146,27 @@ def test_down(case: str) -> None:
     assert [step.do for step in take_down(old, observed)] == expected
 
 
+PIN, OTHER_PIN = (f"sha256:{digit * 64}" for digit in "ab")
+
+
+def pinned(task: Task, digest: str) -> Task:
+    return task | {"envs": task["envs"] | {"MISTRALCTL_WEIGHTS_DIGEST": digest}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept", "steps"),
+    [
+        (PIN, PIN, [Do.KEEP]),
+        ("", PIN, [Do.KEEP]),
+        (OTHER_PIN, PIN, [Do.CHECK, Do.STOP, Do.SET_UP, *OPEN]),
+        (PIN, "", [Do.CHECK, Do.STOP, Do.SET_UP, *OPEN]),
+    ],
+)
+def test_a_server_of_other_weights_than_those_that_are_pinned_is_set_up_again(wanted: str, kept: str, steps: list[Do]) -> None:
+    old, task = record(weights_digest=kept), pinned(WANTED, wanted)
+    assert [step.do for step in decide(old, task, Observed("up", job(), answers=True))] == steps
+
+
 def test_what_the_steps_say() -> None:
     assert [step.text for step in decide(None, WANTED, NEW)] == [
         "ask whether the quotas allow it and the weights may be read", "rent a machine (aws/us-east-1 L4:1), set it up, start its server",
@@ -468,3 +489,23 @@ def test_an_old_record_is_a_servers() -> None:
 
 def _mypy_checks_that_the_fake_has_the_protocol(fake: Fake) -> protocol.Runtime:
     return fake
+
+
+def test_a_name_keeps_the_digest_of_its_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mistralctl import config
+    from mistralctl.commands import plan as plan_command
+
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home / ".mistralctl"))
+    sourced = config.load({"model": "mistral-7b-instruct-v0.1", "cloud": ["aws"], "name": "m"}, {}, None)
+    first = plan_command.render(sourced)
+    assert first["envs"]["MISTRALCTL_WEIGHTS_DIGEST"] == ""
+    state.save(dataclasses.replace(record(first), weights_digest=PIN, state="down"))
+    again = plan_command.render(sourced)
+    assert again["envs"]["MISTRALCTL_WEIGHTS_DIGEST"] == PIN
+    assert again["envs"]["MISTRALCTL_SERVING_ID"] == first["envs"]["MISTRALCTL_SERVING_ID"]
+    anew = config.load(
+        {"model": "mistral-7b-instruct-v0.1", "cloud": ["aws"], "name": "m", "weights_digest": OTHER_PIN}, {}, None
+    )
+    assert plan_command.render(anew)["envs"]["MISTRALCTL_WEIGHTS_DIGEST"] == OTHER_PIN
+    elsewhere = config.load({"model": "mistral-7b-instruct-v0.1", "cloud": ["aws"], "name": "m", "weights": "s3://b/x"}, {}, None)
+    assert plan_command.render(elsewhere)["envs"]["MISTRALCTL_WEIGHTS_DIGEST"] == ""

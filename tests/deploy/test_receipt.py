@@ -6,9 +6,11 @@ import json
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
+from mistral_contract import sets
 from mistralctl import __version__, checkpoints, config, plan, state
 from mistralctl.commands import receipt
 from mistralctl.errors import UserError
@@ -17,12 +19,12 @@ from mistralctl.state import Record
 from mistralctl.tasks import serve
 
 KEYS = ["schema", "name", "cloud", "region", "machine", "spot", "price", "model", "served_model_name", "up_at", "down_at", "versions",
-        "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node"]  # fmt: skip
+        "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node", "weights_digest"]  # fmt: skip
 STATUS = {
     "flags": ["/weights", "--port", "8000"], "engine": {"class": "Ours", "vllm": "0.32.0", "torch": "2.13.0+cpu"},
     "canary": {"state": "verified", "max_difference": 0.001, "tolerance": 0.05, "against": "made on a CPU", "weights": "c" * 64},
 }  # fmt: skip
-FILE = {"name": "model.safetensors", "size": 7, "sha256": "a" * 64, "blake3": "b" * 64}
+FILE: dict[str, Any] = {"name": "model.safetensors", "size": 7, "sha256": "a" * 64, "blake3": "b" * 64}
 
 
 @pytest.fixture
@@ -55,11 +57,14 @@ def test_the_json_of_a_receipt_is_a_contract(record: Record, mistralctl: Run, ho
     assert (found["files"], found["flags"], found["engine"], found["canary"]) == ([FILE], *(STATUS[k] for k in list(STATUS)))
     assert (found["weights"], found["down_at"]) == (record.task["envs"]["MISTRALCTL_WEIGHTS"], None)
     assert found["task"] == record.task
+    digest = found["weights_digest"]
+    assert digest == sets.digest([sets.File(FILE["name"], FILE["size"], FILE["sha256"])])
     lines = mistralctl("receipt", "mine").stdout.splitlines()
     assert lines[0] == "deployment  mine (smollm2-135m-instruct, served as smollm2-135m-instruct)"
     assert lines[3] == "down        not yet"
     assert lines[6] == f"            model.safetensors: 7 bytes, sha256 {'a' * 64}"
     assert lines[7:] == [
+        f"digest      {digest}",
         "phases      engine 42 s",
         "check       verified, largest difference 0.001, 0.05 is allowed, made on a CPU",
         "gate        none",

@@ -290,3 +290,49 @@ def test_a_listing_that_lies(tmp_path: Path, patience: Patience, monkeypatch: py
         monkeypatch.setattr(store, "list", lambda files=files: Contents(files, "file:///x"))
         with pytest.raises(WeightsError, match=says):
             look(store, parse("file:///x"), "auto", patience, lambda event: None)
+
+
+def mirrored(tmp_path: Path, patience: Patience, seed: int) -> tuple[str, str]:
+    """A set with a manifest in a folder, as a bucket has it: its URI and its digest."""
+    source, folder = tmp_path / f"source{seed}", tmp_path / f"bucket{seed}"
+    source.mkdir()
+    for name, data in sets.a_set(seed).items():
+        (source / name).write_bytes(data)
+    return f"file://{folder}", pull(Pull(f"file://{source}", folder, patience=patience)).digest
+
+
+def test_a_digest_pins_the_weights_and_not_whoever_wrote_their_manifest(tmp_path: Path, patience: Patience) -> None:
+    uri, digest = mirrored(tmp_path, patience, 1)
+    other, another = mirrored(tmp_path, patience, 2)
+    assert digest != another
+    target = tmp_path / "node" / "set"
+    said: list[object] = []
+    with pytest.raises(WeightsError, match=f"holds weights with the digest {another}, and {digest} is pinned") as caught:
+        pull(Pull(other, target, digest=digest, patience=patience), said.append)
+    assert caught.value.kind is Kind.REFUSED
+    assert (said, target.exists()) == ([], False)  # nothing was fetched
+    assert pull(Pull(uri, target, digest=digest, patience=patience)).digest == digest
+    assert pull(Pull(uri, target, digest=digest, patience=patience)).already_there
+    shutil.rmtree(tmp_path / "bucket1")
+    shutil.copytree(tmp_path / "bucket2", tmp_path / "bucket1")  # somebody rewrites the bucket, manifest and all
+    assert pull(Pull(uri, target, digest=digest, patience=patience)).already_there
+    with pytest.raises(WeightsError, match="is pinned"):
+        pull(Pull(uri, tmp_path / "new", digest=digest, patience=patience))
+    assert pull(Pull(uri, target, digest=another, patience=patience)).digest == another  # asked for anew: replaced
+    assert verify(Verify(str(target), digest=another)).digest == another
+    for where in (str(target), uri):
+        with pytest.raises(WeightsError, match="is pinned"):
+            verify(Verify(where, digest=digest))
+    assert main(["verify", str(target), "--digest", digest]) == 10
+    assert main(["verify", str(target), "--digest", "sha256:0"]) == 2
+
+
+def test_a_source_without_a_manifest_is_held_against_the_digest_before_it_appears(tmp_path: Path, patience: Patience) -> None:
+    _, digest = mirrored(tmp_path, patience, 1)
+    _, another = mirrored(tmp_path, patience, 2)
+    target = tmp_path / "set"
+    with pytest.raises(WeightsError, match="is pinned"):
+        pull(Pull(f"file://{tmp_path}/source1", target, digest=another, patience=patience))
+    assert not target.exists()
+    done = pull(Pull(f"file://{tmp_path}/source1", target, digest=digest, patience=patience))
+    assert (done.digest, done.unproven) == (digest, done.files)

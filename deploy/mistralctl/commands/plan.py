@@ -14,10 +14,11 @@ from mistralctl import plan as planning
 from mistralctl.clouds import LOCAL
 from mistralctl.config import Sourced
 from mistralctl.endpoint import FIRST_PORT
+from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Do, Step
 from mistralctl.plan import Plan
 from mistralctl.state import Record
-from mistralctl.tasks import serve
+from mistralctl.tasks import env, serve
 from mistralctl.tasks.serve import Node
 
 # No option of a deployment: they follow from the others, from this machine, or from what `keys` did.
@@ -38,7 +39,22 @@ def run(sourced: Sourced, *, ask: bool = False) -> Plan:
     endpoints = stores.endpoints((spec.weights or model.weights, *spec.lora.values(), spec.keys_uri or ""), os.environ)
     plan = planning.make(sourced, model, machine, endpoints, adapters.rank(spec.lora))
     record = state.read(plan.name)
+    plan = replace(plan, weights_digest=spec.weights_digest or _kept_digest(plan, record))
+    if plan.weights_digest and model.stored.digest not in ("", plan.weights_digest):
+        raise UserError(
+            f"{plan.weights} holds weights with the digest {model.stored.digest}, and {plan.weights_digest} is pinned; if the other weights are "
+            f"meant, say --weights-digest {model.stored.digest}",
+            Exit.WEIGHTS,
+        )
     return replace(plan, lora_versions=adapters.versions(spec.lora, record.task.get("envs", {}) if record else {}))
+
+
+def _kept_digest(plan: Plan, record: Record | None) -> str:
+    """The digest of the weights that this name served before; empty for other weights, and for a folder of this machine."""
+    if record is None or plan.weights.startswith("file://"):
+        return ""
+    same = (env(record.task, "weights"), env(record.task, "revision")) == (plan.weights, plan.revision)
+    return record.weights_digest if same else ""
 
 
 def render(sourced: Sourced, port: int | None = None) -> tasks.Task:
@@ -97,7 +113,10 @@ def difference(plan: Plan, *, refresh: bool = False) -> list[str]:
     if record is None or record.state == "down":
         return []
     drift = _drift(record) if refresh else ""
-    old, new = record.task.get("envs", {}), render_plan(plan)["envs"]
+    old, new = dict(record.task.get("envs", {})), render_plan(plan)["envs"]
+    old[variable("weights_digest")] = record.weights_digest or old.get(variable("weights_digest"), "")
+    if not plan.weights_digest:
+        old[variable("weights_digest")] = ""
     changed = [
         f"{key.removeprefix(PREFIX).lower()}: {old.get(key) or 'not set'} -> {new.get(key) or 'not set'}"
         for key in sorted({*old, *new} - NOT_SHOWN)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import files
+from mistral_contract import files, sets
 
 import mistralctl
 from mistralctl import own_files, runtime, state
@@ -37,7 +37,7 @@ class Receipt:
     """A deployment. Times are in seconds since the epoch, `price` in USD an hour; None: not known, or not come yet.
 
     `flags` are those of `vllm serve`, `engine` is what the running engine said of itself, `task` is what was run, `node` what its
-    machine said of itself when the server was ready (model/node/machine.py). No secret is in it.
+    machine said of itself when the server was ready (model/node/machine.py), `weights_digest` stands for all its files. No secret is in it.
     """
 
     schema: int
@@ -62,6 +62,7 @@ class Receipt:
     gate: dict[str, Any] | None
     task: dict[str, Any]
     node: dict[str, Any] | None = None
+    weights_digest: str = ""
 
 
 def path(name: str) -> Path:
@@ -97,15 +98,15 @@ def write(record: Record) -> Receipt:
         "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if "skypilot" in runtime.of(record.cloud).packages else None,
         "vllm": engine.get("vllm"), "torch": engine.get("torch"),
     }  # fmt: skip
-    held = (WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
+    held = tuple(WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
     node = None
     with suppress(UserError):  # a receipt without it is better than none
         node = facts.read(record)
     receipt = Receipt(
         SCHEMA, record.name, record.cloud, record.region, record.machine, record.spot, record.price, record.model,
         record.served_model_name, round(time.time(), 1), None, versions, env(record.task, "weights"), env(record.task, "revision"),
-        tuple(held), tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
-        record.gate or None, record.task, node,
+        held, tuple(launcher.get("flags") or ()), engine or None, record.phases, launcher.get("canary"),
+        record.gate or None, record.task, node, sets.digest(sets.File(one.name, one.size, one.sha256) for one in held) if held else "",
     )  # fmt: skip
     _save(receipt)
     return receipt

@@ -143,6 +143,7 @@ def _wanted(plan: Plan, port: int, old: Record | None, secrets: Collection[str])
         plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port, env(task, "node_dir"),
         env(task, "serving_id"), time.time(), plan.model.chat, task=task, cluster=cluster,
         resources_id=resources_id(task), public=plan.spec.public, host=certificates.own(plan.spec).host if plan.spec.cert else "",
+        weights_digest=plan.weights_digest,
     )  # fmt: skip
     stays = old is not None and old.state != "down" and old.cluster and old.resources_id == record.resources_id
     return replace(record, created_at=old.created_at, setup_id=old.setup_id) if old is not None and stays else record
@@ -203,7 +204,10 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
 
 def _done(plan: Plan, up: Up, steps: Sequence[Step], talk: Talk) -> UpResult:
     """The result of an `up` that came to its end, its receipt written."""
-    figures.keep(up.record, receipt.write(up.record).canary)
+    written = receipt.write(up.record)
+    figures.keep(up.record, written.canary)
+    if written.weights_digest and written.weights_digest != up.record.weights_digest:
+        state.save(replace(up.record, weights_digest=written.weights_digest))
     done = {step.do for step in steps}
     launched = any(phase["phase"] == "provision" for phase in up.record.phases)
     if launched and (told := refusals.on_the_way(state.folder(plan.name) / "up.log")):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_contract import sets
+
 from mistralctl import checkpoints, node, owners, phases, runtime, state, tasks, weights
 from mistralctl.errors import Exit, UserError
 from mistralctl.models import MODELS
@@ -31,29 +33,40 @@ class Mirrored:
     seconds: float
 
 
-def _pinned(uri: str, revision: str) -> tuple[str, str]:
-    """A row of the table of models stands for its weights, at the commit that the table pins."""
-    row = MODELS.get(uri)
-    return (row.weights, revision or row.revision) if row else (uri, revision)
+@dataclass(frozen=True)
+class Source:
+    """Where weights lie, or the row of the table whose weights are meant; `digest` is what they must have, empty: any."""
+
+    where: str
+    revision: str = ""
+    digest: str = ""
+
+    def pinned(self) -> tuple[str, str]:
+        """URI and revision: of a row, at the commit that the table pins. UserError for a digest that is none."""
+        if self.digest and not sets.DIGEST.fullmatch(self.digest):
+            raise UserError(f"--digest: {self.digest!r} should be sha256: and 64 hexadecimal digits")
+        row = MODELS.get(self.where)
+        return (row.weights, self.revision or row.revision) if row else (self.where, self.revision)
 
 
-def pull(uri: str, folder: Path, revision: str, report: weights.Report, *, full: bool = False) -> weights.Pulled:
+def pull(source: Source, folder: Path, report: weights.Report, *, full: bool = False) -> weights.Pulled:
     """Brings a set into a folder of this machine."""
+    uri, revision = source.pinned()
     with weights.explained():
-        uri, revision = _pinned(uri, revision)
-        return weights.pull(weights.Pull(uri, folder, revision, full_check=full), report)
+        return weights.pull(weights.Pull(uri, folder, revision, full_check=full, digest=source.digest), report)
 
 
-def verify(where: str, revision: str, report: weights.Report) -> weights.Verified:
+def verify(source: Source, report: weights.Report) -> weights.Verified:
     """Reads and checks every byte of a set, in a store or in a folder."""
+    where, revision = source.pinned()
     with weights.explained():
-        return weights.verify(weights.Verify(*_pinned(where, revision)), report)
+        return weights.verify(weights.Verify(where, revision, digest=source.digest), report)
 
 
 def ls(uri: str, revision: str) -> weights.Listed:
     """What lies at an address, what of it serving needs, and whether we may read it."""
     with weights.explained():
-        return weights.ls(weights.Ls(*_pinned(uri, revision)))
+        return weights.ls(weights.Ls(*Source(uri, revision).pinned()))
 
 
 def render(spec: MirrorSpec) -> tasks.Task:

@@ -112,6 +112,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         model=model.name if model.shape else "custom",
         weights=weights,
         revision=plan.revision,
+        weights_digest=plan.weights_digest,
         weights_id=plan.weights_id,
         served_name=plan.served_model_name,
         host="0.0.0.0" if spec.public else "127.0.0.1",  # noqa: S104 - asked for, with TLS
@@ -144,7 +145,8 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         options = {**envs.write(serve), **plan.endpoints}
     except ValueError as error:
         raise UserError(f"{plan.name}: the node would refuse {error}; change the option that it comes from") from error
-    return options | {envs.variable("serving_id"): digest([options, tree(package_dir("model"))])}
+    served = {name: value for name, value in options.items() if name != envs.variable("weights_digest")}
+    return options | {envs.variable("serving_id"): digest([served, tree(package_dir("model"))])}
 
 
 def render(plan: Plan, *, owner: str, node: Node = RENTED) -> Task:

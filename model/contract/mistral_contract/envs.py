@@ -245,6 +245,11 @@ class Serve:
         TEXT, "commit of the weights, where the store knows commits", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "set-up laptop",
         default="",
     )  # fmt: skip
+    weights_digest: str = _env(
+        _matching(r"sha256:[0-9a-f]{64}"), "digest that the weights must have: of the names, sizes and sha256 of all files; not set: any. No "
+        "part of MISTRALCTL_SERVING_ID", "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "set-up launcher laptop",
+        default="", template="",
+    )  # fmt: skip
     weights_id: str = _env(
         IDENTIFIER, "name of the folder that the weights lie in: `NODE_DIR/weights/ID`", "mistral-7b-instruct-v0.1-0b1c2d3e",
         "set-up launcher laptop", template="mistral-7b-instruct-v0.1",

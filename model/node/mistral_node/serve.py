@@ -356,7 +356,7 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
                 check_port(wanted.host, wanted.port)
             if wanted.device == "cuda":
                 until_gpu_free(wanted, signals.asked)
-            model_dir = weights.model_dir(wanted.weights_dir)
+            model_dir = weights.model_dir(wanted.weights_dir, wanted.weights_digest)
             environ = isolation.environment(flags.environment(wanted, os.environ))
             environ[envs.NODE_KEY] = keys.digest(client.key)
             loras = adapters.judged(wanted, model_dir)

@@ -33,11 +33,11 @@ def is_consolidated(folder: Path) -> bool:
     return architecture.config_file(file.name for file in folder.glob("*")) == "params.json"
 
 
-def model_dir(folder: Path) -> Path:
-    """The folder to serve; LaunchError if there is nothing that can be served in it."""
+def model_dir(folder: Path, digest: str = "") -> Path:
+    """The folder to serve; LaunchError if there is nothing that can be served in it, or other weights than those of `digest`."""
     if not folder.is_dir():
         raise LaunchError(Code.WEIGHTS, f"{folder} is missing; run mistralctl up again, which pulls the weights")
-    check_named(folder)
+    check_named(folder, digest)
     if any(folder.glob("*.safetensors")):
         try:
             architecture.read_folder(folder)
@@ -60,12 +60,14 @@ def model_dir(folder: Path) -> Path:
     return target
 
 
-def check_named(folder: Path) -> None:
+def check_named(folder: Path, digest: str = "") -> None:
     """LaunchError unless exactly what the manifest names lies in the folder of a set; what has no manifest is said not to be checked."""
     try:
         named = sets.check(folder)
     except sets.Wrong as wrong:
         raise LaunchError(Code.WEIGHTS, f"{wrong}; run mistralctl up again, which puts the set in order") from None
+    if digest and (named is None or sets.digest(named) != digest):
+        raise LaunchError(Code.WEIGHTS, f"{folder} does not hold the weights with the digest {digest}; run mistralctl up again")
     if named is None:
         log.line(f"{folder} has no {files.MANIFEST.name}: what lies in it is served unchecked")
 

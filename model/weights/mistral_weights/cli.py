@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from mistral_contract import sets
+
 from .disk import write_whole
 from .errors import EXIT_CODES, Kind, WeightsError
 from .events import Report
 from .ls import Listed, Ls, ls
 from .mirror import Mirror, Mirrored, mirror
-from .names import FORMATS
+from .names import FORMATS, listed
 from .progress import VERSION, progress
 from .pull import Pull, Pulled, pull
 from .secrets import Secrets
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--result", type=Path, metavar="FILE", help="also write the result there, as JSON, unless the set was there already"
     )
+    verb.add_argument("--digest", default="", metavar="sha256:HEX", help="what the set must have, or nothing is brought")
     verb = verbs.add_parser("mirror", parents=[common], help="bring a set from one store to another")
     verb.add_argument("source", metavar="SOURCE")
     verb.add_argument("target", metavar="TARGET")
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb = verbs.add_parser("verify", parents=[common], help="read and check every byte of a set")
     verb.add_argument("where", metavar="URI|DIR")
+    verb.add_argument("--digest", default="", metavar="sha256:HEX", help="what the set must have")
     verb = verbs.add_parser("ls", parents=[common], help="what lies at an address, and whether we may read it")
     verb.add_argument("uri", metavar="URI")
     return parser
@@ -74,6 +78,7 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
                 plain=options.plain,
                 full_check=options.full,
                 fresh=options.fresh,
+                digest=_digest(options.digest),
             )
             return pull(wanted_set, report)
         case "mirror":
@@ -82,20 +87,26 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
             )  # fmt: skip
             return mirror(wanted, report)
         case "verify":
-            return verify(Verify(options.where, options.revision, secrets, options.form), report)
+            return verify(Verify(options.where, options.revision, secrets, options.form, digest=_digest(options.digest)), report)
         case _:
             return ls(Ls(options.uri, options.revision, secrets, options.form), report)
+
+
+def _digest(text: str) -> str:
+    if text and not sets.DIGEST.fullmatch(text):
+        raise WeightsError(Kind.USAGE, f"--digest: {text!r} should be sha256: and 64 hexadecimal digits")
+    return text
 
 
 def text(result: Result) -> str:
     """A result for eyes."""
     match result:
         case Pulled(already_there=True):
-            return f"{result.folder} is complete ({len(result.files)} files, {_size(result.bytes)})"
+            return f"{result.folder} is complete ({len(result.files)} files, {_size(result.bytes)})\n{_pinned(result)}"
         case Pulled():
             return (
                 f"{result.folder} is complete: {len(result.files)} files, {_size(result.bytes)} in {result.seconds:.1f} s "
-                f"({_size(result.fetched)} fetched, {_size(result.resumed)} from an earlier run)"
+                f"({_size(result.fetched)} fetched, {_size(result.resumed)} from an earlier run)\n{_pinned(result)}"
             )
         case Mirrored():
             return (
@@ -108,6 +119,7 @@ def text(result: Result) -> str:
             wrong = [damage for damage in result.damages if damage.what != "unexpected"]
             right = len(result.files) - len(wrong) - len(result.unproven)
             lines.append(f"{result.where}: {right} of {len(result.files)} files proven, {_size(result.bytes)} read")
+            lines += [f"digest {result.digest}"] if result.digest else []
             return "\n".join(lines)
         case Listed():
             lines = [
@@ -117,6 +129,12 @@ def text(result: Result) -> str:
             known = f", licence {result.license}" if result.license else ""
             lines.append(f"{result.source}: a pull brings {_size(result.bytes)}{known}")
             return "\n".join(lines)
+
+
+def _pinned(result: Pulled) -> str:
+    """The digest of a set, and what of it was compared with nothing."""
+    few = f"; of {listed(result.unproven)} the source promised only the size" if result.unproven else ""
+    return f"digest {result.digest}{few}"
 
 
 def _damage_line(name: str, what: str, at: tuple[int, ...]) -> str:

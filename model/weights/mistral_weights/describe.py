@@ -47,7 +47,7 @@ class Described:
     """A set in a store. `files` is what a pull brings, by name and size.
 
     `documents` are its small files by name (of a large one only the beginning), `headers` the beginnings of its safetensors and GGUF
-    files: of safetensors with the whole header, if the file is one.
+    files: of safetensors with the whole header, if the file is one. `digest` is that of its manifest, empty without one.
     """
 
     uri: str
@@ -58,6 +58,7 @@ class Described:
     files: Mapping[str, int]
     documents: Mapping[str, bytes]
     headers: Mapping[str, bytes]
+    digest: str = ""
 
     @property
     def bytes(self) -> int:
@@ -94,6 +95,7 @@ def describe(request: Describe, report: Report = silent) -> Described:
         files={name: file.size for name, file in files.items()},
         documents={file.name: data for file, data in zip(small, documents, strict=True)},
         headers={file.name: data for file, data in zip(tensors, headers, strict=True)},
+        digest=manifest.digest if manifest else "",
     )
 
 

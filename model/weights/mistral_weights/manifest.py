@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mistral_contract import untrusted
+from mistral_contract import sets, untrusted
 
 from .digests import blake3_of
 from .errors import Kind, WeightsError
@@ -49,6 +49,11 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of the names, sizes and sha256 of all files: what pins a set, wherever it lies."""
+        return sets.digest(sets.File(file.name, file.size, file.sha256) for file in self.files)
 
     def file(self, name: str) -> ManifestFile | None:
         return next((file for file in self.files if file.name == name), None)
@@ -92,6 +97,16 @@ def read(data: bytes, where: str) -> Manifest:
 def range_count(size: int, range_bytes: int) -> int:
     """How many ranges a file of `size` bytes has (an empty file has none)."""
     return -(-size // range_bytes)
+
+
+def require_digest(manifest: Manifest, wanted: str, where: str) -> None:
+    """WeightsError unless a set is the one that is wanted; any is where nothing is."""
+    if wanted and manifest.digest != wanted:
+        raise WeightsError(
+            Kind.REFUSED,
+            f"{where} holds weights with the digest {manifest.digest}, and {wanted} is pinned; if the other weights are meant, "
+            f"say --weights-digest {manifest.digest}",
+        )
 
 
 def _text(body: dict[str, Any]) -> bytes:

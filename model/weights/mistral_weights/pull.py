@@ -20,7 +20,7 @@ from .http_reader import readers
 from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
 from .journal import Journal
 from .lock import locked
-from .manifest import RANGE_BYTES, Manifest, ManifestFile, render
+from .manifest import RANGE_BYTES, Manifest, ManifestFile, render, require_digest
 from .patience import Patience
 from .secrets import Secrets
 from .source import Source, look, renew
@@ -35,7 +35,7 @@ class Pull:
     `direct` writes past the page cache where the file system can: the pull is faster, the first reading after it slower.
     `plain` reads through the store's SDK only; `full_check` hashes every byte of a set that is there already.
     `fresh` asks the store whether that set is still what it holds, and replaces one that is not, also one of another URI, as soon as the new
-    one is whole.
+    one is whole. `digest` is what the set must have (`Manifest.digest`): a manifest that says another is refused before a file is fetched.
     """
 
     uri: str
@@ -49,6 +49,7 @@ class Pull:
     plain: bool = False
     full_check: bool = False
     fresh: bool = False
+    digest: str = ""
     patience: Patience = field(default_factory=Patience)
 
 
@@ -56,6 +57,7 @@ class Pull:
 class Pulled:
     """A set that is there and right. `fetched` counts the bytes that came over the network in this run.
 
+    `unproven` are files of which the source promised no more than the size; `digest` stands for names, sizes and sha256 of all.
     `disk_written` and `disk_seconds` are what its disk wrote meanwhile (bytes, whoever wrote) and how long it was busy, None if unknown.
     """
 
@@ -72,6 +74,8 @@ class Pulled:
     already_there: bool
     disk_written: int | None = None
     disk_seconds: float | None = None
+    digest: str = ""
+    unproven: tuple[str, ...] = ()
 
 
 def pull(request: Pull, report: Report = silent) -> Pulled:
@@ -123,6 +127,8 @@ def _there(folder: Path, address: Address, request: Pull) -> Pulled | tuple[Dama
         return None
     if request.fresh and not _same(installed, address):
         return None
+    if request.digest and installed.manifest.digest != request.digest and _same(installed, address):
+        return None  # another set than the one that is wanted: it is replaced, once that is here
     _require_same(installed, address)
     wrong = damages(installed, request.full_check)
     if wrong:
@@ -221,6 +227,8 @@ def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tu
     patience = request.patience
     store = open_store(address, Opening(request.secrets, partial / ".scratch", patience))
     source = look(store, address, request.form, patience, report)
+    if source.manifest:
+        require_digest(source.manifest, request.digest, str(address))
     range_bytes = source.manifest.range_bytes if source.manifest else request.range_bytes
     journal = Journal(partial, range_bytes)
     try:
@@ -247,6 +255,7 @@ def _bring(request: Pull, address: Address, partial: Path, report: Report) -> tu
     created = datetime.now(UTC).isoformat(timespec="seconds")
     contents = source.contents
     manifest = source.manifest or Manifest(contents.source, contents.revision, contents.license, created, range_bytes, files)
+    require_digest(manifest, request.digest, str(address))
     versions = {one.file.name: one.file.version for one in source.wanted}
     return Installed(partial, manifest, str(address), {}, versions), tally
 
@@ -319,4 +328,6 @@ def _pulled(
         resumed=resumed,
         seconds=seconds,
         already_there=there,
+        digest=manifest.digest,
+        unproven=tuple(file.name for file in manifest.files if file.checked_by == "size"),
     )
