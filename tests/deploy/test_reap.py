@@ -258,9 +258,14 @@ def test_gcp_names_a_zone_that_does_not_answer_and_then_judges_no_rest(monkeypat
         "name": "mctl-one-1-head", "status": "TERMINATED", "machineType": "x/g2-standard-4", "zone": "x/us-central1-a", "creationTimestamp": made,
         "labels": {"mistralctl-name": "one"}, "disks": [{"diskSizeGb": "128"}],
     }  # fmt: skip
+    rule = {
+        "name": "sky-ports-mctl-two-0123abcd",
+        "creationTimestamp": made,
+        "description": "mistralctl-name=two mistralctl-owner=a1",
+    }
     pages: dict[str, Any] = {
         "aggregated/instances": {"items": {"zones/us-central1-a": {"instances": [machine]}}, "unreachables": ["projects/p/zones/us-east1-b"]},
-        "aggregated/disks": {}, "global/firewalls": {"items": [{"name": "sky-ports-mctl-two-0123abcd", "creationTimestamp": made}]},
+        "aggregated/disks": {}, "global/firewalls": {"items": [rule]},
     }  # fmt: skip
 
     class Session:

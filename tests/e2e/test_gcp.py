@@ -49,10 +49,11 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
     assert on_node(sim, "served", "ls -A ~/.config/gcloud 2> /dev/null || true") == ""
 
 
-def left_behind(sim: SimCloud, name: str) -> None:
-    """A rule and a disk as SkyPilot names them, of a machine that is gone."""
+def left_behind(sim: SimCloud, name: str, owner: str) -> None:
+    """A rule and a disk as SkyPilot names them, of a machine that is gone; with the labels of an owner, or none."""
+    labels = {"mistralctl-name": name, "mistralctl-owner": owner} if owner else {}
     user = (sim.home / ".sky" / "user_hash").read_text().strip()
-    assert "error" not in by_hand(sim, f"mctl-{name}-{user}-head-0a1b2c-compute", keep_disk=True)
+    assert "error" not in by_hand(sim, f"mctl-{name}-{user}-head-0a1b2c-compute", keep_disk=True, disk_labels=labels)
     call(
         sim,
         f"compute.instances().delete(project=project, zone='us-central1-a', instance='mctl-{name}-{user}-head-0a1b2c-compute')",
@@ -60,6 +61,7 @@ def left_behind(sim: SimCloud, name: str) -> None:
     rule: dict[str, Any] = {
         "name": f"sky-ports-mctl-{name}-{user}",
         "network": "projects/simulated-project/global/networks/default",
+        "description": " ".join(f"{key}={value}" for key, value in labels.items()),
     }
     rule |= {"targetTags": [f"mctl-{name}-{user}"], "sourceRanges": ["0.0.0.0/0"], "direction": "INGRESS"}
     rule |= {"allowed": [{"IPProtocol": "tcp", "ports": ["8443"]}]}
@@ -67,14 +69,17 @@ def left_behind(sim: SimCloud, name: str) -> None:
 
 
 def test_down_takes_all_away_and_what_outlived_another_machine_is_found(sim: SimCloud, served: dict[str, Any]) -> None:
-    left_behind(sim, "served")
-    left_behind(sim, "other")
+    owner = (sim.home / ".mistralctl" / "owner").read_text().strip()
+    left_behind(sim, "served", owner)
+    left_behind(sim, "other", owner)
+    left_behind(sim, "nobodys", "")
+    left_behind(sim, "theirs", "ffffffffffffffffffff")
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
     assert sim.instances("gcp") == []
-    assert [one["id"].split("-")[1] for one in sim.volumes("gcp")] == ["other"]
+    assert sorted(one["id"].split("-")[1] for one in sim.volumes("gcp")) == ["nobodys", "other", "theirs"]
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
     rules = {rule["name"] for rule in sim.firewalls("gcp")}
-    assert {name.split("-")[3] for name in rules if name.startswith("sky-ports-")} == {"other"}
+    assert {name.split("-")[3] for name in rules if name.startswith("sky-ports-")} == {"nobodys", "other", "theirs"}
     assert "default-allow-ssh" in rules
     found = json.loads(sim.run(["mistralctl", "reap", "--cloud", "gcp", "--dry-run", "-o", "json"], timeout=120).stdout)
     parts = found["parts"] if isinstance(found, dict) else found

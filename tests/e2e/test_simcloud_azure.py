@@ -206,7 +206,7 @@ print(sorted((part.kind, part.name, part.due, part.deleted) for part in reap.run
 """
 
 
-def test_reap_finds_machines_by_labels_and_what_they_left_by_names(sim: SimCloud) -> None:
+def test_reap_finds_machines_and_what_they_left_by_labels(sim: SimCloud) -> None:
     from mistralctl import owners
 
     mine = f"mistralctl-owner={owners.current({'MISTRALCTL_OWNER': 'me'})}"
@@ -214,7 +214,8 @@ def test_reap_finds_machines_by_labels_and_what_they_left_by_names(sim: SimCloud
     (sim.home / ".sky" / "user_hash").write_text(user)
     for group, labels in (
         (f"mctl-over-{user}-eastus", [mine, "mistralctl-name=over", "mistralctl-ttl=60", f"skypilot-cluster-name=mctl-over-{user}"]),
-        (f"mctl-left-{user}-eastus", [mine, "mistralctl-name=left", "mistralctl-ttl=60"]),
+        (f"mctl-left-{user}-eastus", ["labelled", mine, "mistralctl-name=left", "mistralctl-ttl=60"]),
+        (f"mctl-nobodys-{user}-eastus", []),
         ("own-group", [mine, "mistralctl-name=guest", "mistralctl-ttl=never"]),
         ("theirs", ["mistralctl-owner=them", "mistralctl-name=theirs", "mistralctl-ttl=60"]),
         (f"mctl-other-{user}x-eastus", []),
@@ -234,7 +235,7 @@ def test_reap_finds_machines_by_labels_and_what_they_left_by_names(sim: SimCloud
         "('machine', 'over', 'its lifetime of 60 minutes is over', False)]\n"
     )
     assert ", True" in reap("{'all_owners': False, 'dry_run': False, 'confirm': lambda found: True}")
-    assert sorted(sim.groups("azure")) == [f"mctl-other-{user}x-eastus", "own-group", "theirs"]
+    assert sorted(sim.groups("azure")) == [f"mctl-nobodys-{user}-eastus", f"mctl-other-{user}x-eastus", "own-group", "theirs"]
     for group in sim.groups("azure"):
         sim.run(["az", "group", "delete", "-y", "-n", group], timeout=60)
     wait_until_empty(sim)

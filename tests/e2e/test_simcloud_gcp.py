@@ -40,7 +40,7 @@ except RefreshError as error:
 """
 BODY = """{
     "name": %r, "machineType": "zones/us-central1-a/machineTypes/n2-standard-4", "labels": {"who": "hand"}, "scheduling": %r,
-    "networkInterfaces": [{"network": "global/networks/default"}], "disks": [{"boot": True, "autoDelete": %r}],
+    "networkInterfaces": [{"network": "global/networks/default"}], "disks": [{"boot": True, "autoDelete": %r, "initializeParams": {"labels": %r}}],
 }"""
 
 
@@ -55,10 +55,12 @@ def call(sim: SimCloud, expression: str) -> dict[str, Any]:
     return found
 
 
-def by_hand(sim: SimCloud, name: str, spot: bool = False, keep_disk: bool = False) -> dict[str, Any]:
+def by_hand(
+    sim: SimCloud, name: str, spot: bool = False, keep_disk: bool = False, disk_labels: dict[str, str] | None = None
+) -> dict[str, Any]:
     """What became of the operation that makes an instance."""
     scheduling = {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE", "preemptible": True} if spot else {}
-    body = BODY % (name, scheduling, not keep_disk)
+    body = BODY % (name, scheduling, not keep_disk, disk_labels or {})
     made = call(sim, f"compute.instances().insert(project=project, zone='us-central1-a', body={body})")
     if "refused" in made:
         return made

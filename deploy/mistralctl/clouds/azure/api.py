@@ -1,7 +1,7 @@
 """What of ours Azure has, by its own API: without SkyPilot's database.
 
-SkyPilot makes a resource group for each machine, named after cluster, user and region; only the machine and its disk bear our labels.
-So a group goes with the machine in it, and one that a machine has left is known by its name.
+SkyPilot makes a resource group for each machine, named after cluster, user and region; it labels the machine and its disk. `label_others` labels the
+group. A group goes as a whole where it was made for that machine and holds nothing else; one that a machine has left is known by its labels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ipaddress
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mistralctl import refusals, state
@@ -23,6 +22,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.quotas import Unknown
 
 CLUSTER_TAG = "skypilot-cluster-name"
+OWN_TAGS = ("mistralctl-owner", "mistralctl-name")
 # What SkyPilot 0.14.1 makes a machine of (sky/provision/azure; Microsoft.Authorization is registered in every subscription). Its disks are
 # Microsoft.Compute's, and weights lie in a storage account that is there already.
 PROVIDERS = ("Microsoft.Compute", "Microsoft.Network", "Microsoft.ManagedIdentity")
@@ -132,28 +132,34 @@ def _group(part_id: str) -> str:
     return part_id.split("/")[4]
 
 
-def _skypilot_user() -> str:
-    """SkyPilot's name for this user, which ends the names of clusters; empty if it has none yet."""
-    try:
-        return (Path.home() / ".sky" / "user_hash").read_text("utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _left_groups(resource: Any, name: str | None, held: set[str], clock: _Clock) -> Iterator[Part]:
-    """This user's groups without a machine, by their names; of those that are empty nobody knows the age."""
-    user = _skypilot_user()
-    form = re.compile(rf"mctl-({re.escape(name) if name else '.+'})-{re.escape(user)}-[a-z0-9]+")
+def _left_groups(resource: Any, whose: tuple[str | None, str | None], held: set[str], clock: _Clock) -> Iterator[Part]:
+    """Groups with our labels and without a machine; of those that are empty nobody knows the age."""
     for group in resource.resource_groups.list():
-        named = form.fullmatch(group.name)
-        if not user or not named or group.name.lower() in held:
+        if not _is_ours(group.tags or {}, *whose) or group.name.lower() in held:
             continue
         parts = list(resource.resources.list_by_resource_group(group.name, expand="createdTime"))
         made = [part.created_time.timestamp() for part in parts if part.created_time]
         state = "deleting" if group.properties.provisioning_state == "Deleting" else "left behind"
-        labels = {"mistralctl-name": named[1]}
         size, created = f"{len(parts)} resources", min(made, default=time.time() + clock.ahead)
-        yield Part("azure", "group", group.id, group.location, state, size, created, labels, clock.ahead)
+        yield Part("azure", "group", group.id, group.location, state, size, created, dict(group.tags), clock.ahead)
+
+
+def _made_for(part: Part) -> bool:
+    """Whether the group of a part is the one that SkyPilot made for its machine, and none of the user's own."""
+    return part.kind == "group" or _group(part.id) == f"{part.labels.get(CLUSTER_TAG)}-{part.place}"
+
+
+def _others_in(resource: Any, part: Part) -> list[str]:
+    """What the group of a part holds that is neither labelled as the part is nor one of the things that SkyPilot makes beside a machine."""
+    begin = ("sky-", f"{_group(part.id).removesuffix(f'-{part.place}')}-")
+    found = []
+    for one in resource.resources.list_by_resource_group(_group(part.id)):
+        tags = one.tags or {}
+        ours = all(tags.get(key) == part.labels.get(key) for key in OWN_TAGS)
+        beside = not set(OWN_TAGS) & set(tags) and one.type.partition("/")[0] in PROVIDERS and one.name.startswith(begin)
+        if not ours and not beside:
+            found.append(one.name)
+    return found
 
 
 def _created(one: Any, clock: _Clock) -> float:
@@ -174,7 +180,7 @@ def ours(owner: str | None, name: str | None = None, within: Iterable[str] | Non
 
 
 def listed(owner: str | None, name: str | None, within: Iterable[str] | None, refused: Refused | None) -> list[Part]:
-    """Machines and disks without one with our labels, and this user's resource groups that a machine has left; UserError if Azure
+    """Machines, disks without one and resource groups that a machine has left, with our labels; UserError if Azure
     refuses. With `refused` that is added there. Where not all machines are known, nobody can say which groups one has left."""
     found: list[Part] = []
     with _asked():
@@ -189,7 +195,7 @@ def listed(owner: str | None, name: str | None, within: Iterable[str] | None, re
     if every is not None:
         held = {_group(one.id).lower() for one in every}
         with part_by_part(refused), _asked():
-            found += _left_groups(resource, name, held, clock)
+            found += _left_groups(resource, (owner, name), held, clock)
     places = None if within is None else set(within)
     return [part for part in found if places is None or part.place in places]
 
@@ -245,6 +251,21 @@ def relabel(part: Part, labels: Mapping[str, str]) -> None:
         compute.virtual_machines.begin_update(group, name, {"tags": now | dict(labels)}).result()
 
 
+def label_others(owner: str, name: str, region: str) -> int:
+    """Labels the resource groups that SkyPilot made for a deployment's machines and that bear no owner; the number of its machines."""
+    with _asked():
+        from azure.mgmt.resource.resources.models import ResourceGroupPatchable
+
+        _, resource = _clients()
+        found = [part for part in machines(owner, [region]) if part.labels["mistralctl-name"] == name]
+        for part in found:
+            tags = resource.resource_groups.get(_group(part.id)).tags or {} if _made_for(part) else None
+            if tags is not None and OWN_TAGS[0] not in tags:
+                own = dict(zip(OWN_TAGS, (owner, name), strict=True))
+                resource.resource_groups.update(_group(part.id), ResourceGroupPatchable(tags={**tags, **own}))
+        return len(found)
+
+
 def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:
     """Lets a port of a deployment's machines be reached from these networks alone, by the rule that SkyPilot made for the machine; the
     number of rules for it.
@@ -278,8 +299,8 @@ def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str
 
 
 def delete(parts: Sequence[Part]) -> None:
-    """Takes these away and waits for it, each with the resource group that SkyPilot made for it; a group of the user's own stays, and
-    what else is in it. UserError if Azure refuses, at once or later."""
+    """Takes these away and waits for it, each with the resource group that SkyPilot made for it; a group of the user's own stays, and so does
+    one that holds something else. UserError if Azure refuses, at once or later, or if a group stays."""
     if not parts:
         return
     with _asked():
@@ -287,11 +308,18 @@ def delete(parts: Sequence[Part]) -> None:
 
         compute, resource = _clients()
         calls: dict[str, tuple[Any, tuple[str, ...]]] = {}
+        kept: dict[str, list[str]] = {}
         for part in parts:
             group, name = _group(part.id), part.id.rpartition("/")[2]
-            if part.kind == "group" or group == f"{part.labels.get(CLUSTER_TAG)}-{part.place}":
+            others: list[str] = []
+            if _made_for(part):
+                with contextlib.suppress(ResourceNotFoundError):
+                    others = _others_in(resource, part)
+            if others:
+                kept[group] = others
+            if _made_for(part) and not others:
                 calls[group] = resource.resource_groups.begin_delete, (group,)
-            else:
+            elif part.kind != "group":
                 calls[part.id] = (
                     (compute.virtual_machines if part.kind == "machine" else compute.disks).begin_delete,
                     (group, name),
@@ -302,3 +330,10 @@ def delete(parts: Sequence[Part]) -> None:
                 going.append(begin(*names))
         for poller in going:
             poller.result()
+    if kept:
+        words = "; ".join(f"{group} holds {', '.join(others)}" for group, others in kept.items())
+        raise UserError(
+            f"Azure: {words}, which mistralctl did not make: the resource group stays, with its network and address; move that elsewhere, then "
+            "delete the group by hand",
+            Exit.CLOUD,
+        )

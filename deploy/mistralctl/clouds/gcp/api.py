@@ -1,20 +1,18 @@
 """What of ours a Google Cloud project has, by its own API: without SkyPilot's database.
 
-SkyPilot labels instances alone. A disk or a firewall rule that outlived its machine is known by its name, which holds the machine's
-(`mctl-NAME-USER`, where USER is SkyPilot's hash of its user): those of this user are ours, those of others only where everybody's are
-asked for. What all machines share (the network skypilot-vpc and its rules, the account skypilot-v1) is no part of this.
+SkyPilot labels instances alone. `label_others` labels their disks once they are there, and writes the same into the description of their firewall
+rule, which can have no labels. What bears none is not ours, whatever it is called. What all machines share (the network skypilot-vpc and its rules,
+the account skypilot-v1) is no part of this.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from mistralctl import state
@@ -28,11 +26,7 @@ ATTEMPTS = 5
 BUSY = {429, 500, 502, 503}
 PROTECTED = "deletionProtection"  # in the words with which Google keeps a machine
 AHEAD = "clockAhead"  # what `_call` adds to an answer
-CLUSTER = r"(?P<cluster>mctl-(?P<name>.+)-(?P<user>[0-9a-f]{8}))"
-DISK = re.compile(rf"{CLUSTER}-(?:head|worker)-.+")
-RULE = re.compile(rf"sky-ports-{CLUSTER}")
-PATTERNS = {"disk": DISK, "rule": RULE}
-SHORTENED = 35  # SkyPilot's limit for a cluster's name on GCP; of a longer one it keeps the beginning and adds two letters
+LABEL = re.compile(r"(?<![^ ])(mistralctl-(?:name|owner))=([a-z0-9_-]{1,63})(?![^ ])")
 _SIGNING_IN = threading.Lock()
 
 
@@ -139,37 +133,18 @@ def _created(one: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(one["creationTimestamp"]).timestamp()
 
 
-def _skypilot_user() -> str | None:
-    """SkyPilot's hash of this user, which is part of the names that it gives; None where it never ran."""
-    given = os.environ.get("SKYPILOT_USER_ID")
-    try:
-        return given or Path("~/.sky/user_hash").expanduser().read_text("ascii").strip()
-    except (OSError, ValueError):
-        return None
+def _rule_labels(rule: Mapping[str, Any]) -> dict[str, str]:
+    """What `label_others` wrote into a rule's description, because Google's rules have no labels."""
+    return dict(LABEL.findall(rule.get("description", "")))
 
 
-def named_like(found: re.Match[str], name: str) -> bool:
-    """Whether a cluster's name on the cloud is that of a deployment; of a long one SkyPilot keeps the beginning only."""
-    whole = f"mctl-{name}"
-    user = found["user"]
-    if len(whole) + 1 + len(user) <= SHORTENED:
-        return found["name"] == name
-    kept, _, added = found["cluster"].removesuffix(f"-{user}").rpartition("-")
-    return len(added) == 2 and len(found["cluster"]) <= SHORTENED and whole.startswith(kept)
-
-
-def _left_behind(kind: str, one: Mapping[str, Any], living: set[str], owner: str | None, name: str | None) -> Part | None:
-    """A disk or rule without its machine, if it is of the deployment and the user that are asked for."""
-    found = PATTERNS[kind].fullmatch(one["name"])
-    labels = dict(one.get("labels", {}))
-    if found is None or found["cluster"] in living or (name and not named_like(found, name)):
-        return None
-    if owner and labels.get("mistralctl-owner", owner if found["user"] == _skypilot_user() else None) != owner:
+def _left_behind(kind: str, one: Mapping[str, Any], labels: Mapping[str, str], living: set[tuple[str, str]]) -> Part | None:
+    """A disk or rule with our labels whose deployment has no machine any more."""
+    if "mistralctl-name" not in labels or (labels.get("mistralctl-owner", ""), labels["mistralctl-name"]) in living:
         return None
     place = _last(one["zone"]) if "zone" in one else "global"
     size = f"{one['sizeGb']} GiB" if "sizeGb" in one else ""
-    named = {"mistralctl-name": found["name"]} | labels
-    return Part("gcp", kind, one["name"], place, "unused", size, _created(one), named, one.get(AHEAD, 0.0))
+    return Part("gcp", kind, one["name"], place, "unused", size, _created(one), dict(labels), one.get(AHEAD, 0.0))
 
 
 def _machines(refused: Refused | None = None) -> Iterator[Part]:
@@ -212,18 +187,17 @@ def listed(owner: str | None, name: str | None, within: Iterable[str] | None, re
     machines: list[Part] = []
     with part_by_part(refused):
         machines += _machines(refused)
-    living = {part.labels.get("ray-cluster-name", "") for part in machines}
-    found = [part for part in machines if _is_ours(part.labels, owner, name)]
+    living = {(part.labels.get("mistralctl-owner", ""), part.labels["mistralctl-name"]) for part in machines}
+    left: list[Part | None] = []
     if len(refused or ()) == before:
-        with part_by_part(refused):
-            disks = [
-                one for one in _everywhere("disks", refused) if not one.get("users")
-            ]  # one that is attached goes with its machine
-            found += filter(None, [_left_behind("disk", one, living, owner, name) for one in disks])
+        with part_by_part(refused):  # a disk that is attached goes with its machine
+            disks = [one for one in _everywhere("disks", refused) if not one.get("users")]
+            left += [_left_behind("disk", one, one.get("labels", {}), living) for one in disks]
         with part_by_part(refused):
             rules = [one | {AHEAD: page.get(AHEAD, 0.0)} for page in _pages("global/firewalls") for one in page.get("items", [])]
-            found += filter(None, [_left_behind("rule", one, living, owner, name) for one in rules])
-    return _within(found, within)
+            left += [_left_behind("rule", one, _rule_labels(one), living) for one in rules]
+    every = [*machines, *(part for part in left if part is not None)]
+    return _within((part for part in every if _is_ours(part.labels, owner, name)), within)
 
 
 def _path(part: Part) -> str:
@@ -245,6 +219,26 @@ def delete(parts: Sequence[Part]) -> None:
     """Asks Google to delete machines, with their disks, and what is left without one; what is gone is no error."""
     for part in parts:
         _call("DELETE", _path(part))
+
+
+def label_others(owner: str, name: str, region: str) -> int:
+    """Labels the disks that go with a deployment's machines, and marks their rule for open ports, where they bear no owner; the number of its
+    machines."""
+    labels = {"mistralctl-name": name, "mistralctl-owner": owner}
+    machines = [part for part in ours(owner, name, [region]) if part.kind == "machine"]
+    for machine in machines:
+        for disk in (_call("GET", _path(machine)) or {}).get("disks", []):
+            path = f"zones/{machine.place}/disks/{_last(disk['source'])}"
+            there = _call("GET", path) if disk.get("autoDelete") else None
+            if there is not None and "mistralctl-owner" not in there.get("labels", {}):
+                body = {"labels": {**there.get("labels", {}), **labels}, "labelFingerprint": there["labelFingerprint"]}
+                _call("POST", f"{path}/setLabels", body)
+        cluster = machine.labels.get("ray-cluster-name", "")
+        rule = _call("GET", f"global/firewalls/sky-ports-{cluster}") if cluster else None
+        if rule is not None and rule.get("targetTags") == [cluster] and "mistralctl-owner" not in _rule_labels(rule):
+            description = " ".join(f"{key}={value}" for key, value in labels.items())
+            _call("PATCH", f"global/firewalls/{rule['name']}", {"description": description})
+    return len(machines)
 
 
 def narrow(owner: str, name: str, region: str, port: int, networks: Sequence[str]) -> int:

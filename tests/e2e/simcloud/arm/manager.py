@@ -221,6 +221,8 @@ class Manager:
         if asked.method == "HEAD":
             return Answer(204 if resources.get(group_id(name)) else 404)
         group = resources.group(name)
+        if asked.method == "PATCH":
+            group |= {"tags": asked.json()["tags"]} if "tags" in asked.json() else {}
         if asked.method == "DELETE":
             return self._delete_group(group)
         return Answer(200, public(group))

@@ -359,6 +359,7 @@ class Google(Cloud):
         made = self.put(
             "disks", f"{SCOPE}/zones/{zone}/disks/{name}", zone=f"{BASE}{SCOPE}/zones/{zone}", sizeGb=str(asked.get("diskSizeGb", 50)),
             status="READY", sourceImage=asked.get("sourceImage"), type=last(asked.get("diskType", "pd-standard")), users=[BASE + instance],
+            labelFingerprint=self.fingerprint(),
             **({"labels": asked["labels"]} if asked.get("labels") else {}),
         )  # fmt: skip
         return {

@@ -364,6 +364,21 @@ def _(call: Call, zone: str, name: str) -> Resource:
     return call.google.operation("setLabels", path)
 
 
+@route("compute.disks.get", "GET", "/zones/{zone}/disks/{name}")
+def _(call: Call, zone: str, name: str) -> Resource:
+    return call.get("disks", f"{SCOPE}/zones/{zone}/disks/{name}")
+
+
+@route("compute.disks.setLabels", "POST", "/zones/{zone}/disks/{name}/setLabels")
+def _(call: Call, zone: str, name: str) -> Resource:
+    path = f"{SCOPE}/zones/{zone}/disks/{name}"
+    disk = call.get("disks", path)
+    if call.body.get("labelFingerprint") != disk["labelFingerprint"]:
+        raise Refused(412, "conditionNotMet", "Labels fingerprint either invalid or resource labels have changed")
+    disk.update(labels=call.body["labels"], labelFingerprint=call.google.fingerprint())
+    return call.google.operation("setLabels", path)
+
+
 @route("compute.instances.setTags", "POST", "/zones/{zone}/instances/{name}/setTags")
 def _(call: Call, zone: str, name: str) -> Resource:
     path = f"{SCOPE}/zones/{zone}/instances/{name}"
@@ -453,7 +468,7 @@ def absent(call: Call, kind: str) -> None:
 @route("compute.firewalls.patch", "PATCH", "/global/firewalls/{name}")
 def _(call: Call, name: str) -> Resource:
     path = f"{SCOPE}/global/firewalls/{name}"
-    kept = ("allowed", "sourceRanges", "disabled")
+    kept = ("allowed", "description", "disabled", "sourceRanges")
     call.get("firewalls", path).update({field: call.body[field] for field in kept if field in call.body})
     return call.google.operation("update", path)
 
