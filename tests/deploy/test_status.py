@@ -92,6 +92,7 @@ def test_the_clouds_own_listing_decides_without_skypilot(ec2: Any, monkeypatch: 
         ("", "lost", "its machine is there without a server of ours; run up again"),
         ("{broken", "lost", "its machine is there without a server of ours; run up again"),
         ('{"state": "engine", "serving_id": "id"}', "starting", ""),
+        ('{"state": "stuck", "serving_id": "id"}', "stuck", "its engine has answered nothing for a minute"),
         ('{"state": "ready", "serving_id": "id"}', "up", "its tunnel is not open; run mistralctl connect runs"),
         (
             '{"state": "ready", "serving_id": "other"}',

@@ -333,6 +333,12 @@ def test_the_largest_body_follows_from_the_longest_prompt(run_dir: Path, behind:
     assert ask(guard, "POST", "/v1/completions", BEARER, (b"content-length", str(largest + 1).encode()))[0] == 413
 
 
+async def settled() -> None:
+    """Waits until nobody has anything to do but to wait."""
+    for _ in range(300):
+        await asyncio.sleep(0)
+
+
 class Holding(Behind):
     """An application that answers when it is told."""
 
@@ -375,7 +381,7 @@ def test_when_the_queue_is_full_others_are_told_to_come_again(
     async def run() -> None:
         guard = Guard(holding := Holding(behind.traffic), run_dir)
         others = [asyncio.create_task(asked(guard)) for _ in range(5 + 3 * 4)]
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(holding.reached) == 5
         status, headers, body = await asked(guard)
         assert (status, headers[b"retry-after"]) == (429, b"2")
@@ -394,9 +400,9 @@ def test_a_client_that_goes_while_it_waits_is_not_served(run_dir: Path, behind: 
     async def run() -> None:
         guard, gone = Guard(holding := Holding(behind.traffic), run_dir), asyncio.Event()
         served = [asyncio.create_task(asked(guard)) for _ in range(2)]
-        await asyncio.sleep(0.01)
+        await settled()
         waiting = asyncio.create_task(asked(guard, gone))
-        await asyncio.sleep(0.01)
+        await settled()
         gone.set()
         assert (await waiting)[0] == 0
         holding.go_on.set()
@@ -409,7 +415,7 @@ def test_a_client_that_goes_while_it_waits_is_not_served(run_dir: Path, behind: 
 def test_the_engine_is_asked_for_a_token_while_nobody_else_is(
     guard: Guard, behind: Behind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mistral_node.guard.PULSE_SECONDS", 0.01)
+    monkeypatch.setattr("mistral_node.pulse.SECONDS", 0.01)
     bodies: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

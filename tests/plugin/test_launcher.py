@@ -26,7 +26,7 @@ import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from mistral_contract import files, keys, routes
 from mistral_contract.figures import FILE
-from mistral_node import contract, engine, serve
+from mistral_node import contract, engine, pulse, serve
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 from mistral_node.phases import Status
@@ -219,6 +219,37 @@ def test_an_engine_that_is_killed_is_named_with_what_may_have_done_it(node_dir: 
             Code.ENGINE,
             "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full",
         )
+
+
+def test_an_engine_that_hangs_is_called_stuck_and_its_server_is_started_again(
+    node_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from mistral_node import pulse\npulse.SECONDS, pulse.MISSED_SECONDS, pulse.STUCK_SECONDS = 0.5, 5.0, 10.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    with launched(node_dir, RESTART="1") as launcher:
+        first = launcher.until("ready")
+        time.sleep(6)
+        quiet = launcher.status()  # nobody asked, and it is not called stuck
+        assert (quiet["state"], quiet["requests"]) == ("ready", {"served": 0, "running": 0, "last_at": None})
+        [core] = [process for process in launcher.children if "EngineCore" in " ".join(process.cmdline())]
+        core.suspend()
+        launcher.until("stuck", 30)
+        assert launcher.ask("/health", key=None)[0] == 200  # its server does not know
+        core.resume()
+        launcher.until("ready", 30)
+        before = launcher.children
+        core.suspend()
+        launcher.until("stuck", 30)
+        launcher.until("starting", 60)
+        again = launcher.until("ready")
+        assert again["restarts"]["why"] == "vLLM's engine answered nothing for 10 s; see mistralctl logs"
+        assert (again["restarts"]["count"], again["ready_at"], again["pid"]) == (1, first["ready_at"], first["pid"])
+        assert not [process for process in before if process.is_running() and process.status() != "zombie"]
+        launcher.json("/v1/completions", body)
+        launcher.until_served(1)
 
 
 def test_a_server_that_is_killed_is_started_again_with_its_log_kept_as_often_as_asked(node_dir: Path) -> None:
@@ -514,6 +545,45 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     wait.traffic = traffic  # type: ignore[attr-defined]
     return wait
+
+
+def test_an_engine_that_answers_nothing_is_stuck_and_ends_its_server(
+    ready: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "MISSED_SECONDS", 0.2)
+    monkeypatch.setattr(pulse, "STUCK_SECONDS", 0.6)
+    with pytest.raises(LaunchError, match="engine answered nothing for 1 s") as found:
+        ready(ttl_minutes=1)
+    assert found.value.code is Code.ENGINE
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stuck"
+
+
+def test_an_engine_that_answers_now_and_then_is_ready(ready: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "MISSED_SECONDS", 0.4)
+    monkeypatch.setattr(pulse, "STUCK_SECONDS", 0.8)
+    answers = threading.Event()
+
+    def answer() -> None:
+        while not answers.wait(0.1):
+            ready.traffic.beat()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert "lifetime" in ready(ttl_minutes=1.5 / 60)[0]
+    answers.set()
+    thread.join()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "ready"
+
+
+def test_a_launcher_that_slept_itself_has_seen_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: now)
+    beat = pulse.Pulse(7)
+    now += 3600
+    assert beat.silent(7) == pulse.LONGEST_LOOK
+    now += 1
+    assert beat.silent(7) == pulse.LONGEST_LOOK + 1
+    assert beat.silent(8) == 0
 
 
 def test_it_ends_when_nobody_asks(ready: Any) -> None:

@@ -19,6 +19,7 @@ from mistralctl.tasks import env
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
 AT_ONCE = 64
+STUCK = "its engine has answered nothing for a minute; if it stays so, its launcher starts it again"
 EARLY = 1  # of the machines while the clouds are asked: more would hold that up, because both want the interpreter's lock
 
 
@@ -115,9 +116,11 @@ def _here(record: Record) -> Status:
     if record.state != "down" and not living:
         error = (launcher or {}).get("error") or {}
         now, why = "lost", str(error.get("message") or "its process is gone; run up again, or down to forget it")
+    elif (launcher or {}).get("state") == "stuck":
+        now, why = "stuck", STUCK
     elif record.state == "up" and not readiness.answers(record):
         now, why = "starting", _stranger(record) or "it does not answer"
-    up = now in ("up", "starting")
+    up = now in ("up", "starting", "stuck")
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
     return Status(
@@ -224,6 +227,8 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     elif said == "ready" and not node.answers:
         mend = f"cannot be reached at {record.address}:{record.port} from here" if record.public else "tunnel is not open"
         why = _stranger(record) or f"its {mend}; run mistralctl {'up again' if record.public else f'connect {record.name}'}"
+    elif said == "stuck":
+        now, why = "stuck", STUCK
     elif said and said != "ready":
         now = "starting"
     elif not said and record.state == "starting" and not tasks.kind(record.kind).serves:

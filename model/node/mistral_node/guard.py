@@ -26,7 +26,7 @@ from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
 from mistral_contract.routes import CHAT, COMPLETIONS, OPEN, WITH_KEY
-from mistral_node import bodies, tls
+from mistral_node import bodies, pulse, tls
 from mistral_node.admission import RETRY_SECONDS, Admission, Full
 from mistral_node.bodies import Refused
 from mistral_node.callers import Callers
@@ -46,7 +46,6 @@ PROBE_HEADER = b"x-mistralctl-probe"
 LARGEST_BODY = bodies.LARGEST  # of any deployment; that of one follows from its longest prompt
 LONG_BODY = 64 << 10  # takes a few milliseconds to read, for which others would wait
 BODY_SECONDS = 60.0
-PULSE_SECONDS = 20.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
 WATCH_SECONDS = 0.4  # changed keys are taken up, and counts written, also while nobody asks
 # What the application is shown of a request's headers: no key, and nothing else that steers vLLM (its priority, its rank of data).
@@ -156,7 +155,7 @@ class Guard:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _pulses(self, scope: Scope) -> None:
-        """Asks the engine for one token whenever nobody else got one for PULSE_SECONDS: the launcher sees whether one comes.
+        """Asks the engine for one token whenever nobody else got one for a while: the launcher sees whether one comes.
 
         That is no request of anybody: it comes from no network, shows no key, is counted nowhere and keeps no machine alive.
         """
@@ -168,7 +167,7 @@ class Guard:
         body = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
         while True:
             before = self.traffic.beats
-            await asyncio.sleep(PULSE_SECONDS)
+            await asyncio.sleep(pulse.SECONDS)
             if self.traffic.is_open and self.traffic.beats == before:
                 with suppress(Exception):  # what is wrong with the engine the launcher says, by what does not come
                     state = {"state": dict(scope.get("state", {})), "app": scope.get("app")}

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from mistral_contract import envs, files, keys, untrusted
 from mistral_contract.adapters import served_rank
-from mistral_node import adapters, canary, contract, disk, flags, gate, lifetime, log, tls, weights
+from mistral_node import adapters, canary, contract, disk, flags, gate, lifetime, log, pulse, tls, weights
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Engine, check_installed, check_port
@@ -236,10 +236,13 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
 def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, asked: threading.Event) -> str:
     """Waits until the end is due; why it is."""
     ready = float(status.fields["ready_at"] or time.time())
-    started = float(status.fields["started_at"])
+    started, beat = float(status.fields["started_at"]), pulse.Pulse(traffic.beats)
     while not asked.wait(POLL_SECONDS):
         engine.raise_if_dead()
-        count = traffic.read()
+        silent, count = beat.silent(traffic.beats), traffic.read()
+        status.set(state="stuck" if silent >= pulse.MISSED_SECONDS else "ready")
+        if silent >= pulse.STUCK_SECONDS:
+            raise LaunchError(Code.ENGINE, f"vLLM's engine answered nothing for {pulse.STUCK_SECONDS:.0f} s; see mistralctl logs")
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
         ends_at = lifetime.ends_at(wanted.run_dir, started, wanted.ttl_minutes)
@@ -386,6 +389,8 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
         _drain(traffic, status, signals)
         return why
     except LaunchError as error:
+        if status.fields["state"] == "stuck":
+            end_by = time.monotonic()  # it would not hear that it shall drain
         if not _again(wanted, status, error):
             _failed(status, error)  # before vLLM ends, which may take half a minute
         raise
