@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mistral_contract import keys
+from mistral_node.grammars import Busy, Verdict
 from mistral_node.guard import LARGEST_BODY, WITH_KEY, Guard
 from mistral_node.traffic import Traffic
 from nodes import KEY, write_keys
@@ -443,3 +444,26 @@ def test_an_answer_of_the_engine_is_a_sign_of_life_and_an_error_is_none(guard: G
     ask(guard, "GET", "/v1/models", BEARER)
     ask(guard, "GET", "/health")
     assert behind.traffic.beats == 1
+
+
+@pytest.mark.parametrize(("verdict", "status"), [(Verdict.GOOD, 200), (Verdict.WRONG, 200), (Verdict.SLOW, 400), (Busy(), 429)])
+def test_a_grammar_is_tried_before_the_engine_sees_it(verdict: Any, status: int, guard: Guard, behind: Behind) -> None:
+    tried: list[tuple[str, str]] = []
+
+    async def judge(key: str, kind: str, text: str) -> Verdict:
+        tried.append((kind, text))
+        if isinstance(verdict, Exception):
+            raise verdict
+        return Verdict(verdict)
+
+    guard.grammars.verdict = judge  # type: ignore[method-assign]
+    found, answer = ask(
+        guard, "POST", "/v1/completions", BEARER, body=[b'{"prompt": "a", "structured_outputs": {"regex": "(a+)+"}}']
+    )
+    assert (found, tried) == (status, [("regex", "(a+)+")])
+    assert len(behind.reached) == (status == 200)
+    if status == 400:
+        assert answer["error"]["param"] == "response_format or structured_outputs"
+        assert answer["error"]["message"].startswith("a grammar of this regex of 5 characters takes more than 2 s to make")
+    assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
+    assert len(tried) == 1

@@ -73,6 +73,10 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
     found += ["--enforce-eager"] if contract.device == "cpu" else NOTHING_BUILT_FLAGS
     if runs_in_the_engine(contract):
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
+    if contract.tokenizer_mode == "mistral" and not list(model_dir.glob("tekken.json")):
+        # The one backend whose time the guard can try (mistral_node.grammars). vLLM would fall back to outlines for what xgrammar does not know, and
+        # stay with that for every later request.
+        found += ["--structured-outputs-config.backend", "xgrammar"]
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
     if contract.adapters:

@@ -26,11 +26,12 @@ from mistral_contract import envs, files
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
 from mistral_contract.routes import CHAT, COMPLETIONS, OPEN, WITH_KEY
-from mistral_node import bodies, pulse, tls
+from mistral_node import bodies, grammars, pulse, tls
 from mistral_node.admission import RETRY_SECONDS, Admission, Full
 from mistral_node.bodies import Refused
 from mistral_node.callers import Callers
 from mistral_node.connections import HELD, Held, allowed_files, let_in
+from mistral_node.grammars import COMPILE_SECONDS, Busy, Grammars, Verdict
 from mistral_node.limits import Meter
 from mistral_node.traffic import Traffic
 
@@ -114,6 +115,8 @@ class Guard:
         file = self.folder.parent / files.KEYS.name / files.KEYS_FILE.name
         self.callers = Callers(file, self.folder / files.USAGE.name, os.environ.get(envs.NODE_KEY, ""))
         self.bounds = bodies.bounds(os.environ)
+        self.grammars = Grammars(self._vocabulary, lambda: self.callers.count > 1)
+        self._application: Any = None
         self.admission = Admission(self.bounds, lambda: self.callers.count > 1)
         self._long = ThreadPoolExecutor(1)  # one: long bodies take no more than one core
         self._tasks: list[asyncio.Task[None]] = []
@@ -137,6 +140,7 @@ class Guard:
             if message["type"] == "lifespan.startup.complete":
                 text = json.dumps(list(routes_of(scope.get("app"))), indent=1)
                 (self.folder / files.ROUTES.name).write_text(text + "\n", "utf-8")
+                self._application = scope.get("app")
                 loop = asyncio.get_running_loop()
                 self._tasks = [loop.create_task(self._watched()), loop.create_task(self._pulses(scope))]
             await send(message)
@@ -146,6 +150,10 @@ class Guard:
         finally:
             for task in self._tasks:
                 task.cancel()
+            self.grammars.end()
+
+    def _vocabulary(self) -> str:
+        return grammars.vocabulary(self._application.state.vllm_config.model_config)
 
     async def _watched(self) -> None:
         while True:
@@ -311,6 +319,26 @@ class Guard:
             if not message.get("more_body", False):
                 return b"".join(pieces)
 
+    async def _grammar(self, key: Key, kind: str, text: str) -> tuple[int, str, str, int] | None:
+        """Why the engine is not asked to make a grammar of this: status, message, field and seconds to wait."""
+        try:
+            if await self.grammars.verdict(key.id, kind, text) is not Verdict.SLOW:
+                return None  # of a wrong one vLLM says best what is wrong
+        except Busy:
+            return (
+                429,
+                "too many schemas and grammars that are new here wait to be tried; try again later",
+                "grammars",
+                RETRY_SECONDS,
+            )
+        return (
+            400,
+            f"a grammar of this {kind} of {len(text)} characters takes more than {COMPILE_SECONDS:.0f} s to make; "
+            "make it simpler: fewer and shorter enums, no large minLength, maxLength or repeats",
+            "tools" if kind == "tools" else "response_format or structured_outputs",
+            0,
+        )
+
     async def _checked(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
         """Runs the application with a body that is whole and asks for nothing out of bounds, when there is a place for it."""
         body = await self._body(receive)
@@ -324,6 +352,8 @@ class Guard:
                 asked = await loop.run_in_executor(self._long, bodies.check, scope["path"], body, self.bounds)
             else:
                 asked = bodies.check(scope["path"], body, self.bounds)
+            if asked.grammar is not None and (refusal := await self._grammar(key, *asked.grammar)):
+                return await self._refuse(send, *refusal)
             place = self.admission.enter(key.id, asked.sequences, len(body))
         except Refused as error:
             return await self._refuse(send, 400, error.message, error.param)
