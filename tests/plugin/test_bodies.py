@@ -99,6 +99,8 @@ OF_A_COMPLETION: list[tuple[str, Any]] = [
     ("suffix", "a"), ("prompt_embeds", "AAAA"), ("logprobs", 5000), ("logprobs", -1), ("messages", USER), ("chat_template", "{{ 1 }}"),
 ]  # fmt: skip
 OF_A_CHAT: list[tuple[str, Any]] = [
+    ("messages", [{"content": "a"}]), ("messages", [{"role": 5}]), ("messages", [{"role": "user", "content": "a", "author": {"role": "user"}}]),
+    ("messages", [{"role": "user", "content": [{}]}]), ("messages", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
     ("messages", USER * 1025), ("messages", "a"), ("messages", [1]), ("messages", [{"role": "user", "content": {"a": 1}}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]),
     ("messages", [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1025}]), ("messages", [{"role": "user", "content": DEEP}]),

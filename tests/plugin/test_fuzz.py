@@ -1,17 +1,19 @@
 """More than a thousand hostile requests to a real guarded server, which lives on: schemathesis over its own OpenAPI description (that the
-guard shows nobody: the test reads it from inside), headers, lengths and bodies that are too large, too slow, or no HTTP at all."""
+guard shows nobody: the test reads it from inside), every field with odd values, constraints, JSON that is none, held connections, headers, lengths
+and bodies that are too large, too slow, or no HTTP at all."""
 
 from __future__ import annotations
 
 import json
 import random
+import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -22,6 +24,8 @@ from hostile import raw, request
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from mistral_contract import keys
+from mistral_contract.routes import CHAT, COMPLETIONS
+from mistral_node.bodies import CHATTED, COMPLETION
 from mistral_node.guard import LARGEST_BODY, WITH_KEY
 from nodes import KEY, Launcher, known, launched
 from schemathesis import GenerationMode
@@ -115,6 +119,70 @@ def test_schemathesis_over_the_applications_own_description(served: Launcher, ta
                 assert inside or route == ("GET", "/health") or answer.status_code == 404, route
     assert walked >= WITH_KEY
     assert len(walked) > 20
+    assert not [code for _, code in tally if code >= 500]
+    lives(served)
+
+
+# Values that fields of one kind or the other take, at their bounds and beyond.
+ODD = [None, True, 0, -1, 1.5, 7, 1 << 31, -(1 << 63), 10**30, 1e308, "", "a", "9" * 40, "\x00", "\U0001f600",
+       [], [0], ["a"], [[]], [None], {}, {"a": 1},
+       {"type": "object"}, {"1": 1}]  # fmt: skip
+BROKEN = [b"", b"{", b"[]", b"7", b"\xff{}", b'{"prompt": NaN}', b'{"n": 1e400}', b'{"n": ' + b"9" * 5000 + b"}", b'{"n": 1, "n": 2}', b"[" * 100_000,
+          b'{"a":' * 50_000, b'{"prompt": "\\ud800"}', b'{"prompt": [' + b"[]," * 60_000 + b"[]]}", b'{"metadata": [' + b"{}," * 60_000 + b"{}]}",
+          b'{"prompt": [' + b"1," * 100_000 + b"1]}", '{"prompt": "a"}'.encode("utf-16"), b'{"\\ud800": 1}', b'{"messages": [' * 60]  # fmt: skip
+CONSTRAINTS = [{"regex": "("}, {"regex": "(a{1000}){1000}"}, {"regex": "((.{1,99}){1,99}){1,99}"},
+               {"regex": "(?=a)b"}, {"choice": [""]}, {"choice": []},
+               {"grammar": "root ::= root"}, {"grammar": "x"}, {"json": "{"}, {"json": {"$ref": "#"}},
+               {"json": {"$ref": "#/x"}}, {"json": {"type": 5}},
+               {"json": {"type": "array", "minItems": 10**9}}, {"json": {"type": "string", "maxLength": 10**9}}, {"json": {"enum": []}},
+               {"structural_tag": "{}"},
+               {"json": {"type": "object", "properties": {f"a{n}": {"type": "string", "maxLength": 99} for n in range(100)}}}]  # fmt: skip
+
+
+def test_every_field_with_odd_values_and_bodies_that_are_no_json(served: Launcher, tally: Counter[Any]) -> None:
+    noise = random.Random(7)  # noqa: S311 - the same requests every time
+    asked: list[tuple[str, bytes]] = [(path, body) for path in (COMPLETIONS[1], CHAT[1]) for body in BROKEN]
+    for path, fields in ((COMPLETIONS[1], COMPLETION), (CHAT[1], CHATTED)):
+        needed = {"model": "tiny", "max_tokens": 1} | {
+            name: NEEDED[name] for name in ("messages" if path == CHAT[1] else "prompt",)
+        }
+        odd = [(name, value) for name in fields for value in noise.sample(ODD, 3)]
+        odd += [("structured_outputs", value) for value in CONSTRAINTS] + [(word, 1) for word in ("x", "", "__class__", "é")]
+        asked += [(path, json.dumps(needed | {name: value}).encode()) for name, value in odd]
+        asked += [
+            (path, json.dumps(needed | {name: noise.choice(ODD) for name in noise.sample(sorted(fields), 4)}).encode())
+            for _ in range(100)
+        ]
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda one: client.post(one[0], content=one[1]), asked))
+    tally.update(answer.status_code for answer in answers)
+    wrong = [
+        (body[:300], answer.text[:300])
+        for (_, body), answer in zip(asked, answers, strict=True)
+        if answer.status_code not in (200, 400, 404, 429)
+    ]
+    assert wrong == []
+    assert {"message", "type", "code"} <= set(answers[0].json()["error"])
+    lives(served)
+
+
+def test_held_connections_and_streams_that_nobody_reads_hold_nobody_up(served: Launcher, tally: Counter[Any]) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    ended = request("POST", COMPLETIONS[1], b"Content-Length: 2", body=b"{}", key="wrong")
+    asked = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "logprobs": 20}).encode()
+    stream = request("POST", COMPLETIONS[1], b"Content-Type: application/json", b"Content-Length: %d" % len(asked), body=asked)
+    with ExitStack() as held:
+        for first in [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n", ended + b"P", request("GET", "/health") + b"\r\n", stream] * 8:
+            wire = held.enter_context(socket.create_connection((host, int(port)), 15))
+            with suppress(OSError):
+                wire.sendall(first)
+            tally["held"] += 1
+        lives(served)
+        deadline = time.monotonic() + 60
+        while served.status()["requests"]["running"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
     lives(served)
 
 

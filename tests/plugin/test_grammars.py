@@ -27,6 +27,7 @@ GOOD = {
 }  # fmt: skip
 SLOW = {"json": json.dumps(STRINGS), "regex": "((.{1,99}){1,99}){1,99}", "grammar": RULES,
         "tools": json.dumps([TOOL | {"function": {"name": "f", "parameters": STRINGS}}])}  # fmt: skip
+EMPTY = {"json": '{"$ref": "#"}', "grammar": "root ::= root"}
 WRONG = {"json": '{"type": 5}', "regex": "(", "grammar": "root ::= (", "structural_tag": "{}"}
 
 
@@ -53,11 +54,10 @@ def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
 async def test_what_takes_too_long_is_told_from_what_does_not() -> None:
     judge = Grammars(vocabulary, lambda: False)
     found: dict[str, dict[str, Verdict]] = {}
-    for verdict, given in (("good", GOOD), ("slow", SLOW), ("wrong", WRONG)):
+    every = {"good": GOOD, "slow": SLOW, "wrong": WRONG, "empty": EMPTY}
+    for verdict, given in every.items():
         found[verdict] = {kind: await judge.verdict("key", kind, text) for kind, text in given.items()}
-    assert found == {
-        name: dict.fromkeys(given, Verdict(name)) for name, given in (("good", GOOD), ("slow", SLOW), ("wrong", WRONG))
-    }
+    assert found == {name: dict.fromkeys(given, Verdict(name)) for name, given in every.items()}
     assert judge._process is not None
     process = psutil.Process(judge._process.pid)
     assert process.nice() >= grammars.NICE

@@ -446,7 +446,9 @@ def test_an_answer_of_the_engine_is_a_sign_of_life_and_an_error_is_none(guard: G
     assert behind.traffic.beats == 1
 
 
-@pytest.mark.parametrize(("verdict", "status"), [(Verdict.GOOD, 200), (Verdict.WRONG, 200), (Verdict.SLOW, 400), (Busy(), 429)])
+@pytest.mark.parametrize(
+    ("verdict", "status"), [(Verdict.GOOD, 200), (Verdict.WRONG, 200), (Verdict.SLOW, 400), (Verdict.EMPTY, 400), (Busy(), 429)]
+)
 def test_a_grammar_is_tried_before_the_engine_sees_it(verdict: Any, status: int, guard: Guard, behind: Behind) -> None:
     tried: list[tuple[str, str]] = []
 
@@ -462,7 +464,7 @@ def test_a_grammar_is_tried_before_the_engine_sees_it(verdict: Any, status: int,
     )
     assert (found, tried) == (status, [("regex", "(a+)+")])
     assert len(behind.reached) == (status == 200)
-    if status == 400:
+    if verdict is Verdict.SLOW:
         assert answer["error"]["param"] == "response_format or structured_outputs"
         assert answer["error"]["message"].startswith("a grammar of this regex of 5 characters takes more than 2 s to make")
     assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200

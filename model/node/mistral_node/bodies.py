@@ -38,6 +38,7 @@ TOOLS, CHOICES = 128, 1000
 GRAMMAR_BYTES = {"json": 64 << 10, "regex": 4 << 10, "choice": 32 << 10, "grammar": 32 << 10, "structural_tag": 64 << 10}
 NESTED = {dict, list}
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+HARMONY = {"author", "recipient", "channel", "content_type"}
 NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,256}")
 # Names of arguments of transformers' and mistral_common's chat templates, which a template's own variables may not replace.
 TEMPLATE_ARGUMENTS = frozenset(
@@ -229,8 +230,9 @@ def _prompt(value: Any, bounds: Bounds) -> None:
 
 
 def _part(part: Any) -> None:
-    kinds = ("text", "input_text", "output_text", "refusal", "thinking")
-    if not isinstance(part, dict) or part.get("type", "text") not in kinds:
+    kinds = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
+    field = kinds.get(str(part.get("type", "text"))) if isinstance(part, dict) else None
+    if field is None or not isinstance(part.get(field), str):
         raise ValueError("should have parts of text only; this model reads no images, sounds or files")
 
 
@@ -240,8 +242,10 @@ def _messages(value: Any, bounds: Bounds) -> None:
         raise ValueError(f"should be a list of at most {most} messages")
     parts = 0
     for message in value:
-        if not isinstance(message, dict):
-            raise ValueError("should be a list of objects")
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("should be a list of objects with a role")
+        if of_harmony := HARMONY & set(message):  # vLLM would take it for a message of gpt-oss
+            raise ValueError(f"should have no {min(of_harmony)}")
         content, calls = message.get("content"), message.get("tool_calls")
         if isinstance(content, list):
             parts += len(content)

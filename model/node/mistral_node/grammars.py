@@ -37,9 +37,10 @@ WAITING, OF_ONE_KEY = 16, 2  # requests that wait for a verdict; of one key amon
 
 
 class Verdict(Enum):
-    """What came of it. Of what is wrong vLLM says why, in milliseconds."""
+    """What came of it. Of what is wrong vLLM says why, in milliseconds; what is empty lets no token pass somewhere."""
 
     GOOD = "good"
+    EMPTY = "empty"
     SLOW = "slow"
     WRONG = "wrong"
     UNKNOWN = "unknown"  # the machine had no time for it
@@ -184,32 +185,32 @@ class _Maker:
         ]
         return self._xgrammar.Grammar.from_structural_tag(items, tag["triggers"])
 
-    def generate(self, grammar: Any) -> None:
-        """Compiles it, and generates some tokens by it."""
+    def generate(self, grammar: Any) -> bool:
+        """Compiles it, and generates some tokens by it; whether there were any."""
         import torch
 
         compiled = self._xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False).compile_grammar(grammar)
         matcher, mask = self._xgrammar.GrammarMatcher(compiled), self._xgrammar.allocate_token_bitmask(1, self._info.vocab_size)
         for step in range(STEPS):
             if matcher.is_terminated():
-                return
+                break
             matcher.fill_next_token_bitmask(mask, 0)
             bits = (mask[0].unsqueeze(1) >> torch.arange(32, dtype=torch.int32)) & 1
             allowed = bits.flatten()[: self._info.vocab_size].nonzero().flatten()
             if not len(allowed) or not matcher.accept_token(int(allowed[step * 7919 % len(allowed)])):
-                return
+                return False
+        return True
 
 
 def _in_a_child(maker: _Maker, kind: str, text: str) -> None:
-    """Ends this process: with 0 if a grammar was made, 1 if none can be, by a signal if that took too long."""
+    """Ends this process: with 0 if a grammar was made, 1 if none can be, 2 if it is empty, by a signal if that took too long."""
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
         signal.setitimer(signal.ITIMER_PROF, CONVERT_SECONDS)
         grammar = maker.convert(kind, text)
         signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
-        maker.generate(grammar)
-        code = 0
+        code = 0 if maker.generate(grammar) else 2
     except MemoryError:  # ended, as by too much time
         os.kill(os.getpid(), signal.SIGKILL)
     finally:
@@ -233,7 +234,7 @@ def _judge(maker: _Maker, kind: str, text: str) -> Verdict:
         return Verdict.UNKNOWN
     if os.WIFSIGNALED(status):
         return Verdict.SLOW
-    return Verdict.WRONG if os.WEXITSTATUS(status) else Verdict.GOOD
+    return (Verdict.GOOD, Verdict.WRONG, Verdict.EMPTY)[os.WEXITSTATUS(status)]
 
 
 def main() -> None:

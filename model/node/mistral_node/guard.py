@@ -322,8 +322,7 @@ class Guard:
     async def _grammar(self, key: Key, kind: str, text: str) -> tuple[int, str, str, int] | None:
         """Why the engine is not asked to make a grammar of this: status, message, field and seconds to wait."""
         try:
-            if await self.grammars.verdict(key.id, kind, text) is not Verdict.SLOW:
-                return None  # of a wrong one vLLM says best what is wrong
+            verdict = await self.grammars.verdict(key.id, kind, text)
         except Busy:
             return (
                 429,
@@ -331,13 +330,16 @@ class Guard:
                 "grammars",
                 RETRY_SECONDS,
             )
-        return (
-            400,
+        if verdict not in (Verdict.SLOW, Verdict.EMPTY):
+            return None  # of a wrong one vLLM says best what is wrong
+        slow = (
             f"a grammar of this {kind} of {len(text)} characters takes more than {COMPILE_SECONDS:.0f} s to make; "
-            "make it simpler: fewer and shorter enums, no large minLength, maxLength or repeats",
-            "tools" if kind == "tools" else "response_format or structured_outputs",
-            0,
+            "make it simpler: fewer and shorter enums, no large minLength, maxLength or repeats"
         )
+        message = (
+            slow if verdict is Verdict.SLOW else f"by this {kind} no text is right; look for a rule that only refers to itself"
+        )
+        return 400, message, "tools" if kind == "tools" else "response_format or structured_outputs", 0
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
         """Runs the application with a body that is whole and asks for nothing out of bounds, when there is a place for it."""
