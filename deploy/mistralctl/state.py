@@ -48,6 +48,7 @@ class Record:
     the end that `extend` gave it. Where it is `public`, `address` is the machine's and `host` the name in the user's own certificate.
     `gate` is what the gate's probe found (`gate.Report`), `kind` the name of the task's kind (`tasks.kinds`). `failure` is why the last `up`
     came to nothing. `more` are the fields of a newer version, which are kept as they are.
+    `account` is the cloud's in which the machine was rented.
     `weights_digest` is that of the weights which were served first, or were asked for: later ones must have it.
     """
 
@@ -81,6 +82,7 @@ class Record:
     kind: str = "serve"
     pid_mark: str = ""
     failure: str = ""
+    account: str = ""
     weights_digest: str = ""
     schema: int = SCHEMA
     more: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mistralctl import owners, state
-from mistralctl.clouds import GOING, NotUsed, Part, labelling, listing, part_by_part
+from mistralctl.clouds import GOING, NotUsed, Part, account, labelling, listing, part_by_part
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
@@ -48,20 +48,32 @@ def estranged(record: Record) -> list[Part]:
     ]  # fmt: skip
 
 
+def other_account(record: Record) -> str:
+    """Return that these credentials are of another account than the one in which the machine was rented; empty if they are not, or nobody knows."""
+    now = account(record.cloud) if record.account else record.account
+    if now == record.account:
+        return ""
+    return f"its machine was rented in the {record.cloud} account {record.account}, and these credentials are of {now}, where it cannot be seen"
+
+
 def not_found(record: Record) -> str:
     """Return what is known of a machine that should be there and that the cloud does not list."""
+    if elsewhere := other_account(record):
+        return f"{record.name}: {elsewhere}; sign in to {record.account}"
     wanted = f"{record.cloud} lists no machine with the labels mistralctl-name={record.name} and mistralctl-owner={owners.label(record)}"
     others = ", ".join(f"{part.id} ({part.labels.get('mistralctl-owner', 'no owner')})" for part in estranged(record))
     seen = (
         f"it lists {others}, which bears another owner"
         if others
-        else "its labels were taken away, or these credentials are of another account"
+        else "its labels were taken away, or these credentials see another account"
     )
     return f"{record.name}: {wanted}; {seen}"
 
 
 def leave_no_other(record: Record) -> None:
-    """UserError if a machine of this deployment runs that does not bear its record's label, and so was not taken away."""
+    """UserError if a machine of this deployment runs that does not bear its record's label, and so was not taken away, or may run elsewhere."""
+    if other_account(record):
+        raise UserError(f"{not_found(record)}, then run mistralctl down {record.name} again", Exit.CLOUD)
     if left := estranged(record):
         rows = "\n".join(f"  {part.kind:8} {part.id} {part.place} {part.state} {part.labels}" for part in left)
         raise UserError(
@@ -70,20 +82,22 @@ def leave_no_other(record: Record) -> None:
         )  # fmt: skip
 
 
-def label_others(record: Record) -> None:
-    """Label what SkyPilot made beside a deployment's new machine; UserError if the cloud does not list that machine with its labels.
+def label_others(record: Record) -> Record:
+    """Label what SkyPilot made beside a deployment's new machine; the record with the machine's account.
 
-    Nothing happens where the cloud cannot be asked.
+    UserError if the cloud does not list that machine with its labels. Nothing happens where the cloud cannot be asked.
     """
     module = labelling(record.cloud)
     if module is None or not record.region:
-        return
+        return record
     try:
         there = module.label_others(owners.label(record), record.name, record.region)
+        record = replace(record, account=account(record.cloud))
     except NotUsed:
-        return
+        return record
     if there == 0:
         raise UserError(f"{not_found(record)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
+    return record
 
 
 def tell_cloud(record: Record, until: float | None, *, here: bool = False) -> int:

@@ -179,9 +179,23 @@ def test_up_labels_the_groups_of_its_new_machine_and_notices_one_without_its_lab
         sweep.label_others(one)
     machine = rent(ec2, "one")
     ec2.modify_instance_attribute(InstanceId=machine, Groups=[group])
-    sweep.label_others(one)
+    assert sweep.label_others(one).account == "123456789012"
     [found] = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
     assert {tag["Key"]: tag["Value"] for tag in found["Tags"]} == {"skypilot": "true", "mistralctl-owner": "a1"}
+
+
+def test_another_account_is_not_an_empty_one(ec2: Any, one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sky, "clusters", lambda names, refresh: {})
+    elsewhere = replace(one, account="999999999999")
+    state.save(elsewhere)
+    said = "its machine was rented in the aws account 999999999999, and these credentials are of 123456789012, where it cannot be seen"
+    with pytest.raises(UserError, match=f"^one: {said}; sign in to 999999999999, then run mistralctl down one again$"):
+        rented.Rented().sweep(elsewhere, promised=False)
+    with pytest.raises(UserError, match=f"^one: {said}; sign in to 999999999999; its end was not changed$"):
+        rented.Rented().extend(elsewhere, time.time() + 3600)
+    [now] = status.run("one")
+    assert (now.state, now.why) == ("lost", f"{said}; sign in to 999999999999")
+    rented.Rented().sweep(replace(one, account="123456789012"), promised=False)
 
 
 class nothing:  # noqa: N801 - used like contextlib.nullcontext

@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(rented, "Following", Following)
     monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
     monkeypatch.setattr(readiness, "reached", lambda record: True)
-    monkeypatch.setattr(sweep, "label_others", lambda record: None)
+    monkeypatch.setattr(sweep, "label_others", lambda record: record)
     monkeypatch.setattr(sweep, "tell_cloud", lambda record, until: found.append(f"label {record.region}"))
     return found
 

@@ -7,7 +7,7 @@ protocols the folder's other files implement; each file and each protocol may be
     buckets.py  HasBuckets                          its buckets, and what a node's identity may do with them
     errors.py   HasErrors                           its error codes and how it words them
     quotas.py   HasQuotas                           what a machine counts against, and asking for it
-    api.py      CanList, CanListPartly, CanLabel, CanFirewall, HasIdentity, HasChecks
+    api.py      CanList, CanListPartly, CanLabel, CanFirewall, HasIdentity, HasAccount, HasChecks
 
 No SDK is imported before a function is called.
 """
@@ -333,6 +333,14 @@ class HasIdentity(Protocol):
 
 
 @runtime_checkable
+class HasAccount(Protocol):
+    """A cloud says in which account these credentials see machines."""
+
+    def account(self) -> str:
+        """The account's number, project or subscription; NotUsed without credentials, UserError if the cloud refuses."""
+
+
+@runtime_checkable
 class HasChecks(Protocol):
     """There is more of an account that `doctor` looks at."""
 
@@ -428,6 +436,12 @@ def identity(cloud: str) -> str:
     if found is None:
         raise Lacking(f"mistralctl cannot ask {cloud} for an identity", Exit.CLOUD)
     return found.identity()
+
+
+def account(cloud: str) -> str:
+    """In which account of a cloud these credentials see machines; empty where it cannot be asked."""
+    found: HasAccount | None = _implementing(cloud, "api", HasAccount)
+    return found.account() if found else ""
 
 
 def checks(cloud: str) -> Sequence[Finding]:

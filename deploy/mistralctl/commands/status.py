@@ -27,7 +27,7 @@ EARLY = 1  # of the machines while the clouds are asked: more would hold that up
 class Machine:
     """A deployment's machine by its cloud's word: its zone or region, whether it is stopped, its start in seconds since the epoch.
 
-    `estranged` says that it bears another owner's label than the record says.
+    `estranged` says that it bears another owner's label than the record says, or is in an account that cannot be seen, and what to do.
     """
 
     place: str
@@ -146,8 +146,13 @@ def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
             found[name] = machine
         elif sweep.rented_here(part):
             others[name] = replace(
-                machine, estranged=f"{part.id} bears the owner {owner or 'none'}, not {wanted[name]} as its record says"
+                machine,
+                estranged=f"{part.id} bears the owner {owner or 'none'}, not {wanted[name]} as its record says; no command of mistralctl "
+                "touches it: put the label right, or delete it in the console",
             )
+    for record in records:
+        if record.name not in found | others and (elsewhere := sweep.other_account(record)):
+            others[record.name] = Machine(record.region, False, None, estranged=f"{elsewhere}; sign in to {record.account}")
     return others | found
 
 
@@ -210,10 +215,7 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         )
         now, why = "lost", f"{taken}; run up again, or down to forget it"
     elif machine.estranged:
-        now, why = (
-            "lost",
-            f"{machine.estranged}; no command of mistralctl touches it: put the label right, or delete it in the console",
-        )
+        now, why = "lost", machine.estranged
     elif machine.stopped:
         stopped = "the cloud took its spot machine away; it" if record.spot else "its machine"
         now, why = "stopped", f"{stopped} is stopped and its disk still costs; run up again, or down"

@@ -146,7 +146,9 @@ def _wanted(plan: Plan, port: int, old: Record | None, secrets: Collection[str])
         weights_digest=plan.weights_digest,
     )  # fmt: skip
     stays = old is not None and old.state != "down" and old.cluster and old.resources_id == record.resources_id
-    return replace(record, created_at=old.created_at, setup_id=old.setup_id) if old is not None and stays else record
+    if old is None or not stays:
+        return record
+    return replace(record, created_at=old.created_at, setup_id=old.setup_id, account=old.account)
 
 
 def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Callable[[Sequence[Step]], None]:

@@ -246,9 +246,7 @@ class Rented:
             if progress.failure:
                 raise UserError(f"{progress.failure} (log: {log})", Exit.SERVER) from error
             raise
-        record = sender.finish()
-        sweep.label_others(record)
-        return self._follow(record, job, progress)
+        return self._follow(sweep.label_others(sender.finish()), job, progress)
 
     def replace(self, attempt: Attempt) -> Job:
         """Start the job on a machine that is set up, after those that run there; or go on with the one that is the same."""

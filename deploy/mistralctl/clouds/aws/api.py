@@ -111,6 +111,12 @@ def identity() -> str:
         return str(_client("sts", "us-east-1").get_caller_identity()["Arn"])
 
 
+def account() -> str:
+    """The number of the account of these credentials; UserError if AWS does not take them."""
+    with _asked():
+        return str(_client("sts", "us-east-1").get_caller_identity()["Account"])
+
+
 def regions() -> list[str]:
     """The regions that this account may use."""
     return sorted(one["RegionName"] for one in _client("ec2", "us-east-1").describe_regions()["Regions"])

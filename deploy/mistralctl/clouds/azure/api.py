@@ -123,6 +123,12 @@ def identity() -> str:
         return f"subscription {subscription()}"
 
 
+def account() -> str:
+    """The subscription that this laptop works in; NotUsed without a sign-in."""
+    with _asked():
+        return subscription()
+
+
 def _is_ours(labels: Mapping[str, str], owner: str | None, name: str | None) -> bool:
     wanted = {"mistralctl-owner": owner, "mistralctl-name": name}
     return "mistralctl-name" in labels and all(value in (None, labels.get(key)) for key, value in wanted.items())

@@ -125,6 +125,12 @@ def identity() -> str:
     return f"project {found.get('name', '?')}"
 
 
+def account() -> str:
+    """The project of these credentials; NotUsed without any."""
+    with _SIGNING_IN:
+        return _signed_in()[1]
+
+
 def _last(link: str) -> str:
     return link.rsplit("/", 1)[-1]
 
