@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -10,7 +11,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -25,9 +26,10 @@ from mistral_node.guard import LARGEST_BODY
 from mistral_node.traffic import Traffic
 from nodes import KEY, free_port, write_keys
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 HEAD = request("POST", "/v1/completions", b"Transfer-Encoding: chunked")
+ASK_STREAM, STREAM = b'{"prompt": "stream"}', 600_000
 ASK_BIG = b'{"prompt": "big"}'
 BIG = 32 << 20  # of an answer: more than any socket keeps
 _held: list[Held] = []
@@ -50,8 +52,15 @@ def serving(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     async def models(request: Request) -> dict[str, str]:
         return dict(request.headers)
 
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(STREAM // 1000):
+            yield b"x" * 1000
+        await asyncio.Event().wait()  # as if the engine went on
+
     async def size(request: Request) -> Response:
         asked = await request.body()
+        if asked == ASK_STREAM:
+            return StreamingResponse(stream())
         return Response(b"x" * BIG) if asked == ASK_BIG else Response(json.dumps({"size": len(asked)}))
 
     app.add_api_route("/v1/models", models)
@@ -286,6 +295,15 @@ def test_an_answer_that_nobody_reads_ends(url: str, server: Held, monkeypatch: p
             until(lambda: server.refused["an answer that was not read"] > 0)
         until(lambda: not len(server))
         server.refused.clear()
+
+
+def test_a_stream_that_nobody_reads_ends_before_the_kernel_has_kept_it_all(
+    url: str, server: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "STALLED_SECONDS", 0.5)
+    with connected(url, request("POST", "/v1/completions", b"Content-Length: %d" % len(ASK_STREAM), body=ASK_STREAM)):
+        until(lambda: server.refused["an answer that was not read"] == 1)
+    until(lambda: not len(server))
 
 
 def test_a_large_answer_that_is_read_slowly_comes_as_a_whole(url: str, server: Held, monkeypatch: pytest.MonkeyPatch) -> None:
