@@ -147,6 +147,10 @@ def test_another_machine_of_the_deployment_begins_anew_and_the_old_one_is_not_ta
     ssh.forget_machine("mine")
     ssh.remember("mine", changed.address(""))
     assert ssh.run("mine", "echo forgotten") == "forgotten\n"
+    changed.start(changed.folder / "second")
+    ssh.remember("mine", changed.address("i-3"))  # it is told its name only now
+    with pytest.raises(ssh.HostKeyChanged):
+        ssh.run("mine", "true")
 
 
 def test_the_secrets_sender_does_not_try_again(changed: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,10 @@ def config_file(name: str) -> Path:
 def remember(name: str, address: Address) -> None:
     """Writes the SSH configuration; the key itself stays where SkyPilot keeps it."""
     given = {"HostName": address.host, "Port": str(address.port), "User": address.user, "IdentityFile": f'"{address.key_file}"'}
-    given["HostKeyAlias"] = re.sub(r"[^A-Za-z0-9._-]", "_", address.machine) or _alias(name) or f"machine-of-{name}"
+    kept, unnamed = _alias(name), f"machine-of-{name}"
+    named = re.sub(r"[^A-Za-z0-9._-]", "_", address.machine)
+    # One that had no name keeps its key when it is told one: nothing says that it is another machine.
+    given["HostKeyAlias"] = (kept if not named or (kept == unnamed and _is_known(name)) else named) or unnamed
     given["UserKnownHostsFile"] = f'"{known_hosts(name)}"'.replace("%", "%%")
     if address.proxy_command:
         given["ProxyCommand"] = address.proxy_command
