@@ -184,9 +184,7 @@ def test_a_stream_writes_log_probabilities_piece_by_piece() -> None:
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, True, "tools"),
 ])  # fmt: skip
 def test_the_grammar_that_a_request_needs_is_named(fields: dict[str, Any], chat: bool, kind: str) -> None:
-    found = ask(chat, **fields).grammar
-    assert found is not None
-    assert found[0] == kind
+    assert [kind for kind, _ in ask(chat, **fields).grammars] == [kind]
 
 
 def test_no_grammar_is_needed_for_text_or_any_object_or_tools_that_may_be_used() -> None:
@@ -196,4 +194,12 @@ def test_no_grammar_is_needed_for_text_or_any_object_or_tools_that_may_be_used()
         {"tools": [{}], "tool_choice": "auto"},
         {"tools": [{}]},
     ):
-        assert ask(True, **fields).grammar is None
+        assert ask(True, **fields).grammars == ()
+
+
+def test_of_several_constraints_each_is_named() -> None:
+    """vLLM lets response_format win over structured_outputs, and tools that are required over both."""
+    tools = {"tools": [{"type": "function"}], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["b"]}}}
+    found = ask(True, structured_outputs={"json": {"enum": ["a"]}}, response_format=form, **tools).grammars
+    assert found == (("json", '{"enum": ["a"]}'), ("json", '{"enum": ["b"]}'), ("tools", '[{"type": "function"}]'))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request that may be let in asks of the engine: how many sequences, and the grammar to make, `(kind, text)`, if any."""
+    """What a request that may be let in asks of the engine: how many sequences, and the grammars that vLLM may make for it, `(kind, text)`."""
 
     sequences: int = 1
-    grammar: tuple[str, str] | None = None
+    grammars: tuple[tuple[str, str], ...] = ()
 
 
 def bounds(environ: Mapping[str, str]) -> Bounds:
@@ -391,7 +391,7 @@ def check(path: str, body: bytes, bounds: Bounds) -> Asked:
             "n", f"n times the prompts is {count}; at most {bounds.sequences} are taken at once, send them in several requests"
         )
     _check_logprobs(data, len(body), count, bounds)
-    return Asked(count, _grammar(data))
+    return Asked(count, tuple(_grammars(data)))
 
 
 def _read(body: bytes) -> dict[str, Any]:
@@ -468,17 +468,15 @@ def _check_logprobs(data: dict[str, Any], size: int, count: int, bounds: Bounds)
         )
 
 
-def _grammar(data: dict[str, Any]) -> tuple[str, str] | None:
-    """The constraint that vLLM would make a grammar of."""
+def _grammars(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The constraints that vLLM would make a grammar of: of several it takes one."""
     given, form = data.get("structured_outputs") or {}, data.get("response_format") or {}
     for kind in GRAMMAR_BYTES:
         if given.get(kind) is not None:
-            return kind, given[kind] if isinstance(given[kind], str) else json.dumps(given[kind])
+            yield kind, given[kind] if isinstance(given[kind], str) else json.dumps(given[kind])
     if form.get("type") == "json_schema" and isinstance(form.get("json_schema"), dict):
-        schema = form["json_schema"].get("schema")
-        return None if schema is None else ("json", json.dumps(schema))
+        yield "json", json.dumps(form["json_schema"].get("schema"))
     if form.get("type") == "structural_tag":
-        return "structural_tag", json.dumps(form)
+        yield "structural_tag", json.dumps(form)
     if data.get("tools") and data.get("tool_choice") not in (None, "none", "auto"):
-        return "tools", json.dumps(data["tools"])
-    return None
+        yield "tools", json.dumps(data["tools"])

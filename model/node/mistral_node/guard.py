@@ -354,8 +354,9 @@ class Guard:
                 asked = await loop.run_in_executor(self._long, bodies.check, scope["path"], body, self.bounds)
             else:
                 asked = bodies.check(scope["path"], body, self.bounds)
-            if asked.grammar is not None and (refusal := await self._grammar(key, *asked.grammar)):
-                return await self._refuse(send, *refusal)
+            for kind, text in asked.grammars:
+                if refusal := await self._grammar(key, kind, text):
+                    return await self._refuse(send, *refusal)
             place = self.admission.enter(key.id, asked.sequences, len(body))
         except Refused as error:
             return await self._refuse(send, 400, error.message, error.param)
