@@ -80,7 +80,7 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"weights: only those with the digest {plan.weights_digest}")
     elif plan.model.stored.digest:
         lines.append(f"weights: their manifest says the digest {plan.model.stored.digest}; the first up pins it")
-    lines += plan.caveats
+    lines += [*plan.caveats, *plan.bought, *filter(None, [plan.endless])]
     lines.append("")
     head = ["CLOUD", "MACHINE", "TYPE", "REGION", "USD/H", "SPOT", "CACHE TOKENS", "REQUESTS", "WITHOUT WINDOW"]
     lines.append(table(head, [_option(option) for option in plan.options]))
@@ -172,13 +172,18 @@ def _minutes(value: float | None) -> str:
     return f"{value:.0f}m" if value < 120 else f"{value / 60:.1f}h"
 
 
+def _spent(one: Status) -> str:
+    """What a machine has cost, of what it may."""
+    return ("-" if one.cost is None else f"{one.cost:.2f}") + (f" of {one.budget:.2f}" if one.budget is not None else "")
+
+
 def status_text(results: list[Status]) -> str:
     """One row a name."""
     if not results:
         return "nothing is known; mistralctl up brings a model up"
     rows = [
         [r.name, r.state, " ".join(part for part in (r.cloud, r.region, r.machine) if part), r.model, r.base_url or "-",
-         _minutes(r.uptime_minutes), "-" if r.cost is None else f"{r.cost:.2f}", _minutes(r.idle_left), _minutes(r.ttl_left)]
+         _minutes(r.uptime_minutes), _spent(r), _minutes(r.idle_left), _minutes(r.ttl_left)]
         for r in results
     ]  # fmt: skip
     head = ["NAME", "STATE", "WHERE", "MODEL", "ENDPOINT", "UP", "USD SO FAR", "IDLE LEFT", "TTL LEFT"]

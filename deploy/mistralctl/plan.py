@@ -33,6 +33,7 @@ CPU_WEIGHTS_FACTOR = 1.15
 CPU_CACHE_GIB = 4
 SMALLEST_CPU_NODE = (2, 8)  # cores, GiB
 DEFAULT_SEQS = {"cuda": 64, "cpu": 8}
+START_MINUTES = 15  # what a start takes on a rented machine: a budget that buys less would buy no answer
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,44 @@ class Plan:
         return found
 
     @property
+    def bought(self) -> list[str]:
+        """What time the budget buys, and whether that is less than the ttl; empty without one."""
+        if self.budget_minutes is None:
+            return []
+        by = "--max-price" if self.spec.max_price else "the dearest of these; nothing dearer is rented"
+        less = f", less than --ttl {self.spec.ttl}" if self.life_minutes != self.ttl_minutes else ""
+        return [
+            f"budget {self.spec.budget:.2f} USD buys {self.budget_minutes // 60} h {self.budget_minutes % 60} m of machine at {self.price:.4f} USD/h "
+            f"({by}), set-up included{less}"
+        ]
+
+    @property
+    def price(self) -> float | None:
+        """USD an hour by which a budget counts, and above which nothing is rented for it: --max-price, or the dearest option's by the snapshot.
+        None without a budget."""
+        if self.spec.budget is None:
+            return None
+        dearest = self.spec.max_price or max(_price(option, self.spec) for option in self.options)
+        return dearest if dearest == math.inf else math.ceil(round(dearest * 1e4, 4)) / 1e4
+
+    @property
+    def budget_minutes(self) -> int | None:
+        """Whole minutes that the budget buys, None without one."""
+        return None if self.price is None or self.spec.budget is None else math.floor(self.spec.budget / self.price * 60)
+
+    @property
+    def life_minutes(self) -> int | None:
+        """Minutes after which the machine has to be gone: by its ttl or its budget, whichever is earlier; None for never."""
+        return min((minutes for minutes in (self.ttl_minutes, self.budget_minutes) if minutes is not None), default=None)
+
+    @property
+    def endless(self) -> str:
+        """What to know of a rented machine that neither a ttl nor a budget ends; empty where one does."""
+        if self.local or self.life_minutes is not None:
+            return ""
+        return f"{self.name} has no end (--ttl never) and no --budget: its machine may cost for ever"
+
+    @property
     def local(self) -> bool:
         """Whether this machine serves, and none is rented."""
         return self.chosen.cloud == LOCAL
@@ -179,6 +218,8 @@ def _check_places(sourced: Sourced) -> None:
     if spec.cloud == (LOCAL,):
         if spec.spot:
             named.append("spot")
+        if spec.budget is not None:
+            raise UserError(f"{sourced.place('budget')}: this machine has no price (--cloud local); leave one of the two out")
         if named:
             raise UserError(f"{sourced.place(named[0])}: means nothing on this machine (--cloud local); leave one of the two out")
         return
@@ -504,7 +545,7 @@ def make(
     window = model.shape.sliding_window if model.shape else None
     came_from = "@".join((weights, revision, *endpoints.values()))
     slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40] or "weights"
-    return Plan(
+    made = Plan(
         name=deployment_name(spec, model),
         model=model,
         spec=spec,
@@ -531,3 +572,18 @@ def make(
         ),
         endpoints=endpoints,
     )
+    _check_budget(sourced, made)
+    return made
+
+
+def _check_budget(sourced: Sourced, plan: Plan) -> None:
+    if plan.price == math.inf:
+        raise UserError(
+            f"{sourced.place('budget')}: the snapshot has no price for this machine; add --max-price, by which it counts"
+        )
+    if plan.price is not None and plan.budget_minutes is not None and plan.budget_minutes < START_MINUTES:
+        least = math.ceil(plan.price * START_MINUTES / 60 * 100) / 100
+        raise UserError(
+            f"{sourced.place('budget')}: {sourced.number('budget')} USD buys {plan.budget_minutes} minutes at {plan.price:.4f} USD an hour, and "
+            f"a start alone takes about {START_MINUTES}; give at least {least:.2f}"
+        )

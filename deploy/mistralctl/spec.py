@@ -317,6 +317,9 @@ class DeploymentSpec(BaseModel):
     ] = Field((), description="argument of vllm serve: --vllm-arg=--seed=7")
     idle: Annotated[_Duration, About(LIFE, "2h", "30m|never")] = Field("30m", description="end after so long without a request")
     ttl: Annotated[_Duration, About(LIFE, "2d", "12h|never")] = Field("12h", description="end after so long in any case")
+    budget: Annotated[float | None, About(LIFE, "5.00", "USD")] = Field(
+        None, ge=0.01, le=1_000_000, description="end when the machine has cost so much, set-up included"
+    )
     restart: Annotated[int, About(LIFE, "0", "N")] = Field(
         2, ge=0, le=100, description="times that a server which died is started again; 0: never"
     )

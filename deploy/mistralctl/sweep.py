@@ -11,6 +11,7 @@ from mistralctl import owners, state
 from mistralctl.clouds import GOING, NotUsed, Part, account, labelling, listing, part_by_part
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
+from mistralctl.tasks import budget_minutes
 
 GONE_SECONDS = 300.0
 CLOCKS_SECONDS = 120.0  # by which a cloud's clock may differ from this machine's
@@ -18,9 +19,12 @@ CLUSTER_TAGS = ("ray-cluster-name", "skypilot-cluster-name")  # SkyPilot's name 
 PROMISE_SECONDS = 15.0  # after which a machine that is not on its way out was not taken away by SkyPilot
 
 
-def lifetime_label(part: Part, until: float | None) -> str:
-    """The machine's mistralctl-ttl: minutes from its start to the end of its life, by its cloud's clock; `never` without one."""
-    return "never" if until is None else str(math.ceil((until - (part.created or time.time() + part.ahead)) / 60))
+def lifetime_label(part: Part, until: float | None, most: int | None = None) -> str:
+    """The machine's mistralctl-ttl: minutes from its start to the end of its life, by its cloud's clock, `most` of them at most; `never` where
+    nothing ends it."""
+    until_then = None if until is None else math.ceil((until - (part.created or time.time() + part.ahead)) / 60)
+    found = min((minutes for minutes in (until_then, most) if minutes is not None), default=None)
+    return "never" if found is None else str(max(0, found))
 
 
 def _within(record: Record) -> list[str] | None:
@@ -109,7 +113,7 @@ def tell_cloud(record: Record, until: float | None, *, here: bool = False) -> in
     machines = [part for part in _listed(record) if part.kind == "machine"]
     for part in machines:
         ends = until + part.ahead if here and until is not None else until
-        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, ends)})
+        module.relabel(part, {"mistralctl-ttl": lifetime_label(part, ends, budget_minutes(record.task))})
     return len(machines)
 
 

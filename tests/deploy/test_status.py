@@ -30,7 +30,7 @@ def remember(name: str, **changes: Any) -> Record:
     } | changes
     record = Record(
         name, "aws", given.pop("state"), "mistral", "mistral", 1, "~/.mistralctl", "id", time.time() - 60,
-        task={"envs": {}, "resources": {"labels": {"mistralctl-owner": "a1"}}}, **given,
+        task={"envs": {}, "resources": {"labels": {"mistralctl-owner": "a1"}, "disk_size": 100}}, **given,
     )  # fmt: skip
     state.save(record)
     ssh.remember(name, NEVER)
@@ -84,6 +84,8 @@ def test_the_clouds_own_listing_decides_without_skypilot(ec2: Any, monkeypatch: 
     assert (found["runs"].region, found["runs"].machine, found["runs"].price) == ("us-west-2a", "g6.xlarge", 0.8)
     assert found["runs"].cost is not None
     assert found["ended"].cost is None
+    assert found["halts"].why == "its machine is stopped and its disk still costs 0.26 USD a day; run up again, or down"
+    assert (found["halts"].price, found["halts"].cost) == (0.0108, None)
 
 
 @pytest.mark.parametrize(

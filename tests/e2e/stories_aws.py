@@ -192,7 +192,7 @@ def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: Si
 def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCloud) -> None:
     """Two at once: one with requests until a moment, then none; one whose launcher hangs."""
     with story(f"--idle {IDLE}m after the last request, and --ttl {TTL}m with a launcher that hangs; the laptop is off"):
-        up(sim, "--name", "quiet", "--idle", f"{IDLE}m", "--ttl", "never")
+        up(sim, "--name", "quiet", "--idle", f"{IDLE}m", "--ttl", "never", "--yes")
         on_node(sim, "quiet", "nohup sleep 7200 > /dev/null 2>&1 &")  # a process is no request
         last, off = [0.0], threading.Event()
 

@@ -76,6 +76,13 @@ def test_a_spot_machine_that_is_taken_is_said_and_brought_back(sim: SimCloud, pl
         sim.preempt(before.id)
         one = status(sim, "cheap")
         assert (one["state"], "took its spot machine away" in one["why"]) == (place.taken, True)
+        if place.taken == "stopped":  # its disk stays, costs, and is reaped with it
+            assert "it is deallocated and its disk still costs " in one["why"]
+            assert 0 < one["price"] < 0.1
+            [left] = json.loads(
+                sim.run(["mistralctl", "reap", "--cloud", place.cloud, "--dry-run", "-o", "json"], timeout=120).stdout
+            )["parts"]
+            assert left["per_day"] == pytest.approx(one["price"] * 24, abs=0.01)
         assert up(sim, place, "cheap", "--spot")["action"] == "started"
         [after] = sim.instances(place.cloud)
         assert (after.id == before.id) == (place.taken == "stopped")

@@ -613,6 +613,19 @@ def test_its_lifetime_ends_also_with_requests(ready: Any) -> None:
     assert seconds < 2
 
 
+def test_a_budget_is_spent_by_price_and_time_since_the_machine_began(ready: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run" / "test" / files.PAID_FROM.name
+    file.parent.mkdir(parents=True)
+    file.write_text(f"{time.time() - 3598:.0f}\n")  # 2 s of the hour that it buys are left
+    why, seconds = ready(budget=0.8, price=0.8, ttl_minutes=60)
+    assert why == "its budget of 0.80 USD is spent"
+    assert 0.5 < seconds < 3
+    said = json.loads((tmp_path / "status.json").read_text())
+    assert said["budget"]["ends_at"] == said["ends_at"] == said["budget"]["paid_from"] + 3600
+    file.unlink()  # of a launcher that was started by hand
+    assert ready(budget=0.8, price=1440.0)[0] == "its budget of 0.80 USD is spent"
+
+
 def test_a_later_end_in_the_file_counts_and_what_is_no_time_does_not(ready: Any, tmp_path: Path) -> None:
     file = tmp_path / "run" / "test" / files.ENDS_AT.name
     file.parent.mkdir(parents=True)

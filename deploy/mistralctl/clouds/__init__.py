@@ -32,6 +32,9 @@ from mistralctl.quotas import Found, Need, Wanted
 LOCAL = "local"
 
 
+MONTH_DAYS = 30.4  # on average
+
+
 @dataclass(frozen=True)
 class Cloud:
     """The facts of a cloud. `name` is SkyPilot's; clouds are listed by `order`, then by name.
@@ -68,6 +71,10 @@ class Cloud:
     def has_zone(self, region: str, zone: str) -> bool:
         """Whether `zone` is spelt like one of that region's."""
         return self.zone is not None and re.fullmatch(self.zone.format(region=re.escape(region)), zone) is not None
+
+    def disk_per_day(self, gib: float | None) -> float | None:
+        """Return what a disk costs a day, USD; None where its size or its price is not known."""
+        return None if gib is None or self.disk_price is None else round(gib * self.disk_price / MONTH_DAYS, 2)
 
     @property
     def node(self) -> str:

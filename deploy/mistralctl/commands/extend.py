@@ -58,6 +58,11 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
     left = (until - time.time()) / 60
     if left > durations.LONGEST:
         raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    if (budget := launcher.get("budget")) and until > budget["ends_at"]:
+        raise UserError(
+            f"{record.name}: its budget of {budget['usd']:.2f} USD is spent before that; give it more with mistralctl up --budget",
+            Exit.CONFLICT,
+        )
     where = runtime.of(record.cloud)
     where.extend(record, until)
     where.write(record, files.ENDS_AT.of(record.name), f"{until}\n")

@@ -22,7 +22,6 @@ from mistralctl.prices import offers
 GRACE_MINUTES = 45.0
 ORPHAN_MINUTES = 30.0  # a disk without a machine that is younger may be on its way to one
 GONE_SECONDS = 300.0
-GIB_MONTH_DAYS = 30.4
 AT_ONCE = 8
 
 
@@ -68,11 +67,6 @@ class Reaped:
     parts: tuple[Found, ...]
 
 
-def _disk_per_day(cloud: str, gib: float | None) -> float | None:
-    price = facts(cloud).disk_price
-    return None if price is None or gib is None else round(gib * price / GIB_MONTH_DAYS, 2)
-
-
 def _per_day(part: Part) -> float | None:
     if part.kind in ("interface", "rule"):
         return 0.0
@@ -81,9 +75,9 @@ def _per_day(part: Part) -> float | None:
         return None if hour is None else round(hour * 24, 2)
     if part.kind == "disk":
         gib = re.match(r"[0-9]+(\.[0-9]+)?(?= GiB$)", part.size)
-        return _disk_per_day(part.cloud, float(gib[0]) if gib else None)
+        return facts(part.cloud).disk_per_day(float(gib[0]) if gib else None)
     if part.state.lower() in STOPPED:
-        return _disk_per_day(part.cloud, part.disk_gib)
+        return facts(part.cloud).disk_per_day(part.disk_gib)
     same = [offer for offer in offers(part.cloud) if offer.instance_type == part.size]
     near = [offer for offer in same if part.place.startswith(offer.region)] or same
     return round(near[0].price * 24, 2) if near else None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import owners, processes, readiness, runtime, state, sweep, tasks
+from mistralctl import clouds, owners, processes, readiness, runtime, state, sweep, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import local, rented
@@ -25,15 +25,18 @@ EARLY = 1  # of the machines while the clouds are asked: more would hold that up
 
 @dataclass(frozen=True)
 class Machine:
-    """A deployment's machine by its cloud's word: its zone or region, whether it is stopped, its start in seconds since the epoch.
+    """A deployment's machine by its cloud's word: its zone or region, how it is stopped (empty if it is not), its start in seconds since the
+    epoch by this machine's clock, of which the cloud's was `ahead` by so many seconds; what its disks hold.
 
     `estranged` says that it bears another owner's label than the record says, or is in an account that cannot be seen, and what to do.
     """
 
     place: str
-    stopped: bool
+    stopped: str
     created: float | None
     estranged: str = ""
+    ahead: float = 0.0
+    disk_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Status:
     its record cannot be read.
 
     `idle_left` and `ttl_left` are minutes; None where there is no limit or nothing runs. `launcher` is its status.json.
-    `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine.
+    `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine. Of a machine that is stopped `price` is
+    what its disk costs, and nobody knows what it has cost. `budget` is what the machine may cost, USD; None without one.
     """
 
     name: str
@@ -69,25 +73,37 @@ class Status:
     machine: str = ""
     price: float | None = None
     cost: float | None = None
+    budget: float | None = None
+
+
+def _disk_price(record: Record, machine: Machine) -> float | None:
+    """What a stopped machine goes on costing, USD an hour: its disk."""
+    known = next((cloud for cloud in clouds.every() if cloud.name == record.cloud), None)
+    asked = record.task.get("resources", {}).get("disk_size")
+    gib = machine.disk_gib or (float(asked) if isinstance(asked, int | float) else None)
+    day = known.disk_per_day(gib) if known else None
+    return None if day is None else round(day / 24, 4)
 
 
 def _left(limit: str, since: float | None) -> float | None:
     return None if not limit or since is None else round(max(0.0, int(limit) - (time.time() - since) / 60), 1)
 
 
-def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float) -> float | None:
-    """Minutes of its life that are left: by its launcher, by what `extend` wrote, or by its ttl from `since` on."""
+def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float, ahead: float = 0.0) -> float | None:
+    """Minutes of its life that are left: by its launcher, by what `extend` wrote, or by its ttl and its budget from `since` on; the node's
+    clock is `ahead` of this machine's."""
     end = (launcher or {}).get("ends_at") or record.ends_at
     if end is not None:
-        return round(max(0.0, (end - time.time()) / 60), 1)
-    return _left(env(record.task, "ttl_minutes"), since)
+        return round(max(0.0, (end - ahead - time.time()) / 60), 1)
+    left = [_left(limit, since) for limit in (env(record.task, "ttl_minutes"), str(tasks.budget_minutes(record.task) or ""))]
+    return min((minutes for minutes in left if minutes is not None), default=None)
 
 
 def _sound(found: Any) -> dict[str, Any] | None:
     """A launcher's status.json without what is of another type than a launcher writes; None if it is no object."""
     if not isinstance(found, dict):
         return None
-    objects = ("error", "requests", "restarts", "isolation", "engine", "canary")
+    objects = ("error", "requests", "restarts", "isolation", "engine", "canary", "budget")
     numbers = ("ends_at", "ready_at", "started_at")
     wrong = {name for name in objects if not isinstance(found.get(name), dict)}
     wrong |= {name for name in numbers if type(found.get(name)) not in (int, float) or not math.isfinite(found[name])}
@@ -141,7 +157,8 @@ def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
         name, owner = part.labels.get("mistralctl-name", ""), part.labels.get("mistralctl-owner", "")
         if part.state.lower() in GOING or name not in wanted:
             continue
-        machine = Machine(part.place, part.state.lower() in STOPPED, part.created)
+        stopped = part.state.lower() if part.state.lower() in STOPPED else ""
+        machine = Machine(part.place, stopped, part.since, ahead=part.ahead, disk_gib=part.disk_gib)
         if owner == wanted[name]:
             found[name] = machine
         elif sweep.rented_here(part):
@@ -162,7 +179,10 @@ def _known_to_skypilot(records: Sequence[Record]) -> dict[str, Machine]:
 
     names = {record.cluster: record.name for record in records}
     found = sky.clusters(list(names), refresh=True)
-    return {names[key]: Machine(one.zone or one.region, one.status == "STOPPED", one.launched_at) for key, one in found.items()}
+    return {
+        names[key]: Machine(one.zone or one.region, "stopped" if one.status == "STOPPED" else "", one.launched_at)
+        for key, one in found.items()
+    }
 
 
 def _machines(records: Sequence[Record]) -> dict[str, Machine]:
@@ -218,7 +238,9 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         now, why = "lost", machine.estranged
     elif machine.stopped:
         stopped = "the cloud took its spot machine away; it" if record.spot else "its machine"
-        now, why = "stopped", f"{stopped} is stopped and its disk still costs; run up again, or down"
+        price = _disk_price(record, machine)
+        day = "" if price is None else f" {price * 24:.2f} USD a day"
+        now, why = "stopped", f"{stopped} is {machine.stopped} and its disk still costs{day}; run up again, or down"
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
@@ -242,18 +264,22 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
     elif not said and record.state == "up":
         now, why = "lost", "its machine is there without a server of ours; run up again"
     up = machine is not None
+    ahead = machine.ahead if machine is not None else 0.0
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
+    last = None if last is None else last - ahead
     since = (machine.created if machine is not None else None) or record.created_at
     hours = (time.time() - since) / 3600
-    price = record.price if machine is not None else None
+    running = machine is not None and not machine.stopped
+    price = record.price if running else None if machine is None else _disk_price(record, machine)
     return Status(
         record.name, now, record.cloud, record.model, record.base_url if up else None, round(hours * 60, 1) if up else None,
         _left(env(record.task, "idle_minutes"), last) if up else None,
-        _ttl_left(record, launcher, since) if up else None,
+        _ttl_left(record, launcher, since, ahead) if up else None,
         why, launcher,
         region=machine.place if machine is not None else record.region,
         machine=f"{record.machine}{' spot' if record.spot else ''}", price=price,
-        cost=round(price * hours, 3) if price is not None else None,
+        cost=round(price * hours, 3) if price is not None and running else None,
+        budget=float(budget) if (budget := env(record.task, "budget")) else None,
     )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
     where = runtime.of(plan.chosen.cloud)
     if where.rents:
         owners.make(os.environ)
-    began, shape, secrets = time.time(), plan.model.shape, _secrets(plan)
+    began, shape, secrets, accepted = time.time(), plan.model.shape, _secrets(plan), False
     while True:
         old = state.read(plan.name)
         record = _wanted(plan, _port(sourced, plan, old), old, secrets)
@@ -187,6 +187,9 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
         for question in (step.ask for step in steps if step.ask):
             if not talk.confirm(question):
                 raise UserError(f"{question}; say --yes to do that, or give the new one another --name", Exit.CONFLICT)
+        if plan.endless and not accepted and not talk.confirm(plan.endless):
+            raise UserError(f"{plan.endless}; add --budget USD or a --ttl, or say --yes", Exit.USAGE)
+        accepted = True
         attempt = Attempt(
             record,
             secrets,
@@ -224,7 +227,7 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
     """
     system.require_renting("up")
     plan = plan_command.run(sourced, ask=not offline)
-    for line in plan.caveats:
+    for line in [*plan.caveats, *plan.bought]:
         talk.note(line)
     if not offline:
         plan = replace(plan, lora_versions=adapters.asked(plan, talk.note))

@@ -276,7 +276,7 @@ class Rented:
             there = replace(record, cloud=observed.cloud, region=observed.region)
             with contextlib.suppress(Lacking):
                 asked = attempt.old is not None and attempt.old.state != "down"  # else SkyPilot's own memory is all that says so
-                if sweep.tell_cloud(there, until) == 0 and asked and observed.machine != "half made":
+                if sweep.tell_cloud(there, until, here=True) == 0 and asked and observed.machine != "half made":
                     raise UserError(f"{sweep.not_found(there)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
         return Progress(attempt.on_phase)
 

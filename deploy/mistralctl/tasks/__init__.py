@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -112,6 +113,12 @@ _SETUP = ("node_dir", "env_id", "weights", "revision", "weights_id", "lora", "lo
 def env(task: Task, field: str) -> str:
     """Return the text of an env of a task, by its field in the contract; empty if the task has none."""
     return str(task.get("envs", {}).get(variable(field), ""))
+
+
+def budget_minutes(task: Task) -> int | None:
+    """Return how many whole minutes of its machine a task's budget buys; None without one."""
+    budget, price = env(task, "budget"), env(task, "price")
+    return math.floor(float(budget) / float(price) * 60) if budget and price else None
 
 
 def what_ends(task: Task) -> str:

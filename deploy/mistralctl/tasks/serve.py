@@ -69,12 +69,12 @@ def _resources(plan: Plan) -> dict[str, Any]:
 
 
 def _labels(plan: Plan, wanted: dict[str, Any], owner: str) -> dict[str, str]:
-    ttl = plan.ttl_minutes
+    life = plan.life_minutes
     return {
         "mistralctl-name": plan.name,
         "mistralctl-owner": owner,
         "mistralctl-resources": digest(wanted),
-        "mistralctl-ttl": "never" if ttl is None else str(ttl),
+        "mistralctl-ttl": "never" if life is None else str(life),
     }
 
 
@@ -138,6 +138,8 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         idle_minutes=plan.idle_minutes,
         ttl_minutes=plan.ttl_minutes,
         setup_minutes=None if plan.local else SETUP_MINUTES,
+        budget=spec.budget,
+        price=plan.price,
         restart=spec.restart,
         keys_uri=spec.keys_uri,
     )
@@ -168,8 +170,11 @@ def render(plan: Plan, *, owner: str, node: Node = RENTED) -> Task:
             mounts[target] = unquote(uri.removeprefix("file://"))
             lora[adapter] = f"file://{target}"
     wanted = {} if local else _resources(plan)
+    labels = {} if local else {"labels": _labels(plan, wanted, owner)}
+    if plan.price is not None:  # no part of what the machine is told apart by: it may get a budget later
+        wanted["max_hourly_cost"] = plan.price
     task["name"] = plan.name
-    task["resources"] = {} if local else wanted | {"labels": _labels(plan, wanted, owner)}
+    task["resources"] = wanted | labels
     task["envs"] = _envs(plan, node, weights, lora)
     task["file_mounts"] = mounts
     return task
