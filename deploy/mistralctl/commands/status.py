@@ -169,7 +169,7 @@ def _listed(cloud: str, records: Sequence[Record]) -> dict[str, Machine]:
             )
     for record in records:
         if record.name not in found | others and (elsewhere := sweep.other_account(record)):
-            others[record.name] = Machine(record.region, False, None, estranged=f"{elsewhere}; sign in to {record.account}")
+            others[record.name] = Machine(record.region, "", None, estranged=f"{elsewhere}; sign in to {record.account}")
     return others | found
 
 
