@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
-from mistralctl import cli_keys, cli_weights, documents
+from mistralctl import cli_keys, cli_weights, documents, interrupts
 from mistralctl.answers import DeployedName, Form, Output, known_names, note, note_rights, say, say_task
 from mistralctl.errors import Exit, UserError
 from mistralctl.flags import with_spec
@@ -323,16 +323,19 @@ def _options(
 
 def _end(message: str, code: int, details: str = "") -> NoReturn:
     message = " ".join(message.split())
+    text = f"mistralctl: {message}\n{details}{chr(10) if details else ''}"
     if documents.asked_for(sys.argv[1:]):
-        sys.stderr.write(documents.error(message, code, details) + "\n")
-    else:
-        sys.stderr.write(f"mistralctl: {message}\n{details}{chr(10) if details else ''}")
+        text = documents.error(message, code, details) + "\n"
+    if code == Exit.INTERRUPTED:  # threads may still wait for a network
+        interrupts.at_once(text)
+    sys.stderr.write(text)
     raise SystemExit(code)
 
 
 def main() -> NoReturn:
     """The entry point: runs the command line and turns what went wrong into one line and an exit code."""
     debug = "--debug" in sys.argv or os.environ.get("MISTRALCTL_DEBUG", "") not in ("", "0")
+    interrupts.listen()
     try:
         code = app(standalone_mode=False)
         if code == Exit.INTERRUPTED:  # typer turns Ctrl-C into this
@@ -343,7 +346,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (KeyboardInterrupt, typer.Abort):
-        _end("interrupted; nothing was left half-done", Exit.INTERRUPTED)
+        _end(interrupts.said(sys.argv[1:]), Exit.INTERRUPTED)
     except Exception as error:
         if debug:
             sys.tracebacklimit = 1000  # SkyPilot leaves it at 0, and then there is none

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection
 
+from mistral_contract import ports
+
 from mistralctl.errors import Exit, UserError
 
 FIRST_PORT = 8000
@@ -12,7 +14,9 @@ PORTS = 200
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on 127.0.0.1:port now."""
+    """Whether a server could listen on 127.0.0.1:port now, and no launcher on this machine is about to."""
+    if ports.is_held(port):
+        return False
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,18 @@ def own(name: str, found: Keys) -> Key | None:
     return next((key for key in found.keys if key.sha256 == hashed), None)
 
 
+def _was_used(name: str) -> bool:
+    """Whether this laptop's key is older than the end of a deployment's last life; one that was rotated since then is not."""
+    folder = state.folder(name)
+    with suppress(FileNotFoundError):
+        return (folder / "api_key").stat().st_mtime_ns <= (folder / "record.json").stat().st_mtime_ns
+    return False
+
+
 def prepare(name: str, key_file: Path | None, *, running: bool) -> None:
     """Makes sure that this laptop has a key of its own, the one in `key_file` if given, and that it is one of the deployment's.
+
+    A deployment that was down gets another key than in its last life, whose key clients and logs may still hold.
 
     UserError if another key is in use: only `keys rotate` exchanges it without losing a request.
     """
@@ -93,6 +104,10 @@ def prepare(name: str, key_file: Path | None, *, running: bool) -> None:
             before = own(name, found)
             found = found.changed(key for key in found.keys if key is not before)
         state.write_private(path, f"{secret}\n")
+    elif path.exists() and not running and _was_used(name):
+        before = own(name, found)
+        found = found.changed(key for key in found.keys if key is not before)
+        state.write_private(path, f"{generate()}\n")
     secret = state.api_key(name)
     if own(name, found) is None:
         found = found.changed((*found.keys, entry(secret, OWN)))

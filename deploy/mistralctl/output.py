@@ -158,11 +158,11 @@ def up_text(result: UpResult) -> str:
 
 def down_text(results: list[DownResult]) -> str:
     """One line a name."""
-    words = {"up": "is down", "down": "was down already", "damaged": "is down"}
-    lines = []
-    for result in results:
-        kept = f"its record was damaged and is kept as {result.kept}" if result.kept else ""
-        lines.append("; ".join(filter(None, (f"{result.name} {words[result.was]}", kept, result.left))))
+    words = {
+        "up": "is down", "down": "was down already", "failed": "did not come up, and is forgotten; its log stays",
+        "damaged": "is down; its damaged record is kept as record.damaged",
+    }  # fmt: skip
+    lines = ["; ".join(filter(None, (f"{result.name} {words[result.was]}", result.left))) for result in results]
     return "\n".join(lines) or "nothing is known, nothing to do"
 
 

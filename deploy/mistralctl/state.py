@@ -245,7 +245,7 @@ def _held(found: Record) -> dict[str, bool]:
     return {
         "cluster: it is none of this deployment's": found.cluster in ("", f"{CLUSTER}{found.name}"),
         "pid: it is none of a process": found.pid is None or 0 < found.pid < 1 << 22,
-        "port: it is none": 0 < found.port < 1 << 16,
+        "port: it is none": 0 <= found.port < 1 << 16,
         "a text holds control characters": all(text.isprintable() for text in texts),
         "task.envs: should be an object of texts": _texts(envs),
         "task.resources: should be an object": isinstance(resources, dict),

@@ -24,7 +24,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",
                 "runtime.rented", "runtime.leftovers", "runtime", "runtime.facts", "key_places", "gate", "figures", "apply"),
     "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
-    "cli": ("progress", "documents", "output", "flags", "answers", "cli_keys", "cli_weights", "cli"),
+    "cli": ("interrupts", "progress", "documents", "output", "flags", "answers", "cli_keys", "cli_weights", "cli"),
 }  # fmt: skip
 HEAVY = (
     "sky",

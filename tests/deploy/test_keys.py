@@ -433,6 +433,24 @@ def test_up_makes_a_key_once_and_takes_one_that_is_brought(record: Record, tmp_p
     assert not keys.file(NAME).exists()
 
 
+def test_a_deployment_that_was_down_gets_another_key(record: Record) -> None:
+    """Its last life's may be known to whoever took its port since; what replaces a server keeps the key."""
+    first, others = own(), command.add(NAME, Wanted("ci"))
+    keys.prepare(NAME, None, running=True)
+    assert own() == first
+    state.save(replace(record, state="down"))
+    keys.prepare(NAME, None, running=False)
+    second = own()
+    assert second != first
+    assert [key.sha256 for key in keys.known(NAME).keys if key.name != "ci"] == [contract.digest(second)]
+    assert others.id in [key.id for key in keys.known(NAME).keys]
+    state.save(replace(record, state="down"))
+    command.rotate(NAME, "", None, "1m")  # for the next life
+    third = own()
+    keys.prepare(NAME, None, running=False)
+    assert own() == third != second
+
+
 def test_the_task_has_hashes_and_a_changed_key_is_no_other_server() -> None:
     sourced = load({"model": "smollm2-135m-instruct", "name": NAME, "cloud": ["local"], "port": 8123}, {}, None)
     made = plan.make(sourced, checkpoints.resolve(sourced), Machine(24 << 30, 2))

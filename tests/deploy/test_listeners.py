@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from mistralctl import connection, listeners, processes, readiness, state
+from mistral_contract import ports
+from mistralctl import connection, endpoint, listeners, processes, readiness, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 
@@ -152,3 +153,16 @@ def test_where_nobody_listens_there_is_nothing_to_find(ours: Path, mistralctl: R
         port = probe.getsockname()[1]
     listeners.check(up(ours, port))
     assert mistralctl("env", "m").returncode == 0
+
+
+@pytest.mark.linux
+def test_a_port_that_a_launcher_of_another_home_holds_is_not_free() -> None:
+    """Its server listens on it only once the weights are loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    assert endpoint.is_free(port)
+    holder = ports.hold(port)
+    assert holder is not None
+    assert not endpoint.is_free(port)
+    holder.close()
+    assert endpoint.is_free(port)

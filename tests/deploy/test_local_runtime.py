@@ -76,7 +76,7 @@ def test_what_fails_says_why_and_leaves_nothing(home: Path, setup: str, run: str
         Local().start(one).wait("engine")
     assert error.value.code == Exit.SERVER
     Local().give_up(one, error.value)
-    assert state.read("m") is None
+    assert (state.known("m").state, state.known("m").pid) == ("down", None)
     assert not (home / "node" / "run" / "m").exists()
 
 

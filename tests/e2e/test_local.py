@@ -98,6 +98,13 @@ def test_a_server_with_an_open_route_is_stopped(cli: Cli, tmp_path: Path) -> Non
     log = (cli.home / "deployments" / "leaky" / "up.log").read_text()
     [row] = [line.split() for line in log.splitlines() if line.startswith("GET ") and "/leak" in line]
     assert row[:5] == ["GET", "/leak", "200", "200", "200"]
+    [status] = cli.json("status")
+    assert (status["state"], line) == (
+        "failed",
+        f"mistralctl: {status['why'].removesuffix(f' (log: {cli.home}/deployments/leaky/up.log)')}",
+    )
+    assert cli("logs", "leaky").stdout == log
+    assert cli.json("down", "leaky")[0]["was"] == "failed"
     assert cli.json("status") == []
     assert cli.processes() == []
 
@@ -331,7 +338,7 @@ def test_an_interrupted_up_leaves_nothing_half_done(cli: Cli, sign: signal.Signa
         assert err.splitlines()[-1] == "mistralctl: interrupted; nothing was left half-done"
         assert cli.json("status") == []
     else:  # nobody could clean up; whoever comes next does
-        assert cli.json("down", "cut") == [{"name": "cut", "was": "up"}]
+        assert cli.json("down", "cut") == [{"name": "cut", "was": "up", "left": ""}]
     assert cli.processes() == []
     assert not (cli.home / "node" / "run" / "cut").exists()
 
@@ -373,7 +380,8 @@ def test_without_a_network_the_weights_are_named(cli: Cli) -> None:
             "mistralctl: mistral_weights: hf://nobody/nothing: ",
         )
     )
-    assert cli.json("status") == []
+    [status] = cli.json("status")
+    assert (status["name"], status["state"]) == ("cut", "failed")
     assert cli.processes() == []
 
 

@@ -100,6 +100,23 @@ def test_on_a_node_the_port_of_a_server_that_is_ending_is_waited_for(monkeypatch
         closing.join()
 
 
+def test_of_two_homes_with_the_same_port_the_second_is_told_at_once(node_dir: Path) -> None:
+    """vLLM binds long before it listens: both could bind, and the second would wait for its own /health for half an hour."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    holds = "from mistral_contract import ports; held = ports.hold({0}); print('held', flush=True); import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holds.format(port)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            LaunchError, match=f"^port {port} is held by another deployment on this machine; choose another --port$"
+        ):
+            engine.check_port("127.0.0.1", port)
+        other.kill()
+    engine.check_port("127.0.0.1", port)
+    engine.check_port("127.0.0.1", port)  # by the same launcher, whose server starts again
+
+
 LAUNCHER = """
 import signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda number, frame: print("told", flush=True))

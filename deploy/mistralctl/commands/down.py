@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mistralctl import apply, key_places, lifecycle, runtime, state
 from mistralctl.commands import receipt
-from mistralctl.errors import UserError
+from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import leftovers
 from mistralctl.state import Record, Unreadable
 
@@ -16,14 +16,14 @@ LOCK_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class DownResult:
-    """A deployment that is gone: `was` is `up` or `down`, or `damaged` where its record could not be read; that is kept in `kept`.
+    """A deployment that is gone: `was` is `up` or `down`, `failed` where it never came up, `damaged` where its record could
+    not be read.
 
     `left` says what of it others have to take away.
     """
 
     name: str
     was: str
-    kept: str = ""
     left: str = ""
 
 
@@ -34,7 +34,13 @@ def _one(name: str) -> DownResult:
         except Unreadable as error:
             return _unreadable(name, error)
         left = key_places.leave(record)
-        return DownResult(name, "up" if _take_down(record) else "down", left=left)
+        there = _take_down(record)
+        if record.failure and not receipt.path(name).exists():
+            state.forget(name)
+            return DownResult(name, "failed", left)
+        if record.failure:
+            state.save(replace(state.known(name), failure=""))
+        return DownResult(name, "up" if there else "down", left)
 
 
 def _take_down(record: Record) -> bool:
@@ -46,10 +52,10 @@ def _unreadable(name: str, error: Unreadable) -> DownResult:
     """Take away what a deployment's name alone says; its record is kept beside the new one."""
     if error.state == "newer" or not state.is_name(name):
         raise error
-    there, left = leftovers.take_down(name, error)
-    kept = state.set_aside(name)
+    left = leftovers.take_down(name, error)
+    state.set_aside(name)
     state.save(left)
-    return DownResult(name, "damaged" if there else "down", str(kept))
+    return DownResult(name, "damaged")
 
 
 def check(failures: Sequence[UserError]) -> None:
@@ -82,4 +88,10 @@ def run(names: Sequence[str], *, everything: bool) -> tuple[list[DownResult], li
             receipt.close(name)
         except UserError as error:
             failures.append(error)
+        except KeyboardInterrupt:
+            rest = wanted[wanted.index(name) :]
+            raise UserError(
+                f"interrupted; {name} may be half taken away, and what was begun may still end: mistralctl down {' '.join(rest)} goes on",
+                Exit.INTERRUPTED,
+            ) from None
     return done, failures

@@ -113,6 +113,12 @@ def _sound(found: Any) -> dict[str, Any] | None:
     return {name: None if name in wrong else value for name, value in found.items()}
 
 
+def _failure(record: Record) -> str:
+    """Why the last `up` came to nothing, and where its log is."""
+    log = state.folder(record.name) / "up.log"
+    return record.failure if str(log) in record.failure or not log.exists() else f"{record.failure} (log: {log})"
+
+
 def _stranger(record: Record) -> str:
     """Who answers in a deployment's place; empty if nobody does."""
     from mistralctl import listeners
@@ -136,6 +142,8 @@ def _here(record: Record) -> Status:
         now, why = "stuck", STUCK
     elif record.state == "up" and not readiness.answers(record):
         now, why = "starting", _stranger(record) or "it does not answer"
+    if now == "down" and record.failure:
+        now, why = "failed", _failure(record)
     up = now in ("up", "starting", "stuck")
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
@@ -263,6 +271,13 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         now, why = "lost", f"{unreachable}, though the cloud says that it runs; run down, then up again"
     elif not said and record.state == "up":
         now, why = "lost", "its machine is there without a server of ours; run up again"
+    if record.failure and not said and record.state != "up":
+        here = (
+            ""
+            if machine is None
+            else f"; its machine is there: mistralctl up goes on with it, mistralctl down {record.name} takes it away"
+        )
+        now, why = "failed", _failure(record) + here
     up = machine is not None
     ahead = machine.ahead if machine is not None else 0.0
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")

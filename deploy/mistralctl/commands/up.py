@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,4 +237,28 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
         keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
         if plan.spec.keys_uri:
             key_places.join(plan.name, plan.spec.keys_uri)
-        return _bring_up(sourced, plan, talk, offline=offline)
+        try:
+            return _bring_up(sourced, plan, talk, offline=offline)
+        except UserError as error:
+            _keep_failure(plan.name, error)
+            raise
+        except KeyboardInterrupt:
+            raise UserError(_interrupted(plan.name), Exit.INTERRUPTED) from None
+
+
+def _keep_failure(name: str, error: UserError) -> None:
+    """Note in the record why an `up` came to nothing, unless a server that was up before is still."""
+    with suppress(UserError):
+        now = state.read(name)
+        if now is not None and now.state != "up":
+            state.save(replace(now, failure=str(error)))
+
+
+def _interrupted(name: str) -> str:
+    """What still goes on of an `up` that was interrupted."""
+    now = state.read(name)
+    if now is None or (now.state == "down" and not processes.of(now)):
+        return "interrupted; nothing was left half-done"
+    if now.state == "up":
+        return f"interrupted; {name} serves as before, or will again after another mistralctl up: mistralctl status {name}"
+    return f"interrupted; something of {name} may be there by now: mistralctl up goes on with it, mistralctl down {name} takes it away"

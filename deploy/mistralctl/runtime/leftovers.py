@@ -28,40 +28,37 @@ def _said(name: str, field: str) -> str:
     return found[1] if found else ""
 
 
-def take_down(name: str, error: UserError) -> tuple[bool, Record]:
-    """End the processes and the machine of a deployment; whether there were any, and its record from now on.
+def take_down(name: str, error: UserError) -> Record:
+    """End the processes and the machine of a deployment; its record from now on.
 
     The error itself, with more in it, if its machine cannot be asked for.
     """
     here = Record(name, clouds.LOCAL, "starting", "", "", 1, str(node.local_dir()), "", time.time())
-    there = _here(here)
+    _here(here)
     cloud = _said(name, "cloud")
     if cloud != clouds.LOCAL and importlib.util.find_spec("sky") is not None:
         labels = {"mistralctl-owner": owner} if (owner := _said(name, "mistralctl-owner")) else {}
         task = {"resources": {"labels": labels}}
         rented = replace(here, cloud=cloud, cluster=f"{state.CLUSTER}{name}", region=_said(name, "region"), task=task)
-        there = _rented(rented) or there
+        _rented(rented)
     elif cloud in clouds.names():
         raise UserError(f"{error}; SkyPilot is not installed, so its machine on {cloud} may still be there", error.code)
-    return there, replace(here, state="down")
+    return replace(here, state="down")
 
 
-def _here(record: Record) -> bool:
+def _here(record: Record) -> None:
     where = Local()
-    there = bool(where.observe(record, None).jobs)
     where.stop(record)
     where.forget(record)
-    return there
 
 
-def _rented(record: Record) -> bool:
+def _rented(record: Record) -> None:
     found = sky.clusters([record.cluster], refresh=False).get(record.cluster)
     if found is not None:
         record = replace(record, cloud=found.cloud or record.cloud, region=found.region or record.region)
     if record.cloud not in clouds.names():  # nobody knows of a machine
-        return False
+        return
     where = Rented()
     there = where.remove(record)
     where.sweep(record, promised=there)
     where.forget(record)
-    return there

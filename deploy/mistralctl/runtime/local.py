@@ -279,14 +279,14 @@ class Local:
         return replace(processes.forgotten(record), state="down")
 
     def give_up(self, attempt: Attempt, error: BaseException) -> None:
-        """End what the attempt started and forget it, unless the server that it was to replace serves still."""
+        """End what the attempt started, unless the server that it was to replace serves still; a first one that was interrupted is forgotten."""
         old, now = attempt.old, state.read(attempt.record.name)
         if old is not None and now == old and processes.servers(old):
             return
         if now is not None:
             processes.end(lambda: processes.servers(now), drain=3)
         gone = self.forget(attempt.record if old is None else old)
-        if old is None:
+        if old is None and isinstance(error, KeyboardInterrupt):
             state.forget(gone.name)
         else:
             attempt.keep(gone)

@@ -386,8 +386,11 @@ class Rented:
     def logs(self, record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
         """Return what SkyPilot and set-up wrote, then the server's log from the machine; what is left here of it when that is gone."""
         up, served = _log(record.name), _log(record.name).with_name("serve.log")
-        if lines is None and up.exists():
-            yield up.read_text("utf-8", "replace")
+        if up.exists() and (lines is None or record.failure):
+            told = up.read_text("utf-8", "replace").splitlines(keepends=True)
+            yield "".join(told if lines is None else told[-lines:] if lines else [])
+        if record.state == "down" and record.failure and not served.exists():
+            return
         ssh.verify(record.name)  # SkyPilot, which is asked next, would not
         try:
             yield from sky.job_log(record.cluster, follow=follow, lines=lines)

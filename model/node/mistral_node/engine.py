@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO
 
+from mistral_contract import ports
 from mistral_node import log, ward
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
@@ -49,8 +50,26 @@ def check_installed() -> None:
         raise LaunchError(Code.PLUGIN, "the plugin vllm-mistral is not installed on this node; run mistralctl up again")
 
 
+_held: dict[int, socket.socket | None] = {}
+
+
+def hold_port(port: int) -> None:
+    """Keep the other deployments of this machine from a port while this process lives; LaunchError if one has it.
+
+    vLLM binds its port long before it listens, so that two could bind the same one, and the second would never answer.
+    """
+    if port not in _held:
+        try:
+            _held[port] = ports.hold(port)
+        except OSError:
+            raise LaunchError(
+                Code.ENGINE, f"port {port} is held by another deployment on this machine; choose another --port"
+            ) from None
+
+
 def check_port(host: str, port: int) -> None:
-    """LaunchError if another program has the port, whose answers would be taken for vLLM's."""
+    """LaunchError if another program has the port, whose answers would be taken for vLLM's, or is about to have it."""
+    hold_port(port)
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
