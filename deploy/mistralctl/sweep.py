@@ -99,6 +99,11 @@ def label_others(record: Record) -> Record:
         record = replace(record, account=account(record.cloud))
     except NotUsed:
         return record
+    except UserError as error:
+        raise UserError(
+            f"{record.name}: {error}; its machine runs: mistralctl up goes on with it then, mistralctl down {record.name} takes it away",
+            error.code, error.details,
+        ) from error  # fmt: skip
     if there == 0:
         raise UserError(f"{not_found(record)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
     return record

@@ -198,6 +198,18 @@ def test_another_account_is_not_an_empty_one(ec2: Any, one: Any, monkeypatch: py
     rented.Rented().sweep(replace(one, account="123456789012"), promised=False)
 
 
+def test_a_label_that_is_refused_is_said_with_the_machine_that_runs(ec2: Any, one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: str) -> int:
+        raise UserError("AWS refused CreateTags (UnauthorizedOperation); give this identity that right", Exit.CLOUD)
+
+    monkeypatch.setattr(aws, "label_others", refuses)
+    with pytest.raises(
+        UserError, match=r"^one: AWS refused CreateTags .*; its machine runs: mistralctl up goes on with it then, "
+    ) as caught:
+        sweep.label_others(one)
+    assert caught.value.code == Exit.CLOUD
+
+
 class nothing:  # noqa: N801 - used like contextlib.nullcontext
     def __enter__(self) -> None:
         pass

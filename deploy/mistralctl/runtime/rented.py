@@ -391,7 +391,7 @@ class Rented:
             yield "".join(told if lines is None else told[-lines:] if lines else [])
         if record.state == "down" and record.failure and not served.exists():
             return
-        ssh.verify(record.name)  # SkyPilot, which is asked next, would not
+        ssh.verify(record.name, seconds=8)  # SkyPilot, which is asked next, would not
         try:
             yield from sky.job_log(record.cluster, follow=follow, lines=lines)
         except UserError:
