@@ -7,6 +7,7 @@ callers have the loopback's.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import resource
 import ssl
@@ -40,6 +41,7 @@ class Connection(Protocol):
 Address = ipaddress.IPv4Address | ipaddress.IPv6Network | None
 
 
+@functools.lru_cache(STRANGERS)
 def holder(host: str | None) -> Address:
     """Who an address belongs to: a network of 64 bits is one customer's. None is this machine, where everybody may be behind a tunnel.
 

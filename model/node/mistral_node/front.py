@@ -77,10 +77,13 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ws_protocol_class = None
-        self.closing = self._ending = False
-        self._held: Held = self.app_state.setdefault(HELD, Held())
+        self._made = args, kwargs
+        self.loop: asyncio.AbstractEventLoop = kwargs.get("_loop") or asyncio.get_running_loop()
+        self.app_state: dict[str, Any] = kwargs["app_state"]
+        self.closing = self._ending = self._begun = False
+        if HELD not in self.app_state:  # a guard puts it there
+            self.app_state[HELD] = Held()
+        self._held: Held = self.app_state[HELD]
         self._raw: asyncio.Transport | None = None
         self._inner: asyncio.Transport | None = None
         self._active: RequestResponseCycle | None = None
@@ -105,7 +108,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._shake_hands(transport)
                 return
         self._inner = transport
-        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+
+    def _begin(self) -> None:
+        """Becomes uvicorn's protocol at the first byte: a connection that says nothing costs half as much without."""
+        self._begun = True
+        args, kwargs = self._made
+        super().__init__(*args, **kwargs)
+        self.ws_protocol_class = None
+        super().connection_made(_Transport(self._inner, self))  # type: ignore[arg-type]
 
     def _shake_hands(self, transport: asyncio.Transport) -> None:
         """Begins TLS; `connection_made` is called again when it is agreed upon."""
@@ -127,7 +137,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._forget()
         if self._active is not None and not self._active.response_complete:
             self._disconnect(self._active)
-        if self._inner is not None:
+        if self._begun:
             super().connection_lost(exc)
 
     def _forget(self) -> None:
@@ -160,10 +170,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _waited(self, why: str) -> None:
         if why:
             self._held.refused[why] += 1
-        if self._inner is None:
-            self._abort()
-        else:
+        if self._begun:
             self.close()
+        else:
+            self._abort()
 
     def _rest(self) -> None:
         """Waits for the next request, or for the rest of its head."""
@@ -189,9 +199,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.closing:
             self._late += len(data)
-            if self._late > LINGER_BYTES:
+            if self._late > LINGER_BYTES and self._begun:
                 self.flow.pause_reading()
             return
+        if not self._begun:
+            self._begin()
         self._wire += len(data)
         try:
             self.parser.feed_data(data)
@@ -314,7 +326,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         """Serves nothing more; ends the connection when its answer has gone and the client has had the time to read it."""
-        if not self._ending and self._inner is not None:
+        if not self._ending and self._begun:
             self.closing = self._ending = True
             self._flush(self.loop.time(), self._unsent())
 
