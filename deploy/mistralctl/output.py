@@ -120,6 +120,7 @@ def ends(result: UpResult) -> str:
     when = [f"{text} (--{option})" for value, text, option in (
         (result.idle, f"after {result.idle} without a request", "idle"), (result.ttl, f"after {result.ttl} in any case", "ttl"),
     ) if value != "never"]  # fmt: skip
+    when += [f"when its machine has cost {result.budget:.2f} USD (--budget)"] if result.budget else []
     machine = "" if result.cloud == LOCAL else "; its machine goes five minutes later"
     return f"ends by itself {', and '.join(when)}{machine}" if when else "never ends by itself (--idle never, --ttl never)"
 

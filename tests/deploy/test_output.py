@@ -20,3 +20,9 @@ def test_up_says_when_it_ends_by_itself(cloud: str, idle: str, ttl: str, line: s
     fields = dict.fromkeys(UpResult.__dataclass_fields__, "") | {"action": "started", "phases": (), "chat": True}
     result = UpResult(**fields | {"cloud": cloud, "idle": idle, "ttl": ttl})  # type: ignore[arg-type]
     assert line in output.up_text(result).splitlines()
+
+
+def test_up_says_that_a_budget_ends_it() -> None:
+    fields = dict.fromkeys(UpResult.__dataclass_fields__, "") | {"idle": "never", "ttl": "never", "cloud": "aws", "budget": 5.0}
+    line = "ends by itself when its machine has cost 5.00 USD (--budget); its machine goes five minutes later"
+    assert output.ends(UpResult(**fields)) == line  # type: ignore[arg-type]

@@ -66,6 +66,7 @@ class UpResult:
     ssl_cert_file: str
     address: str
     canary: dict[str, Any]
+    budget: float | None = None
 
 
 def _from_hub(plan: Plan) -> bool:
@@ -107,6 +108,7 @@ def _result(record: Record, plan: Plan, action: str, answer: str) -> UpResult:
         str(folder / "api_key"), answer, record.chat, plan.spec.idle, plan.spec.ttl,
         tuple(Phase(**phase) for phase in record.phases), str(folder / "up.log"), record.gate,
         str(certificates.bundle_file(record.name)) if record.public else "", record.address, receipt.canary(record.name),
+        plan.spec.budget,
     )  # fmt: skip
 
 
