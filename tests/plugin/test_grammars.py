@@ -18,14 +18,14 @@ from mistral_node.grammars import OF_ONE_KEY, Busy, Grammars, Verdict
 
 STRINGS = {"type": "object", "properties": {f"a{number}": {"type": "string", "maxLength": 50 + number} for number in range(100)}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
-RULES = "root ::= " + " | ".join(f"r{n}" for n in range(800)) + "\n"
-RULES += "\n".join(f'r{n} ::= [a-z]+ r{n * 7 % 800} | "{n}" [^x]*' for n in range(800))
+RULES = "root ::= " + " | ".join(f"r{n}" for n in range(9000)) + "\n"
+RULES += "\n".join(f'r{n} ::= [a-z]+ r{n * 7 % 9000} | "{n}" [^x]*' for n in range(9000))
 GOOD = {
     "json": json.dumps({"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name"]}),
     "regex": r"\d{3}-\d{4}", "choice": '["yes", "no\\n"]', "grammar": 'root ::= "a" | "b" root', "tools": json.dumps([TOOL]),
     "structural_tag": json.dumps({"structures": [{"begin": "<a>", "schema": {"type": "string"}, "end": "</a>"}], "triggers": ["<a"]}),
 }  # fmt: skip
-SLOW = {"json": json.dumps(STRINGS), "regex": "((.{1,99}){1,99}){1,99}", "grammar": RULES,
+SLOW = {"json": json.dumps(STRINGS), "regex": "|".join(f"{n}((.{{1,99}}){{1,99}}){{1,99}}" for n in range(10)), "grammar": RULES,
         "tools": json.dumps([TOOL | {"function": {"name": "f", "parameters": STRINGS}}])}  # fmt: skip
 EMPTY = {"json": '{"$ref": "#"}', "grammar": "root ::= root"}
 WRONG = {"json": '{"type": 5}', "regex": "(", "grammar": "root ::= (", "structural_tag": "{}"}

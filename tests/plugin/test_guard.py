@@ -466,6 +466,6 @@ def test_a_grammar_is_tried_before_the_engine_sees_it(verdict: Any, status: int,
     assert len(behind.reached) == (status == 200)
     if verdict is Verdict.SLOW:
         assert answer["error"]["param"] == "response_format or structured_outputs"
-        assert answer["error"]["message"].startswith("a grammar of this regex of 5 characters takes more than 2 s to make")
+        assert answer["error"]["message"].startswith("a grammar of this regex of 5 characters takes more than ")
     assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
     assert len(tried) == 1

@@ -1,9 +1,9 @@
 """Whether vLLM could make a grammar of a constraint in time: tried before vLLM sees it, where it can be ended.
 
-vLLM turns a schema, a regular expression or a grammar into tables over its whole vocabulary with xgrammar, in a thread of the engine that nothing
-ends: a schema of 3 kB can take minutes, also when its client has left. How long cannot be told from its size, so it is tried: `python -m
-mistral_node.grammars` is a process with xgrammar and the vocabulary in it, of low priority, which forks for each constraint a child that
-the kernel ends after CONVERT_SECONDS and COMPILE_SECONDS of its own processor time. What passes takes the engine no longer than that.
+vLLM turns a schema, a regular expression or a grammar into tables over its whole vocabulary with xgrammar, in threads of the engine that nothing
+ends: a schema of 1 kB took 9 s of a core, one of 1.2 MB nine minutes, also when its client had left. How long cannot be told from its size, so
+it is tried: `python -m mistral_node.grammars` is a process of low priority with xgrammar and the vocabulary in it. It forks for each constraint a
+child that the kernel ends after CONVERT_SECONDS and COMPILE_SECONDS of its own processor time. What passes takes the engine no longer than that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 
 CONVERT_SECONDS = 0.2  # vLLM does that in the thread that answers everybody
-COMPILE_SECONDS = 2.0  # of one thread; vLLM has more of them
+# Of one thread. xgrammar makes it in the engine with 8 of them, as far as there are cores: in a second.
+COMPILE_SECONDS = 1.0 * min(8, os.cpu_count() or 1)
 STEPS = 16  # of generating by it, which every other request waits for: in the same time
 NICE = 10  # a tenth of what the engine gets of a core that both want
 MEMORY = 1 << 30  # bytes, beside what the process has already

@@ -333,7 +333,7 @@ class Guard:
         if verdict not in (Verdict.SLOW, Verdict.EMPTY):
             return None  # of a wrong one vLLM says best what is wrong
         slow = (
-            f"a grammar of this {kind} of {len(text)} characters takes more than {COMPILE_SECONDS:.0f} s to make; "
+            f"a grammar of this {kind} of {len(text)} characters takes more than {COMPILE_SECONDS:.0f} s of a core to make; "
             "make it simpler: fewer and shorter enums, no large minLength, maxLength or repeats"
         )
         message = (
