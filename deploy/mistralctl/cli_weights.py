@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mistralctl.answers import Form, Output, note_rights, say, say_result, say_task
+from mistralctl.answers import Form, Output, note, note_rights, say, say_result, say_task
 from mistralctl.errors import UserError
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def weights_mirror(
 
     if not here:
         with progress.shown(quiet=output is not Form.text) as on_phase:
-            there = weights.mirror_there(spec, on_phase)
+            there = weights.mirror_there(spec, on_phase, note)
         say(there, output, "mirrored_text")
         return
 

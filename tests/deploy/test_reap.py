@@ -181,7 +181,7 @@ def test_a_label_counts_from_the_machines_start_by_the_clouds_clock(monkeypatch:
 
     monkeypatch.setattr(sweep, "_listed", lambda record: [part("one", created=created, ahead=86400.0)])
     monkeypatch.setattr(sweep, "listing", lambda cloud: One())
-    record: Any = type("Record", (), {"cloud": "aws"})()
+    record: Any = type("Record", (), {"cloud": "aws", "task": {}})()
     sweep.tell_cloud(record, time.time() + 3600, here=True)
     sweep.tell_cloud(record, created + 4200)
     assert told == [{"mistralctl-ttl": "70"}] * 2 or told == [{"mistralctl-ttl": "71"}, {"mistralctl-ttl": "70"}]
@@ -236,6 +236,16 @@ def test_aws_lists_the_regions_that_answer_and_by_its_own_clock(monkeypatch: pyt
             UserError, match=r"TerminateInstances .* protected from termination: aws ec2 modify-instance-attribute "
         ):
             aws.delete([machine])
+
+
+@pytest.mark.parametrize(("days", "word"), [(1, "24.0 hours behind AWS's"), (-1, "24.0 hours ahead of AWS's")])
+def test_credentials_that_aws_refuses_for_the_clock_are_called_that(days: int, word: str) -> None:
+    from botocore.exceptions import ClientError
+
+    date = email.utils.formatdate(time.time() + days * 86400)
+    answer: Any = {"Error": {"Code": "RequestExpired"}, "ResponseMetadata": {"HTTPHeaders": {"date": date}}}
+    with pytest.raises(UserError, match=rf"\(RequestExpired\); this machine's clock is {word}: set it$"), aws._asked():
+        raise ClientError(answer, "DescribeRegions")
 
 
 class Answer:

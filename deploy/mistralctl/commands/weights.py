@@ -86,7 +86,9 @@ def mirror_here(spec: MirrorSpec, stage: Path | None, report: weights.Report) ->
         return weights.mirror(weights.Mirror(spec.source, spec.target, spec.revision, stage=stage, canary=python), report)
 
 
-def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mirrored:
+def mirror_there(
+    spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None], note: Callable[[str], None] = lambda text: None
+) -> Mirrored:
     """Mirrors on a machine of the target's cloud, which is gone afterwards; UserError, and the machine kept for a look, if that fails."""
     from mistralctl.commands import down
 
@@ -102,7 +104,7 @@ def mirror_there(spec: MirrorSpec, on_phase: Callable[[PhaseEvent], None]) -> Mi
     )  # fmt: skip
     token = weights.hub_token() if spec.source.startswith(weights.HUB) else None
     secrets = {"hf_token": token} if token else {}
-    attempt = Attempt(record, secrets, where.observe(None, record), on_phase, state.save, record.created_at)
+    attempt = Attempt(record, secrets, where.observe(None, record), on_phase, state.save, record.created_at, note=note)
     try:
         job = where.start(attempt)
         state.save(job.record)

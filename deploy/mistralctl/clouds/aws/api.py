@@ -14,6 +14,7 @@ from mistralctl.clouds.aws.errors import ERRORS
 from mistralctl.errors import Exit, UserError
 
 GONE = "terminated"
+SKEW_SECONDS = 240.0  # AWS takes no request that was signed five minutes earlier or later
 PROTECTED = "disableApiTermination"  # in the words with which AWS keeps a machine
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
 _MAKING = threading.Lock()  # several at once would each make a session and read the model of all of EC2
@@ -138,7 +139,11 @@ def _asked() -> Iterator[None]:
         said = error.response.get("Error", {})
         code, what = said.get("Code", ""), "give this identity that right"
         if ERRORS.codes.get(code) == "credentials":
-            what = "sign in again: aws configure"
+            what, skew = "sign in again: aws configure", _ahead(error.response)
+            if abs(skew) > SKEW_SECONDS:
+                what = (
+                    f"this machine's clock is {abs(skew) / 3600:.1f} hours {'behind' if skew > 0 else 'ahead of'} AWS's: set it"
+                )
         elif PROTECTED in said.get("Message", ""):
             what = (
                 "it is protected from termination: aws ec2 modify-instance-attribute --no-disable-api-termination, then try again"
