@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,6 +54,27 @@ def require(path: Path) -> None:
             if why := problem(one, found, shut=shut):
                 raise UserError(why, Exit.MACHINE)
             shut = shut or not found.st_mode & stat.S_IXGRP
+
+
+def loose(root: Path, depth: int = 4) -> list[str]:
+    """What of a folder other users could have written, down to so many levels; where one is, what is below it is not looked at."""
+    try:
+        require(root)
+    except UserError as error:
+        return [str(error)]
+    shut = not root.stat().st_mode & stat.S_IXGRP if root.is_dir() else False
+    return list(_below(root, depth, shut=shut))
+
+
+def _below(root: Path, depth: int, *, shut: bool) -> Iterator[str]:
+    with suppress(OSError):
+        for one in sorted(root.iterdir()):
+            with suppress(FileNotFoundError):
+                found = one.stat()
+                if why := problem(one, found, shut=shut):
+                    yield why
+                elif depth > 1 and stat.S_ISDIR(found.st_mode) and not one.is_symlink():
+                    yield from _below(one, depth - 1, shut=shut or not found.st_mode & stat.S_IXGRP)
 
 
 def folder(path: Path) -> Path:

@@ -214,6 +214,26 @@ def test_what_others_may_write_is_refused(ours: Path, mistralctl: Run, file: str
     )
 
 
+@pytest.mark.parametrize("file", ["deployments", "deployments/good/api_key", "node/envs/e", "node/weights/w/model.safetensors"])
+def test_doctor_names_what_others_may_write(ours: Path, mistralctl: Run, file: str) -> None:
+    state.api_key("good")
+    for one in ("node/envs/e/bin", "node/weights/w"):
+        (ours / one).mkdir(parents=True)
+    (ours / "node/weights/w/model.safetensors").touch()
+
+    def check() -> dict[str, Any]:
+        checks = json.loads(mistralctl("doctor", "-o", "json").stdout)["checks"]
+        return next(one for one in checks if one["name"] == "files of one's own")
+
+    if file == "deployments":
+        assert check()["ok"]
+    (ours / file).chmod(0o777)
+    found = check()
+    assert not found["ok"]
+    assert f"{ours / file} can be written by other users (mode 0777)" in found["found"]
+    assert found["mend"].endswith(f"chmod -R go-w {ours}")
+
+
 def test_a_folder_that_others_may_write_above_the_home_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open" / "home").mkdir(parents=True)
     (tmp_path / "open").chmod(0o777)

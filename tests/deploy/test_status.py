@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mistralctl import state
 from mistralctl.clouds import Part
 from mistralctl.commands import status
 from mistralctl.errors import Exit, UserError
-from mistralctl.runtime import ssh
+from mistralctl.runtime import sky, ssh
 from mistralctl.runtime.ssh import Address
 from mistralctl.state import Record
 
@@ -157,3 +157,27 @@ def test_fifty_nodes_that_never_answer_take_as_long_as_one(ec2: Any, monkeypatch
         found = status.run(None)
     assert {(one.state, "did not answer over SSH" in one.why) for one in found} == {("lost", True)}
     assert time.monotonic() - began < 15  # one after the other they would take 50
+
+
+def test_what_nobody_can_be_asked_of_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SkyPilot does not start: the deployments on this machine are shown, and the others' rows say why nothing is known."""
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    task: dict[str, Any] = {"envs": {}, "resources": {}}
+    state.save(Record("here", "local", "down", "m", "m", 8000, "/node", "s", 1.0, task=task))
+    state.save(Record("there", "aws", "starting", "m", "m", 8001, "~/.mistralctl", "s", 1.0, task=task, cluster="mctl-there"))
+    monkeypatch.setattr(sky, "clusters", raises(UserError("SkyPilot is not installed", Exit.CLOUD)))
+    found = status.run(None)
+    assert [(one.name, one.state, one.why) for one in found] == [
+        ("here", "down", ""), ("there", "unknown", "SkyPilot is not installed"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="SkyPilot is not installed"):
+        status.check(found)
+    with pytest.raises(UserError, match="SkyPilot is not installed"):
+        status.run("there")
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def call(*given: Any, **options: Any) -> Any:
+        raise error
+
+    return call

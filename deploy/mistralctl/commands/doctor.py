@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistralctl import node, owners, package_dir, state, system
+from mistralctl import node, own_files, owners, package_dir, state, system
 from mistralctl.clouds import Cloud, Lacking, every, facts, identity, names
 from mistralctl.clouds import checks as further
 from mistralctl.errors import Exit, UserError
@@ -82,6 +82,7 @@ def _local_checks() -> list[Check]:
     free = shutil.disk_usage(existing).free / GIB
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    loose = own_files.loose(folder)
     return [
         Check("python", node.OLDEST <= sys.version_info[:2] <= node.NEWEST, python, "everything", "install Python 3.11, 3.12 or 3.13"),
         Check("bash", shutil.which("bash") is not None, shutil.which("bash") or "none", local, "apt-get install bash"),
@@ -90,6 +91,8 @@ def _local_checks() -> list[Check]:
               "use a machine with 8 GiB or more"),
         Check("disk", free >= 10, f"{free:.1f} GiB free", local, "free 10 GiB, or set MISTRALCTL_HOME to another disk"),
         Check("writable", os.access(existing, os.W_OK), str(folder), "everything", f"chown -R $(id -u) {existing}"),
+        Check("files of one's own", not loose, f"{len(loose)} that other users could have written: {'; '.join(loose[:3])}" if loose else str(folder),
+              "everything", f"chown -R $(id -u) {folder}; chmod -R go-w {folder}"),
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from mistralctl.tasks import env
 
 SSH_SECONDS = 6.0  # a node that does not answer holds nobody up for longer
 AT_ONCE = 64
+UNKNOWN = "unknown"
 STUCK = "its engine has answered nothing for a minute; if it stays so, its launcher starts it again"
 EARLY = 1  # of the machines while the clouds are asked: more would hold that up, because both want the interpreter's lock
 
@@ -52,7 +53,7 @@ class Node:
 @dataclass(frozen=True)
 class Status:
     """A deployment now. `state` is `up`, `starting`, `stopped`, `failed`, `down`, or `lost` (it ended without `down`); `damaged` or `newer` where
-    its record cannot be read.
+    its record cannot be read, `unknown` where neither cloud nor SkyPilot can be asked.
 
     `idle_left` and `ttl_left` are minutes; None where there is no limit or nothing runs. `launcher` is its status.json.
     `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine. Of a machine that is stopped `price` is
@@ -193,8 +194,9 @@ def _known_to_skypilot(records: Sequence[Record]) -> dict[str, Machine]:
     }
 
 
-def _machines(records: Sequence[Record]) -> dict[str, Machine]:
-    """What the clouds say of these deployments' machines: all clouds at once, SkyPilot where a cloud cannot be listed."""
+def _machines(records: Sequence[Record]) -> tuple[dict[str, Machine], dict[str, UserError]]:
+    """What the clouds say of these deployments' machines: all clouds at once, SkyPilot where a cloud cannot be listed; and of which nobody
+    could be asked."""
     by_cloud: dict[str, list[Record]] = {}
     silent: list[Record] = []
     for record in records:
@@ -211,7 +213,10 @@ def _machines(records: Sequence[Record]) -> dict[str, Machine]:
             found |= answer.result()
         except UserError:
             silent += by_cloud[cloud]
-    return found | (_known_to_skypilot(silent) if silent else {})
+    try:
+        return found | (_known_to_skypilot(silent) if silent else {}), {}
+    except UserError as error:
+        return found, {record.name: error for record in silent}
 
 
 def _node(record: Record, *, shared: bool = False) -> Node:
@@ -299,9 +304,11 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
 
 
 def check(found: Sequence[Status]) -> None:
-    """UserError if a record could not be read."""
+    """UserError if a record could not be read, or nobody could be asked what became of a machine."""
     if unreadable := [one.why for one in found if one.state in ("damaged", "newer")]:
         raise UserError("; ".join(unreadable), Exit.CONFLICT)
+    if unknown := list(dict.fromkeys(one.why for one in found if one.state == UNKNOWN)):
+        raise UserError("; ".join(unknown), Exit.CLOUD)
 
 
 def run(name: str | None) -> list[Status]:
@@ -320,7 +327,9 @@ def _read(records: Sequence[Record]) -> list[Status]:
         tunnelled = [record for record in records if record.cluster and record.state != "down" and ssh.has_tunnel(record.name)]
         early = {record.name: few.submit(_node, record, shared=True) for record in tunnelled}
         try:
-            machines = asked.result()
+            machines, unasked = asked.result()
+            if unasked and len(unasked) == len(records):
+                raise next(iter(unasked.values()))
         except BaseException:
             few.shutdown(wait=False, cancel_futures=True)
             raise
@@ -328,6 +337,8 @@ def _read(records: Sequence[Record]) -> list[Status]:
         def one(record: Record) -> Status:
             if not runtime.of(record.cloud).rents:
                 return _here(record)
+            if record.name in unasked:
+                return replace(_cloud(record, None, Node()), state=UNKNOWN, why=str(unasked[record.name]))
             machine, node = machines.get(record.name), early.get(record.name)
             begun = node is not None and not node.cancel()
             if machine is None or machine.stopped or machine.estranged:
