@@ -89,6 +89,13 @@ uv=$(find_uv) || { phase environment fail "uv cannot be installed; install it fr
 errors=$run_dir/errors
 rm -rf "$errors"
 mkdir "$errors"
+end_jobs() { # those that still run: the number of another may be somebody else's by now
+  local job
+  for job; do
+    case $'\n'$(jobs -rp)$'\n' in *$'\n'"$job"$'\n'*) kill -- -"$job" 2> /dev/null || true ;; esac
+  done
+}
+
 # A job of its own for each, so that the one that fails can end the other with all its children.
 set -m
 (heard "$errors/weights" pull_weights) &
@@ -98,11 +105,11 @@ environment_job=$!
 set +m
 (heard "$errors/cloud" ready_for_cloud) &
 cloud_job=$!
-trap 'kill -- -"$weights_job" -"$environment_job" 2> /dev/null || true; exit 130' INT TERM
+trap 'end_jobs "$weights_job" "$environment_job"; exit 130' INT TERM
 
 wait "$environment_job" || {
   status=$?
-  kill -- -"$weights_job" 2> /dev/null || true
+  end_jobs "$weights_job"
   wait "$weights_job" 2> /dev/null || true
   why=$(last_error "$errors/environment")
   case $status in
@@ -115,15 +122,15 @@ set -m
 bash "$here/byte_code.sh" "$MISTRALCTL_DEVICE" "$env_dir" "$run_dir/site" > /dev/null 2>&1 &
 byte_code_job=$!
 set +m
-trap 'kill -- -"$weights_job" -"$byte_code_job" 2> /dev/null || true; exit 130' INT TERM
+trap 'end_jobs "$weights_job" "$byte_code_job"; exit 130' INT TERM
 wait "$weights_job" || {
   status=$?
-  kill -- -"$byte_code_job" 2> /dev/null || true
+  end_jobs "$byte_code_job"
   why=$(last_error "$errors/weights")
   phase weights fail "${why:-the weights could not be pulled (code $status); see mistralctl logs}"
   exit "$status"
 }
-kill -- -"$byte_code_job" 2> /dev/null || true
+end_jobs "$byte_code_job"
 wait "$byte_code_job" 2> /dev/null || true
 wait "$cloud_job" || {
   why=$(last_error "$errors/cloud")

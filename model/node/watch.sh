@@ -48,6 +48,17 @@ alive() { # PID
   kill -0 "$1" 2> /dev/null && ours "$1"
 }
 
+kill_group() { # PID: it and its group, while one of them is ours: then no other process can have the number
+  local pid
+  for pid in $(ps -e -o pid=,pgid= 2> /dev/null | awk -v group="$1" '$2 == group { print $1 }'); do
+    if ours "$pid"; then
+      kill -KILL -- -"$1" 2> /dev/null
+      return
+    fi
+  done
+  ! alive "$1" || kill -KILL "$1" 2> /dev/null
+}
+
 end_all() { # all that the deployment started on this machine, but this
   local signal pid
   for signal in TERM KILL; do
@@ -106,7 +117,7 @@ watch_run() { # PID: `mistralctl extend` writes a later end into the file
       say "the launcher outlived its lifetime; it is ended from outside"
       kill -TERM "$1" 2> /dev/null
       sleep "$last"
-      kill -KILL -- -"$1" 2> /dev/null || kill -KILL "$1" 2> /dev/null
+      kill_group "$1"
     elif [ -z "$rented" ]; then
       return
     elif gone=$((gone + look)) && { [ "$gone" -ge "$forgotten" ] || passed "$(budget_end)"; }; then
