@@ -72,7 +72,7 @@ def test_what_names_no_figures_keeps_none(record: Record, home: Path, canary: di
 def test_a_damaged_copy_is_named_before_anything_starts(record: Record, home: Path, mistralctl: Run) -> None:
     figures.keep(record, CANARY)
     copy_of(home).write_text(json.dumps(MADE | {"logprobs": [-0.5, math.nan]}))
-    with pytest.raises(UserError, match=r"is damaged .it has NaN, which is no number in JSON.; delete it"):
+    with pytest.raises(UserError, match=r"is damaged .a log-probability is not a finite number of at most 0.; delete it"):
         figures.known(record.model)
 
 

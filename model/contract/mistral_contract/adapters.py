@@ -78,9 +78,9 @@ def judge(sizes: Mapping[str, int], read: Read, base: Sizes | None) -> Adapter:
     text = read(CONFIG, 0, sizes[CONFIG])
     _no_pointer(CONFIG, text)
     try:
-        config = untrusted.read(text, LARGEST_CONFIG)
+        config = untrusted.read(text, LARGEST_CONFIG, judged=True)
     except untrusted.NotRead as error:
-        raise AdapterError(f"its {CONFIG} cannot be read ({error}); save the adapter again") from None
+        raise AdapterError(f"its {CONFIG} {str(error).removeprefix('it ')}; save the adapter again") from None
     rank = _features(config)
     if TENSORS not in sizes:
         if any(name.startswith("adapter_model") and name.endswith((".bin", ".pt")) for name in sizes):

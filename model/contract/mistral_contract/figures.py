@@ -39,7 +39,7 @@ def is_key(text: object) -> bool:
 
 def read(text: str | bytes, weights: str = "") -> dict[str, Any]:
     """The figures in a file; ValueError if it holds anything else. `weights` is the key that figures made here have to bear."""
-    found = untrusted.read(text)
+    found = untrusted.read(text, judged=True)
     prompt, forced, logprobs = (found.get(name) for name in ("prompt_token_ids", "forced_token_ids", "logprobs"))
     for tokens in (prompt, forced):
         if not isinstance(tokens, list) or not 0 < len(tokens) <= MOST_TOKENS or not all(map(_is_token, tokens)):

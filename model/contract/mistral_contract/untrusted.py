@@ -44,25 +44,28 @@ class NotRead(Refusal):
     """Why a text is not taken, said after the name of its file: "it ..."."""
 
 
-def read(data: bytes | str, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read(data: bytes | str, most_bytes: int = MOST_BYTES, *, judged: bool = False) -> dict[str, Any]:
     """Return the JSON object in `data`; NotRead unless it is one that every reader understands alike.
 
     Refused are: more than `most_bytes`, text that is not UTF-8, nesting below MOST_DEPTH levels, numbers of more than MOST_DIGITS digits,
-    numbers that are not finite, a key that stands twice, half a surrogate pair.
+    numbers that are not finite, a key that stands twice, half a surrogate pair. `judged`: NaN and Infinity pass, as the caller asks `finite`
+    of each number that it uses, and can say which one is none.
     """
-    found = read_any(data, most_bytes)
+    found = read_any(data, most_bytes, judged=judged)
     if not isinstance(found, dict):
-        raise NotRead("it is no JSON object")
+        raise NotRead("it is not a JSON object")
     return found
 
 
-def read_any(data: bytes | str, most_bytes: int = MOST_BYTES) -> Any:
+def read_any(data: bytes | str, most_bytes: int = MOST_BYTES, *, judged: bool = False) -> Any:
     """Return the JSON value in `data`, as `read` does."""
     if len(data) > most_bytes:
         raise NotRead(f"it has {len(data)} bytes, and at most {most_bytes} are read")
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        found = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_constant, object_pairs_hook=_unique)
+        found = json.loads(
+            text, parse_int=_whole, parse_float=_finite, parse_constant=float if judged else _constant, object_pairs_hook=_unique
+        )
         if _too_deep(found):
             raise NotRead(f"it is nested deeper than {MOST_DEPTH} levels")
         if _SURROGATE.search(text):
@@ -74,7 +77,7 @@ def read_any(data: bytes | str, most_bytes: int = MOST_BYTES) -> Any:
     except UnicodeError as error:
         raise NotRead(f"it is no text in UTF-8 ({error})") from None
     except ValueError as error:
-        raise NotRead(f"it is no JSON ({error})") from None
+        raise NotRead(f"it is not JSON ({error})") from None
     return found
 
 
