@@ -95,6 +95,51 @@ with ThreadPoolExecutor(os.cpu_count()) as pool:
     assert all(pool.map(right, manifest["files"]))
 """
 
+# Where the time of our pull goes: each stage's wall time, and of the workers together the wall and processor time of what they do.
+_PROFILE = """
+import json, os, sys, threading, time
+begun = float(sys.argv[2])
+stages, sums, lock = [("interpreter", time.monotonic() - begun)], {}, threading.Lock()
+def stage(name):
+    stages.append((name, time.monotonic() - begun - sum(seconds for _, seconds in stages)))
+def timed(owner, name, label):
+    plain = getattr(owner, name)
+    def call(*given, **named):
+        wall, cpu = time.monotonic(), time.thread_time()
+        try:
+            return plain(*given, **named)
+        finally:
+            with lock:
+                held = sums.setdefault(label, [0, 0.0, 0.0])
+                held[0] += 1; held[1] += time.monotonic() - wall; held[2] += time.thread_time() - cpu
+    setattr(owner, name, call)
+from pathlib import Path
+from mistral_weights import arrival, disk, http_reader, pull, transfer
+stage("imports")
+timed(http_reader.HttpReader, "read_into", "read and hash a range")
+timed(disk.PartialFile, "write", "write a range")
+timed(arrival.Arrival, "land", "count a range")
+timed(disk.PartialFile, "finish", "sync a file")
+timed(disk.PartialFile, "__init__", "make a file")
+look, run, publish = pull.look, transfer.Transfer.run, pull._publish
+def looked(*given):
+    stage("open the store")
+    try:
+        return look(*given)
+    finally:
+        stage("list and manifest")
+def ran(*given):
+    stage("prepare")
+    try:
+        return run(*given)
+    finally:
+        stage("transfer")
+pull.look, transfer.Transfer.run = looked, ran
+pull.pull(pull.Pull("s3://weights/set", Path(sys.argv[1])))
+stage("publish")
+print(json.dumps({"stages": stages, "sums": sums, "cpu": time.process_time()}))
+"""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -124,6 +169,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="how often each program runs (7; quick: 3)")
     parser.add_argument("--real-s3", action="store_true", help="seaweedfs instead of nginx")
     parser.add_argument("--folder", type=Path, help="where to write: the disk to measure (default: the temporary folder)")
+    parser.add_argument("--profile", action="store_true", help="where the time of our pull goes, instead of the comparison")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 7)
@@ -135,10 +181,49 @@ def main() -> int:
         server = seaweedfs if options.real_s3 else nginx
         url = stack.enter_context(server(room))
         environment(url)
+        if options.profile:
+            return profile(rounds, room)
         programs, left_out = what_to_run(url, source, names, real_s3=options.real_s3)
         samples = run(programs, rounds, room, source, names, size)
     report(samples, left_out, size * FILES, options)
     return 0
+
+
+def profile(rounds: int, room: Path) -> int:
+    """Prints the stages of our pull and what its workers do in them, medians over the rounds, beside curl's time in the same round."""
+    runs, limits = [], []
+    names = sorted(path.name for path in (room / "www/weights/set").glob("*.safetensors"))
+    for _ in range(rounds + 1):
+        begun = time.monotonic()
+        for half in [subprocess.Popen(command) for command in to_nowhere(os.environ["AWS_ENDPOINT_URL"], names)]:
+            half.wait()
+        limits.append(time.monotonic() - begun)
+        begun = time.monotonic()
+        command = [sys.executable, "-c", _PROFILE, str(room / "to"), str(begun)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        runs.append(json.loads(done.stdout) | {"seconds": time.monotonic() - begun})
+        shutil.rmtree(room / "to")
+        os.sync()
+    runs, limits = runs[1:], limits[1:]
+    middle = statistics.median
+    whole = middle([run["seconds"] for run in runs])
+    print(
+        f"curl to nowhere {middle(limits):.2f} s, our pull {whole:.2f} s ({middle([run['cpu'] for run in runs]):.2f} s of processor)"
+    )
+    for number, (name, _) in enumerate(runs[0]["stages"]):
+        print(f"{name:24}{middle([run['stages'][number][1] for run in runs]):8.2f} s")
+    print("in the transfer, all workers together: times, wall s, processor s")
+    for name, (times, _, _) in runs[0]["sums"].items():
+        print(
+            f"{name:24}{times:8}{middle([r['sums'][name][1] for r in runs]):8.2f}{middle([r['sums'][name][2] for r in runs]):8.2f}"
+        )
+    return 0
+
+
+def to_nowhere(url: str, names: list[str]) -> list[list[str]]:
+    """The two commands of the limit."""
+    return [["curl", "-sS", "--fail", *(f"{url}/weights/set/{name}" for name in half), *["-o", "/dev/null"] * len(half)]
+            for half in (names[::2], names[1::2])]  # fmt: skip
 
 
 def make_set(folder: Path, size: int) -> list[str]:
@@ -334,8 +419,7 @@ def what_to_run(url: str, source: Path, names: list[str], *, real_s3: bool) -> t
         "--s3-env-auth",
     ]
     rclone += ["--transfers=8", "--multi-thread-streams=4", "--config=/dev/null", "--s3-force-path-style"]
-    curl = [["curl", "-sS", "--fail", *(f"{url}/weights/set/{name}" for name in half), *["-o", "/dev/null"] * len(half)]
-            for half in (names[::2], names[1::2])]  # fmt: skip
+    curl = to_nowhere(url, names)
     if real_s3:
         for command in curl:
             command[1:1] = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", "test-access-key:test-secret-key"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -155,10 +156,12 @@ class S3Store:
                     max_pool_connections=32,
                     signature_version="s3v4",
                 )
+                by_path = quiet.merge(Config(s3={"addressing_style": "path"}))
                 session = botocore.session.Session()
-                made = session.create_client("s3", config=quiet)
-                if not (urlsplit(made.meta.endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
-                    made = session.create_client("s3", config=quiet.merge(Config(s3={"addressing_style": "path"})))
+                named = next(filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), "")
+                made = session.create_client("s3", config=by_path if named and not _is_amazon(named) else quiet)
+                if not named and not _is_amazon(made.meta.endpoint_url):  # a profile's
+                    made = session.create_client("s3", config=by_path)
                 self._made = made
             return self._made
 
@@ -191,6 +194,10 @@ class S3Store:
             return WeightsError(Kind.DENIED, f"{what} may not be used ({code}); {self.right}")
         headers = metadata.get("HTTPHeaders", {})
         return meaning(int(metadata.get("HTTPStatusCode", 500)), what, self.right, headers.get("retry-after"))
+
+
+def _is_amazon(url: str) -> bool:
+    return (urlsplit(url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 def open_store(address: Address, opening: Opening) -> S3Store:
