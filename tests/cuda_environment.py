@@ -98,7 +98,7 @@ def files() -> dict[str, Any]:
     from importlib.metadata import distributions
 
     constraints = (ROOT / "model" / "node" / "vllm-cuda" / "constraints.txt").read_text("utf-8")
-    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", constraints, re.MULTILINE))
+    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", constraints, re.MULTILINE))
     own = [path for path in sys.path if path.startswith(sys.prefix)]
     installed = {re.sub(r"[-_.]+", "-", item.metadata["Name"].lower()): item.version for item in distributions(path=own)}
     assert installed == pins, set(installed.items()) ^ set(pins.items())

@@ -7,8 +7,10 @@ engine=$1 python=$2 folder=$3 uv=${4:-uv}
 # shellcheck source=model/node/once.sh
 . "$here/once.sh"
 
+export UV_BUILD_CONSTRAINT=$here/build-constraints.txt # what builds the shim, by its hashes, too
+
 install_vllm() {
-  local options=(--python "$folder/bin/python" --requirement requirements.txt --constraints constraints.txt)
+  local options=(--verify-hashes --python "$folder/bin/python" --requirement requirements.txt --constraints constraints.txt)
   if [ "$engine" = cpu ]; then
     options+=(--overrides overrides.txt)
     # torch's CPU build comes from the folder that the user named, or else from PyTorch's own index.

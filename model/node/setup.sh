@@ -22,6 +22,8 @@ if command -v flock > /dev/null; then # an earlier set-up of this deployment tha
   flock --nonblock 8 || { echo "waits for another set-up of $MISTRALCTL_NAME"; flock 8; }
 fi
 
+export UV_BUILD_CONSTRAINT=$here/build-constraints.txt
+
 install_ours() { # [--offline]: what builds our packages is in uv's cache after the first time
   "$uv" pip install --quiet "$@" --python "$env_dir/bin/python" --no-deps --target "$run_dir/site.new" \
     "$model_dir/contract" "$model_dir/plugin" "$model_dir/node" "$model_dir/weights"

@@ -21,7 +21,7 @@ find_uv() {
   for candidate in uv "$HOME/.local/bin/uv" "$node_dir/envs/uv/bin/uv"; do
     if command -v "$candidate" > /dev/null; then command -v "$candidate"; return; fi
   done
-  { python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet uv; } 1>&2
+  { python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet --require-hashes --requirement "$here/uv.txt"; } 1>&2
   echo "$node_dir/envs/uv/bin/uv"
 }
 
@@ -29,14 +29,15 @@ install_weights_tool() { # SCHEME...
   "$uv" venv --quiet --python "$MISTRALCTL_PYTHON" "$weights_env" || return
   local scheme options=()
   for scheme in "$@"; do options+=(--extra "$scheme"); done
-  attempts "$uv" pip install --quiet --python "$weights_env/bin/python" --requirement "$model_dir/weights/pyproject.toml" \
+  attempts "$uv" pip install --quiet --verify-hashes --python "$weights_env/bin/python" \
+    --requirement "$model_dir/weights/pyproject.toml" --constraints "$model_dir/weights/constraints.txt" \
     ${options[@]+"${options[@]}"}
 }
 
 weights_tool() { # URI...: makes the environment that reads and writes all of these, once for each set of schemes
   local schemes
   schemes=$(printf '%s\n' "$@" | sed -n 's#://.*##p' | { grep -v '^file$' || true; } | sort -u)
-  weights_env=$node_dir/envs/weights-$(cat "$model_dir/weights/pyproject.toml" - <<< "$MISTRALCTL_PYTHON $schemes" | cksum | tr ' ' -)
+  weights_env=$node_dir/envs/weights-$(cat "$model_dir/weights/pyproject.toml" "$model_dir/weights/constraints.txt" - <<< "$MISTRALCTL_PYTHON $schemes" | cksum | tr ' ' -)
   # shellcheck disable=SC2086 # one argument for each scheme
   once "$weights_env" install_weights_tool $schemes || {
     echo "what reads ${schemes//$'\n'/, } could not be installed; check the network, then run this again" >&2

@@ -378,8 +378,12 @@ def pins(engine: str, python: str) -> dict[str, str]:
     """The versions that an engine's environment has with this Python, by its constraints."""
     found = {}
     for line in (NODE / f"vllm-{engine}" / "constraints.txt").read_text().splitlines():
-        requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+        if line.startswith(" "):  # a hash
+            continue
+        requirement = Requirement(line.rstrip(" \\"))
+        if requirement.marker is None or requirement.marker.evaluate(
+            {"python_version": python, "python_full_version": f"{python}.9"}
+        ):
             found[requirement.name] = str(requirement.specifier).removeprefix("==")
     return found
 
