@@ -151,6 +151,7 @@ def test_plan_as_a_person_reads_it(mistralctl: Run) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_help_and_completion(mistralctl: Run) -> None:
     overview = mistralctl("--help").stdout
     for command in (

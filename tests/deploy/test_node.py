@@ -388,6 +388,7 @@ def pins(engine: str, python: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_vllm_for_gpus_resolves_to_its_pins_and_nothing_else(python: str, tmp_path: Path) -> None:
     """By the package index, for the node's system; nothing is installed."""

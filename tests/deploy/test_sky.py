@@ -17,6 +17,7 @@ from test_mirror import CASES as MIRRORS
 from test_mirror import rendered as mirror_rendered
 from test_task import CASES
 
+pytestmark = pytest.mark.slow  # SkyPilot takes its time to begin
 CLOUD_CASES = [name for name in CASES if name != "local"]
 
 
