@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mistralctl import clouds
+
 CLI = [sys.executable, "-m", "mistralctl"]
 UP_SECONDS, DOWN_SECONDS, IDLE_SECONDS = 3600, 900, 1500
 SHUT = (80, 443, 8000)  # what a stranger tries first; 22 is SSH's
@@ -305,7 +307,7 @@ def ask_first(run: Run) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--cloud", required=True, choices=("aws", "gcp", "azure"))
+    parser.add_argument("--cloud", required=True, choices=clouds.names())
     parser.add_argument("--max-price", required=True, help="USD an hour")
     parser.add_argument("--ttl", default="1h", help="the machine ends by then in any case")
     parser.add_argument("--model", default="mistral-7b-instruct-v0.1")

@@ -61,6 +61,8 @@ def weights_mirror(
         raise UserError("--stage: is a folder of this machine; add --here")
     from mistralctl.commands import weights
 
+    if spec.terms:
+        note(spec.terms)
     if dry_run:
         say_task(weights.render(spec), output)
         note_rights(mirror.rights(spec))

@@ -25,8 +25,14 @@ Quantization = Literal["fp8", "awq", "gptq", "compressed-tensors"]
 
 KEYS_OBJECT = f"s3://bucket/{files.KEYS_FILE.name}"
 NAME_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
-STORES = {"hf": "organisation/repository", "s3": "bucket/prefix", "gs": "bucket/prefix", "az": "account/container/prefix",
-          "file": "/folder", "pypi": "package@version/file"}  # fmt: skip
+# How a URI of each store goes on, and how many parts of it must be there.
+STORES = {
+    "hf": "organisation/repository",
+    **{scheme: bucket.form.partition("://")[2].lower() for scheme, bucket in clouds.buckets().items()},
+    "file": "/folder",
+    "pypi": "package@version/file",
+}
+PARTS = {"hf": 2, "pypi": 2, "file": 1} | {scheme: bucket.parts for scheme, bucket in clouds.buckets().items()}
 
 
 def _slug(value: str) -> str:
@@ -59,11 +65,10 @@ def check_uri(value: str, *, folders: bool = False) -> str:
         raise ValueError(f"{value!r} contains '..'; name the folder itself")
     if "?" in path or ("@" in path and scheme not in ("pypi", "hf")):
         raise ValueError(f"{value!r} carries a query or credentials; credentials come from the machine's own chain")
-    needed = {"hf": 2, "az": 2, "s3": 1, "gs": 1, "pypi": 2, "file": 1}[scheme]
     parts = path.lstrip("/").split("/") if scheme == "file" else path.split("/")
     if scheme == "file" and not path.startswith("/"):
         raise ValueError(f"{value!r} needs an absolute path: file:///folder")
-    if len([p for p in parts if p]) < needed or not parts[0]:
+    if len([p for p in parts if p]) < PARTS[scheme] or not parts[0]:
         raise ValueError(f"{value!r} is incomplete; it should be {scheme}://{STORES[scheme].lstrip('/')}")
     if scheme == "pypi" and not re.fullmatch(r"[A-Za-z0-9._-]+@[A-Za-z0-9.+!]+", parts[0]):
         raise ValueError(f"{value!r} needs a version: pypi://package@version/file")
@@ -174,10 +179,10 @@ def _served_model_name(value: str) -> str:
 def _keys_uri(value: str) -> str:
     check_uri(value)
     scheme, _, path = value.partition("://")
-    known = [name for name in STORES if name not in ("hf", "pypi")]
+    known = [*clouds.buckets(), "file"]
     if scheme not in known:
         raise ValueError(f"{value!r} cannot hold keys, which change; use one of {', '.join(f'{name}://' for name in known)}")
-    if not path.endswith(".json") or path.count("/") < {"az": 2}.get(scheme, 1):
+    if not path.endswith(".json") or path.count("/") < PARTS[scheme]:
         raise ValueError(f"{value!r} should be one object, not a folder: {value.rstrip('/')}/{files.KEYS_FILE.name}")
     return value
 

@@ -112,6 +112,12 @@ def test_dry_run_prints_the_task_alone_and_the_same_bytes_every_time(mistralctl:
     assert not list(home.iterdir())
 
 
+def test_terms_of_a_licence_are_noted(mistralctl: Run) -> None:
+    done = mistralctl("weights", "mirror", "codestral-22b-v0.1", "s3://bucket/c", "--dry-run")
+    assert done.stderr.startswith("note: terms of codestral-22b-v0.1: Mistral AI Non-Production License: ")
+    assert mirror.MirrorSpec("hf://mistralai/Mistral-7B-v0.1", "s3://b/x").terms == ""
+
+
 def test_a_right_that_the_machine_lacks_is_noted(mistralctl: Run) -> None:
     done = mistralctl("weights", "mirror", "s3://bucket/v01", "az://account/container/v01", "--dry-run")
     lines = done.stderr.splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def test_what_a_node_does_not_say_is_not_known(record: Record) -> None:
     found = receipt.run("mine")
     assert (found.files, found.flags, found.engine, found.canary, found.gate) == ((), (), None, None, None)
     assert found.versions["vllm"] is None
+
+
+def test_a_mirror_job_has_no_receipt(record: Record) -> None:
+    state.save(replace(record, kind="mirror"))
+    with pytest.raises(
+        UserError, match="mine is a mirror job, so there is no endpoint to ask; mistralctl status mine says how far it is"
+    ):
+        receipt.run("mine")
 
 
 def test_a_name_without_a_receipt_and_a_damaged_one(record: Record) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mistral_contract import files, sets
 
 import mistralctl
-from mistralctl import own_files, runtime, state
+from mistralctl import own_files, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import facts
 from mistralctl.state import Record
@@ -159,7 +159,7 @@ def close(name: str) -> None:
 
 def run(name: str) -> Receipt:
     """The receipt of a deployment; it is kept after `down`, until the name is brought up again."""
-    state.known(name)
+    tasks.kind(state.known(name).kind).require_endpoint(name)
     receipt = _read(name)
     if receipt is None:
         raise UserError(f"{name} was never brought up to its end, so it has no receipt; run mistralctl up", Exit.NOT_FOUND)

@@ -49,6 +49,12 @@ class MirrorSpec:
         return f"mirror-{digest([self.source, self.revision, self.target, *self.endpoints.values(), *extra], 8)}"
 
     @property
+    def terms(self) -> str:
+        """The terms that the licence of these weights asks for, of a row of the table of models; empty if none are known."""
+        found = (model for model in MODELS.values() if model.terms and self.source.rstrip("/") == model.weights)
+        return next((f"terms of {model.name}: {model.terms}" for model in found), "")
+
+    @property
     def cloud(self) -> str | None:
         """The cloud of the target's bucket; None for a folder."""
         bucket = buckets().get(self.target.partition("://")[0])
