@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 import psutil
 
@@ -22,33 +23,64 @@ class Stranger(UserError):
     """Another program has a deployment's port."""
 
 
-def _sockets(every: Iterable[psutil.Process]) -> list[Any]:
-    found: list[Any] = []
-    for process in every:
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.is_running():
-                found += process.net_connections("tcp")
-    return found
-
-
 def _myself(record: Record) -> list[psutil.Process]:
     return [psutil.Process()]
+
+
+CANDIDATES = (processes.led, _myself, processes.of)  # from the one that is found fastest
+
+
+def _hexadecimal(address: tuple[str, int]) -> str:
+    """An address as /proc/net/tcp has it."""
+    return f"{int.from_bytes(socket.inet_aton(address[0]), sys.byteorder):08X}:{address[1]:04X}"
+
+
+def _inodes(here: tuple[str, int], there: tuple[str, int]) -> tuple[set[str], set[str]]:
+    """Linux's numbers of the other end's socket, none as long as no program has taken the connection, and of those that listen there."""
+    lines = Path("/proc/net/tcp").read_text("ascii").splitlines()
+    taken, listening = f" {_hexadecimal(there)} {_hexadecimal(here)} ", f":{there[1]:04X} 00000000:0000 0A "
+    found = [{line.split()[9] for line in lines if mark in line} for mark in (taken, listening)]
+    return found[0] - {"0"}, found[1]
+
+
+def _hold(every: Iterable[psutil.Process], inodes: set[str]) -> bool:
+    """Whether one of these processes has one of these sockets."""
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for process in every:
+        with contextlib.suppress(psutil.Error, OSError):
+            for file in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if str(file.readlink()) in wanted and process.is_running():
+                        return True
+    return False
+
+
+def _on_linux(record: Record, here: tuple[str, int], there: tuple[str, int]) -> bool | None:
+    taken, listening = _inodes(here, there)
+    if any(_hold(find(record), taken or listening) for find in CANDIDATES):
+        return True if taken else None
+    return False
+
+
+def _elsewhere(record: Record, here: tuple[str, int], there: tuple[str, int]) -> bool | None:
+    listens = False
+    for find in CANDIDATES:
+        for process in find(record):
+            with contextlib.suppress(psutil.Error, OSError):
+                for one in process.net_connections("tcp4"):
+                    if one.laddr and tuple(one.laddr) == there and one.raddr and tuple(one.raddr) == here:
+                        return True
+                    listens = listens or (one.status == psutil.CONN_LISTEN and bool(one.laddr) and one.laddr[1] == there[1])
+    return None if listens else False
 
 
 def require_own(connection: socket.socket, record: Record) -> None:
     """Stranger unless this very connection was taken by a process of the deployment, so that a key may be sent over it."""
     here, there = connection.getsockname()[:2], connection.getpeername()[:2]
     deadline = time.monotonic() + ACCEPT_SECONDS
-    while True:
-        listens = False
-        for find in (processes.led, _myself, processes.of):
-            for one in _sockets(find(record)):
-                if tuple(one.laddr) == there and one.raddr and tuple(one.raddr) == here:
-                    return
-                listens = listens or (one.status == psutil.CONN_LISTEN and one.laddr.port == there[1])
-            if listens:
-                break
-        if not listens:
+    look = _on_linux if sys.platform == "linux" else _elsewhere
+    while not (own := look(record, here, there)):
+        if own is False:
             raise Stranger(
                 f"{record.name}: {_holder(there[1])} answers at 127.0.0.1:{there[1]}, and not its own server; nothing was sent to it; "
                 f"mistralctl status {record.name} says what became of the server",
