@@ -134,8 +134,8 @@ def test_a_server_that_lets_in_only_the_short_list_passes(serve: Callable[[FastA
     assert [(event.phase, event.event) for event in events] == [("outside", "start"), ("outside", "end")]
     assert done.gate == report.summary()
     assert done.gate["let_in"] == {
-        "GET /health": [200, 200, 200], "GET /v1/models": [401, 401, 200], "POST /v1/completions": [401, 401, 422],
-        "POST /v1/chat/completions": [401, 401, 422],
+        "GET /health": [200, 200, 200], "GET /v1/models": [401, 401, 200], "POST /v1/completions": [401, 401, 400],
+        "POST /v1/chat/completions": [401, 401, 400],
     }  # fmt: skip
     assert done.gate["routes"] == len(list(routes_of(application())))
     lines = (state.folder(NAME) / "gate.txt").read_text().splitlines()
@@ -181,7 +181,7 @@ def test_an_answer_that_is_another_one_from_outside_is_an_error(serve: Callable[
     record = serve(application())
     on_the_node(record, run_dir)
     file = run_dir.parent / "gate.json"
-    file.write_text(file.read_text().replace("422", "400"))
+    file.write_text(file.read_text().replace("400", "422"))
     with pytest.raises(UserError, match="answers otherwise from here than on its node") as caught:
         from_outside(record)
     assert caught.value.code == Exit.SERVER
