@@ -181,3 +181,11 @@ def raises(error: Exception) -> Callable[..., Any]:
         raise error
 
     return call
+
+
+def test_why_the_last_up_failed_is_said_until_another_one(ec2: Any) -> None:
+    """Nothing was rented; or a machine is there, or was."""
+    remember("refused", state="down", failure="no cloud gave a machine")
+    remember("half", state="starting", failure="no memory")
+    found = {one.name: (one.state, one.why) for one in status.run(None)}
+    assert found == {"refused": ("down", "no cloud gave a machine"), "half": ("failed", "no memory")}

@@ -35,7 +35,7 @@ def _one(name: str) -> DownResult:
             return _unreadable(name, error)
         left = key_places.leave(record)
         there = _take_down(record)
-        if record.failure and not receipt.path(name).exists():
+        if record.failure and record.state == "down" and not there and not receipt.path(name).exists():
             state.forget(name)
             return DownResult(name, "failed", left)
         if record.failure:

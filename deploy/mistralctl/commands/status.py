@@ -282,7 +282,7 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
             if machine is None
             else f"; its machine is there: mistralctl up goes on with it, mistralctl down {record.name} takes it away"
         )
-        now, why = "failed", _failure(record) + here
+        now, why = now if record.state == "down" else "failed", _failure(record) + here
     up = machine is not None
     ahead = machine.ahead if machine is not None else 0.0
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")

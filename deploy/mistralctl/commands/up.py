@@ -242,7 +242,8 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
         try:
             return _bring_up(sourced, plan, talk, offline=offline)
         except UserError as error:
-            _keep_failure(plan.name, error)
+            if error.code != Exit.INTERRUPTED:
+                _keep_failure(plan.name, error)
             raise
         except KeyboardInterrupt:
             raise UserError(_interrupted(plan.name), Exit.INTERRUPTED) from None
