@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(rented, "keep_log", noted("keep_log"))
     monkeypatch.setattr(readiness, "reached", lambda record: True)
     monkeypatch.setattr(sweep, "label_others", lambda record: record)
-    monkeypatch.setattr(sweep, "tell_cloud", lambda record, until: found.append(f"label {record.region}"))
+    monkeypatch.setattr(sweep, "tell_cloud", lambda record, until, **_: found.append(f"label {record.region}"))
     return found
 
 
