@@ -327,7 +327,7 @@ def set_aside(name: str) -> Path:
     """Renames a record that cannot be read, so that the name is free; where it is now."""
     path = folder(name) / "record.json"
     kept = path.with_name("record.damaged")
-    if kept.is_dir() and not kept.is_symlink():
+    if kept.exists() or kept.is_symlink():
         kept.rename(kept.with_name(f"record.damaged.{time.time_ns()}"))
     path.rename(kept)
     return kept
@@ -338,4 +338,9 @@ def api_key(name: str) -> str:
     path = folder(name) / "api_key"
     if not path.exists():
         write_private(path, f"mctl-{secrets.token_urlsafe(32)}\n")
-    return own_files.read(path).strip()
+    found = own_files.read(path).strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", found):
+        raise UserError(
+            f"{path} is damaged (it holds no key); delete it and run mistralctl up again, which makes another", Exit.CONFLICT
+        )
+    return found

@@ -181,6 +181,27 @@ def test_who_comes_second_is_told_who_holds_it(ours: Path, mistralctl: Run) -> N
     assert mistralctl("keys", "good", "add").returncode == 0
 
 
+@pytest.mark.parametrize("content", [b"", b"two words", b"mctl-x\nX-Other: header", b"\xff"])
+def test_a_file_without_a_key_is_named(ours: Path, mistralctl: Run, content: bytes) -> None:
+    state.save(record(state="up"))
+    (state.folder("good") / "api_key").write_bytes(content)
+    done = mistralctl("env", "good")
+    assert (done.returncode, done.stdout) == (Exit.CONFLICT, "")
+    assert done.stderr.startswith(f"mistralctl: {state.folder('good')}/api_key is damaged (")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_damaged_record_is_set_aside_as_often_as_need_be(ours: Path) -> None:
+    path = state.folder("good") / "record.json"
+    for _ in range(2):
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        assert state.set_aside("good").is_dir()
+        path.write_text("{")
+        assert state.set_aside("good").read_text() == "{"
+    assert len(list(path.parent.glob("record.damaged*"))) == 4
+
+
 FOREIGN = 12345
 
 
