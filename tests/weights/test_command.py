@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -23,6 +24,9 @@ from mistral_weights.errors import EXIT_CODES, Kind
 from places import Place
 
 SMALL = {"model.safetensors": b"x" * 5000, "config.json": b"{}"}
+LISTED = "".join(f"{hashlib.sha256(data).hexdigest()} {len(data)} {name}\n" for name, data in sorted(SMALL.items()))
+DIGEST = f"digest sha256:{hashlib.sha256(LISTED.encode()).hexdigest()}"
+UNPROVEN = "; of config.json, model.safetensors the source promised only the size"
 
 
 def _source(tmp_path: Path) -> str:
@@ -38,12 +42,12 @@ def test_the_lines_of_pull_verify_and_ls(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["pull", uri, str(folder)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{folder} is complete: 2 files, 5,002 bytes in 0.")
-    assert out.endswith(" s (5,002 bytes fetched, 0 bytes from an earlier run)\n")
+    assert out.endswith(f" s (5,002 bytes fetched, 0 bytes from an earlier run)\n{DIGEST}{UNPROVEN}\n")
     assert err == "pull: 2 files, 0.00 GB\n"
     assert main(["pull", uri, str(folder)]) == 0
-    assert capsys.readouterr() == (f"{folder} is complete (2 files, 5,002 bytes)\n", "")
+    assert capsys.readouterr() == (f"{folder} is complete (2 files, 5,002 bytes)\n{DIGEST}{UNPROVEN}\n", "")
     assert main(["verify", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}: 2 of 2 files proven, 5,002 bytes read\n"
+    assert capsys.readouterr().out == f"{folder}: 2 of 2 files proven, 5,002 bytes read\n{DIGEST}\n"
     assert main(["ls", uri]) == 0
     assert capsys.readouterr().out == (
         "             2  pulled  size      config.json\n"
@@ -54,7 +58,7 @@ def test_the_lines_of_pull_verify_and_ls(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["verify", str(folder)]) == 6
     assert capsys.readouterr() == (
         "config.json: wrong content (first in the range from byte 0; 1 ranges)\n"
-        f"{folder}: 1 of 2 files proven, 5,002 bytes read\n",
+        f"{folder}: 1 of 2 files proven, 5,002 bytes read\n{DIGEST}\n",
         f"verify: 2 files, 0.00 GB\nmistral_weights: {folder} is damaged in 1 files; pull or mirror it again\n",
     )
 
