@@ -43,7 +43,7 @@ FILES = 8
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 LIMIT, FLOOR, OURS = "curl to nowhere (limit)", "no SDK, no hash (floor)", "mistral_weights"
 SAME_END = ", to the same end"
-GOAL, GOAL_S5CMD, GOAL_MB = 1.8, 0.75, 200.0
+GOAL, GOAL_S5CMD, GOAL_MB = 1.5, 0.75, 200.0
 
 _BOTO3 = """
 import sys, boto3
