@@ -191,3 +191,22 @@ def test_on_a_machine_that_stays_no_set_up_is_watched_and_no_machine_ended(machi
     assert job.communicate(timeout=30)[0].decode().endswith("the launcher outlived its lifetime; it is ended from outside\nend\n")
     time.sleep(4)
     assert not machine.asked.exists()
+
+
+@pytest.mark.parametrize("rented", [False, True])
+def test_the_real_run_ends_a_launcher_that_hangs(machine: Machine, rented: bool) -> None:
+    python = machine.home / "node" / "envs" / "cpu-0" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/bash\ntrap '' TERM\nsleep 1000 &\nwhile :; do wait; done\n")
+    python.chmod(0o755)
+    here = {} if rented else {"SKYPILOT_CLUSTER_INFO": ""}
+    job = machine.start("exec bash run.sh", MISTRALCTL_ENV_ID="cpu-0", MISTRALCTL_TTL_MINUTES="2", **here)
+    said = job.communicate(timeout=30)[0].decode()
+    assert job.returncode == 128 + signal.SIGKILL
+    log = (machine.run_dir / "watch.log").read_text() if rented else said
+    assert "the launcher outlived its lifetime; it is ended from outside\n" in log
+    until(lambda: ["sleep", "1000"] not in machine.processes().values())
+    if rented:
+        until(lambda: ended(machine))
+    else:
+        until(lambda: machine.processes() == {})
