@@ -97,7 +97,8 @@ def keys(data: object) -> object:
 
 PLAN_KEYS = ["name", "model", "spec", "device", "weights", "revision", "weights_id", "served_model_name", "max_model_len",
              "max_num_seqs", "max_batched_tokens", "sliding_window", "dtype", "tensor_parallel", "kv_cache_gib",
-             "idle_minutes", "ttl_minutes", "options", "refused", "rights", "quotas", "endpoints", "lora_versions"]  # fmt: skip
+             "idle_minutes", "ttl_minutes", "options", "refused", "rights", "quotas", "endpoints", "lora_versions",
+             "weights_digest"]  # fmt: skip
 OPTION_KEYS = ["cloud", "accelerator", "count", "instance_type", "region", "price", "spot_price", "fit", "reason"]
 FIT_KEYS = ["weight_bytes", "kv_bytes_per_token", "cache_bytes", "cache_tokens", "request_tokens",
             "request_tokens_without_window", "concurrency", "concurrency_without_window", "reason", "adapter_bytes"]  # fmt: skip
