@@ -158,7 +158,7 @@ def measure(minutes: float, folder: Path) -> tuple[list[float], list[dict[str, d
     """Times in seconds, samples, and what the clients did."""
     weights, port = prepare(folder), free_port()
     node = folder / "node"
-    environ = os.environ | contract(node, weights, port)
+    environ = os.environ | contract(node, weights, port) | {"MISTRALCTL_SERVE_USER": "", "MISTRALCTL_DTYPE": "float32"}
     with (node / "log").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "mistral_node.serve"], env=environ, stdout=log, stderr=log)
     load, times, samples = Load(port), [], []
