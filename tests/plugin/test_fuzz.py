@@ -1,4 +1,4 @@
-"""More than a thousand hostile requests to a real guarded server, which lives on: schemathesis over its own OpenAPI description (that the
+"""More than two thousand hostile requests to a real guarded server, which lives on: schemathesis over its own OpenAPI description (that the
 guard shows nobody: the test reads it from inside), every field with odd values, constraints, JSON that is none, held connections, headers, lengths
 and bodies that are too large, too slow, or no HTTP at all."""
 
