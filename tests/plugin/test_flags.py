@@ -93,12 +93,12 @@ def test_on_a_cpu_with_one_memory_node_the_model_runs_in_the_engine(
 
 def test_weights_in_mistrals_own_format(tmp_path: Path) -> None:
     for name in ("params.json", "consolidated.safetensors"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}"})
     got = parsed(flags.arguments(wanted, tmp_path))
     assert (got.load_format, got.config_format) == ("mistral", "mistral")
     for name in ("config.json", "model-00001-of-00003.safetensors"):  # v0.3 has both: one of them is enough
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     got = parsed(flags.arguments(wanted, tmp_path))
     assert (got.load_format, got.config_format) == ("safetensors", "hf")
 
@@ -184,3 +184,17 @@ def test_libraries_of_the_images_toolkit_do_not_reach_the_engine(tmp_path: Path)
     environ = flags.environment(contract.read(GOOD), {"LD_LIBRARY_PATH": "/somewhere"})
     assert same.environment(environ)["LD_LIBRARY_PATH"] == "/somewhere"  # this machine's own, where it has no GPU
     assert "LD_LIBRARY_PATH" not in apart.environment(environ)
+
+
+def test_before_tekken_xgrammar_is_the_one_backend_of_grammars(tmp_path: Path) -> None:
+    """vLLM would fall back to outlines, whose time the guard cannot try, and keep that for later requests."""
+    (tmp_path / "model.safetensors").touch()
+    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", "MISTRALCTL_TOKENIZER_MODE": "mistral"})
+    assert parsed(flags.arguments(wanted, tmp_path)).structured_outputs_config.backend == "xgrammar"
+    (tmp_path / "tekken.json").touch()
+    assert parsed(flags.arguments(wanted, tmp_path)).structured_outputs_config.backend == "auto"
+
+
+def test_vllms_own_bounds_are_those_of_the_guard() -> None:
+    found = flags.environment(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), {})
+    assert (found["VLLM_MAX_N_SEQUENCES"], found["VLLM_MAX_COMPLETION_PROMPTS"]) == ("6", "6")
