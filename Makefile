@@ -84,7 +84,7 @@ down: .venv/.made
 	$(BIN)/mistralctl down --all
 
 # Three at a time on two cores, as each waits now and then; all of them are seen, also when one fails.
-test: setup node azurite
+test: setup node azurite simcloud-packages
 	@echo "three suites of tests at a time; what each says comes when it has ended"
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
 	  test-e2e test-plugin test-others
