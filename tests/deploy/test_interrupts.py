@@ -47,6 +47,9 @@ def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def started(ours: Path) -> Iterator[Started]:
     every: list[subprocess.Popen[str]] = []
+    ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]  # by nohup, and inherited
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
 
     def start(*words: str) -> subprocess.Popen[str]:
         kept = {key: value for key, value in os.environ.items() if key != "MISTRALCTL_OWNER"}
@@ -57,6 +60,8 @@ def started(ours: Path) -> Iterator[Started]:
         return one
 
     yield start
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     for one in every:
         one.kill()
         one.communicate()
