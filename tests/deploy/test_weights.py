@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,8 +247,10 @@ def test_pull_verify_ls_and_mirror_here(hub: hubs.Hub, mistralctl: Run, tmp_path
     assert done.stdout.startswith(f"{folder} is complete: 3 files, {SIZE:,} bytes in ")
     assert done.stderr == "pull: 3 files, 0.00 GB\n"
     again = mistralctl("weights", "pull", "hf://test/open", "set", **where)
-    assert (again.stdout, again.stderr) == (f"{folder} is complete (3 files, {SIZE:,} bytes)\n", "")
-    assert mistralctl("weights", "verify", "set").stdout == f"{folder}: 3 of 3 files proven, {SIZE:,} bytes read\n"
+    digest = done.stdout.splitlines()[-1]
+    assert re.fullmatch("digest sha256:[0-9a-f]{64}", digest)
+    assert (again.stdout, again.stderr) == (f"{folder} is complete (3 files, {SIZE:,} bytes)\n{digest}\n", "")
+    assert mistralctl("weights", "verify", "set").stdout == f"{folder}: 3 of 3 files proven, {SIZE:,} bytes read\n{digest}\n"
     mirrored = mistralctl("weights", "mirror", "hf://test/open", f"file://{tmp_path}/mirror", "--here", **where)
     assert mirrored.stdout.startswith(f"file://{tmp_path}/mirror holds hf://test/open@")
     assert (tmp_path / "mirror" / "mistral-weights.json").exists()

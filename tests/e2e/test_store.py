@@ -108,7 +108,9 @@ def follow_keys(cli: Cli, s3: Any, url: str) -> None:
 
 
 def test_verify_finds_one_flipped_bit_in_the_store(mirrored: Cli, store: dict[str, str]) -> None:
-    assert mirrored("weights", "verify", MIRROR).stdout.splitlines()[-1].startswith(f"{MIRROR}: ")
+    proven, digest = mirrored("weights", "verify", MIRROR).stdout.splitlines()[-2:]
+    assert proven.startswith(f"{MIRROR}: ")
+    assert digest.startswith("digest sha256:")
     s3 = client(store)
     names = [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix="smollm2/")["Contents"]]
     [key] = [name for name in names if name.endswith(".gguf")]

@@ -67,7 +67,9 @@ def test_its_weights_tool_is_the_one_that_it_carries(installed: Cli, tmp_path: P
     (source / "model.safetensors").write_bytes(b"x" * 5000)
     (source / "config.json").write_text("{}")
     installed("weights", "mirror", f"file://{source}", f"file://{tmp_path}/target", "--here")
-    assert installed("weights", "verify", f"{tmp_path}/target").stdout.endswith(": 2 of 2 files proven, 5,002 bytes read\n")
+    proven, digest = installed("weights", "verify", f"{tmp_path}/target").stdout.splitlines()
+    assert proven.endswith(": 2 of 2 files proven, 5,002 bytes read")
+    assert digest.startswith("digest sha256:")
     error = installed("weights", "ls", "s3://bucket/x", code=6).stderr
     assert error == "mistralctl: s3:// needs the package botocore; pip install 'mistralctl[aws]'\n"
 

@@ -62,7 +62,8 @@ def recipe() -> dict[str, str]:
     model = CHECKOUT / "model"
     sources = [
         HERE / "image.py", HERE / "linux.py", HERE / "packages.txt", model / "node" / "environment.sh", model / "node" / "once.sh",
-        model / "node" / "byte_code.sh", *(model / part / "pyproject.toml" for part in ("contract", "plugin", "node", "weights")),
+        model / "node" / "byte_code.sh", model / "node" / "build-constraints.txt", model / "weights" / "constraints.txt",
+        *(model / part / "pyproject.toml" for part in ("contract", "plugin", "node", "weights")),
     ]  # fmt: skip
     found = {str(path.relative_to(CHECKOUT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
     python = subprocess.run(["/usr/bin/python3", "--version"], capture_output=True, text=True, check=True).stdout
@@ -144,13 +145,15 @@ def _bake(folder: Path) -> None:
         f"envs=~/{MISTRALCTL_ENVS} environment=$1 python=$2\n"
         'bash /mnt/model/node/environment.sh cpu "$python" "$envs/$environment" "$uv"\n'
         "# What a node installs later comes from uv's cache: the build of our packages, what reads each store.\n"
+        "export UV_BUILD_CONSTRAINT=/mnt/model/node/build-constraints.txt\n"
         "cp -r /mnt/model/contract /mnt/model/plugin /mnt/model/node /mnt/model/weights /tmp/\n"
         '$uv pip install --quiet --python "$envs/$environment/bin/python" --no-deps --target /tmp/site'
         " /tmp/contract /tmp/plugin /tmp/node /tmp/weights\n"
         'PYTHONDONTWRITEBYTECODE= bash /mnt/model/node/byte_code.sh cpu "$envs/$environment" /tmp/site\n'
         "for extra in '' '--extra s3' '--extra gs' '--extra az'; do\n"
         '  $uv venv --quiet --clear --python "$python" /tmp/venv\n'
-        "  $uv pip install --quiet --python /tmp/venv/bin/python -r /mnt/model/weights/pyproject.toml $extra\n"
+        "  $uv pip install --quiet --verify-hashes --python /tmp/venv/bin/python -r /mnt/model/weights/pyproject.toml"
+        " -c /mnt/model/weights/constraints.txt $extra\n"
         "done\n"
     )
     log = folder / "log"
