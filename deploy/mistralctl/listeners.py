@@ -75,7 +75,10 @@ def _elsewhere(record: Record, here: tuple[str, int], there: tuple[str, int]) ->
 
 
 def require_own(connection: socket.socket, record: Record) -> None:
-    """Stranger unless this very connection was taken by a process of the deployment, so that a key may be sent over it."""
+    """Return once a process of the deployment has taken this very connection, so that a key may be sent over it.
+
+    Stranger if another program has taken it or listens there, UserError if nobody takes it.
+    """
     here, there = connection.getsockname()[:2], connection.getpeername()[:2]
     deadline = time.monotonic() + ACCEPT_SECONDS
     look = _on_linux if sys.platform == "linux" else _elsewhere
@@ -87,9 +90,8 @@ def require_own(connection: socket.socket, record: Record) -> None:
                 Exit.CONFLICT,
             )
         if time.monotonic() > deadline:  # the kernel connects before a program takes the connection
-            raise Stranger(
-                f"{record.name}: its server does not take connections at 127.0.0.1:{there[1]}; nothing was sent", Exit.SERVER
-            )
+            silent = f"{record.name}: its server does not take connections at 127.0.0.1:{there[1]}; nothing was sent"
+            raise UserError(silent, Exit.SERVER)
         time.sleep(LOOK_SECONDS)
 
 
@@ -104,7 +106,7 @@ def _holder(port: int) -> str:
 
 
 def check(record: Record) -> None:
-    """Stranger if another program answers where a deployment's server should; where nobody answers there is nothing to find."""
+    """Raise what `require_own` does where something answers in a deployment's place; where nobody does there is nothing to find."""
     if record.public:  # its certificate says who it is
         return
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", record.port), timeout=ACCEPT_SECONDS) as connection:

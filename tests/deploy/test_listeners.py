@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -134,7 +135,7 @@ def test_its_own_server_is_sent_the_key(ours: Path, mistralctl: Run, serve: Serv
 
 
 @pytest.mark.linux
-def test_a_server_that_takes_no_connection_is_sent_nothing(ours: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_takes_no_connection_is_sent_nothing(ours: Path, mistralctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel connects before a program takes the connection, and whoever listens then may be another."""
     monkeypatch.setattr(listeners, "ACCEPT_SECONDS", 0.3)
     script = (
@@ -145,6 +146,8 @@ def test_a_server_that_takes_no_connection_is_sent_nothing(ours: Path, serve: Se
         record = up(ours, int(deaf.stdout.readline()))
         with pytest.raises(UserError, match="does not take connections"):
             listeners.check(record)
+        [now] = json.loads(mistralctl("status", "m", "-o", "json").stdout)["items"]
+        assert (now["state"], now["why"]) == ("starting", "it does not answer")
         deaf.kill()
 
 

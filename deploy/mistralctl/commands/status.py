@@ -126,8 +126,10 @@ def _stranger(record: Record) -> str:
 
     try:
         listeners.check(record)
-    except UserError as error:
+    except listeners.Stranger as error:
         return str(error)
+    except UserError:
+        return ""
     return ""
 
 
