@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
-from mistral_contract import files, keys
+from mistral_contract import files, keys, sets
 from nodes import KEY, Launcher, known, launched
 from test_model import adapter_of
 from vllm_mistral import reference
@@ -211,8 +211,8 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     (node_dir / "weights").mkdir()
     mistral_tokenizer(consolidated(source, node_dir / "weights" / "tiny"), "mistral_instruct_tokenizer_240323.model.v3")
     adapter_of(source, node_dir / "run" / "test" / "lora" / "sql", ["q_proj", "v_proj"])
-    listed = [{"name": "consolidated.safetensors", "sha256": "a" * 64}, {"name": "params.json", "sha256": "b" * 64}]
-    (node_dir / "weights" / "tiny" / files.MANIFEST.name).write_text(json.dumps({"files": listed}))
+    weights = node_dir / "weights" / "tiny"
+    (weights / files.MANIFEST.name).write_text(json.dumps(sets.describe(weights, files.MANIFEST.name)))
     changed = {"SLIDING_WINDOW": "", "DTYPE": "bfloat16", "LORA": '{"sql": "file:///sql"}', "TOOL_PARSER": "mistral"}
     with launched(node_dir, **changed) as launcher:
         launcher.until("ready")
