@@ -320,6 +320,56 @@ def test_the_client_sees_what_the_application_sent(run_dir: Path) -> None:
     assert seen == [b"", *pieces, b""]
 
 
+LAST = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":1,"total_tokens":41,"completion_tokens":40}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "reaches_vllm", "shown"),
+    [
+        ({"prompt": "a", "stream": True}, '{"prompt": "a", "stream": true,"stream_options":{"include_usage":true}}', False),
+        ({"stream_options": {"include_usage": False}, "stream": True},
+         '{"stream_options": {"include_usage": false}, "stream": true,"stream_options":{"include_usage":true}}', False),
+        ({"stream": True, "stream_options": {"include_usage": True}}, None, True),
+        ({"stream": False}, None, True), ({}, None, True),
+    ],
+)  # fmt: skip
+def test_a_stream_says_its_tokens_to_the_guard_alone(
+    run_dir: Path, body: dict[str, Any], reaches_vllm: str | None, shown: bool
+) -> None:
+    got: list[bytes] = []
+    seen: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        got.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in (event('a "choices":[] {}'), LAST, b"data: [DONE]\n\n"):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        seen.append(message.get("body", b""))
+
+    guard = Guard(app, run_dir)
+    asyncio.run(
+        guard({"type": "http", "method": "POST", "path": ASK[1], "headers": [bearer(KEY)], "client": None}, receive, send)
+    )
+    assert got == [(reaches_vllm or json.dumps(body)).encode()]
+    assert json.loads(got[0]) == (json.loads(reaches_vllm) if reaches_vllm else body)
+    assert (LAST in seen) is shown
+    assert b"".join(seen).count(b"data: ") == 2 + shown
+    assert guard.callers.accounts[known().keys[0].id].tokens == 41
+
+
+def test_where_vllm_says_usage_to_everybody_the_guard_asks_for_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_VLLM_ARGS", '["--enable-force-include-usage"]')
+    assert Guard(Answering(), run_dir)._asks_usage is False
+    monkeypatch.delenv("MISTRALCTL_VLLM_ARGS")
+    assert Guard(Answering(), run_dir)._asks_usage is True
+
+
 def test_a_window_is_never_too_short_and_takes_no_memory() -> None:
     window, now = Window(60), 1_800_000_000.9
     window.add(now, 5)

@@ -82,9 +82,6 @@ def test_keys_come_and_go_while_it_serves_and_have_limits(served: Launcher) -> N
     assert found[0] == 429
     assert json.loads(found[1])["error"]["param"] == "tokens_per_minute"
     assert sum(answers[:-1]) < 20 <= sum(answers)
-    stream = served.ask("/v1/completions", body | {"stream": True})[1]
-    assert 1 <= stream.count(b"data: {") <= 5
-    assert b"usage" not in stream
     time.sleep(1)
     counted = json.loads((served.run_dir / "shared" / "usage.json").read_text())["keys"]
     assert {name: counted[others.id][name] for name in ("requests", "tokens", "refused")} == {
@@ -95,6 +92,48 @@ def test_keys_come_and_go_while_it_serves_and_have_limits(served: Launcher) -> N
     assert served.ask("/v1/models")[0] == 200
     assert served.status()["pid"] == before
     assert served.process.poll() is None
+
+
+def test_tokens_of_a_stream_are_counted_whether_its_client_asks_for_them_or_not(served: Launcher) -> None:
+    """And it gets what vLLM says without being asked for them."""
+
+    def counted() -> int:
+        time.sleep(1)
+        found = json.loads((served.run_dir / "shared" / "usage.json").read_text())["keys"]
+        return int(found[known().keys[0].id]["tokens"])
+
+    def events(stream: bytes) -> list[dict[str, Any]]:
+        return [json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")]
+
+    chat = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    completion = {
+        "model": "tiny",
+        "prompt": "Once",
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "stream": True,
+        "n": 2,
+        "stream_interval": 8,
+    }
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        before = counted()
+        asked = events(served.ask(path, body | {"stream_options": {"include_usage": True}})[1])
+        total = asked[-1]["usage"]["total_tokens"]
+        assert counted() - before == total
+        for unasked in ({}, {"stream_options": None}, {"stream_options": {"include_usage": False}}):
+            before, answer = counted(), served.ask(path, body | unasked)[1]
+            assert counted() - before == total
+            assert b"usage" not in answer
+            assert answer.endswith(b"data: [DONE]\n\n")
+            found = events(answer)
+            assert set(asked[0]) - {"usage"} == set(found[0])
+            assert all(one["choices"] for one in found)
 
 
 def routes(launcher: Launcher) -> list[tuple[str, str]]:

@@ -75,10 +75,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request that may be let in asks of the engine: how many sequences, and the grammars that vLLM may make for it, `(kind, text)`."""
+    """What a request that may be let in asks of the engine: how many sequences, and the grammars that vLLM may make for it, `(kind, text)`.
+
+    `uncounted`: it is a stream whose client does not ask how many tokens it has.
+    """
 
     sequences: int = 1
     grammars: tuple[tuple[str, str], ...] = ()
+    uncounted: bool = False
 
 
 def bounds(environ: Mapping[str, str]) -> Bounds:
@@ -391,7 +395,13 @@ def check(path: str, body: bytes, bounds: Bounds) -> Asked:
             "n", f"n times the prompts is {count}; at most {bounds.sequences} are taken at once, send them in several requests"
         )
     _check_logprobs(data, len(body), count, bounds)
-    return Asked(count, tuple(_grammars(data)))
+    says = (data.get("stream_options") or {}).get("include_usage")
+    return Asked(count, tuple(_grammars(data)), data.get("stream") is True and says in (None, False))
+
+
+def counted(body: bytes) -> bytes:
+    """The body of a stream, which now asks for its tokens; of a name that stands twice JSON's readers take the second."""
+    return body.rstrip()[:-1] + b',"stream_options":{"include_usage":true}}'
 
 
 def _read(body: bytes) -> dict[str, Any]:

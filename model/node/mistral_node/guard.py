@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ LARGEST_BODY = bodies.LARGEST  # of any deployment; that of one follows from its
 LONG_BODY = 64 << 10  # takes a few milliseconds to read, for which others would wait
 BODY_SECONDS = 60.0
 MOST_HEADERS, LARGEST_HEADERS = 64, 16 << 10
+FORCED = "--enable-force-include-usage"  # with this argument vLLM says usage in every event, to every client
 WATCH_SECONDS = 0.4  # changed keys are taken up, and counts written, also while nobody asks
 # What the application is shown of a request's headers: no key, and nothing else that steers vLLM (its priority, its rank of data).
 PASSED = frozenset((b"accept", b"content-length", b"content-type", b"expect", b"host", b"transfer-encoding", b"user-agent"))
@@ -102,6 +104,14 @@ def _passed(headers: Headers) -> Headers:
     ]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One request: whose key it shows, and what counts its tokens, if that is done."""
+
+    key: Key
+    meter: Meter | None = None
+
+
 class Guard:
     """Wraps an ASGI application.
 
@@ -121,6 +131,7 @@ class Guard:
         self._long = ThreadPoolExecutor(1)  # one: long bodies take no more than one core
         self._tasks: list[asyncio.Task[None]] = []
         self.traffic = Traffic(self.folder)
+        self._asks_usage = FORCED not in envs.value(Serve, "vllm_args", os.environ)
         self.chat = envs.value(Serve, "chat_template", os.environ) != "none"
         self.allowed = [ipaddress.ip_network(one) for one in envs.value(Serve, "allow", os.environ)]
         self.held = Held(allowed_files(), tls.served(self.folder) if os.environ.get(envs.variable("tls")) else None)
@@ -211,7 +222,7 @@ class Guard:
         if route[0] == "GET" or key is None:  # polling is no work: it keeps no machine alive
             await self.app(scope, receive, send)
         elif not self.traffic.is_open:  # the launcher's own questions
-            await self._checked(scope, receive, send, key)
+            await self._checked(scope, receive, send, Turn(key))
         else:
             await self._counted(scope, receive, send, key)
 
@@ -237,13 +248,15 @@ class Guard:
         async def metered_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 meter.status = message["status"]
-            meter.feed(message.get("body", b""))
+            if piece := message.get("body", b""):
+                meter.feed(piece)
+                message = {**message, "body": meter.shown(piece)}
             await send(message)
 
         self.traffic.begin()
         account.begin(time.time())
         try:
-            await self._checked(scope, metered_receive, metered_send, key)
+            await self._checked(scope, metered_receive, metered_send, Turn(key, meter))
         finally:
             account.end(time.time(), meter.tokens)
             self.traffic.end()
@@ -341,7 +354,7 @@ class Guard:
         )
         return 400, message, "tools" if kind == "tools" else "response_format or structured_outputs", 0
 
-    async def _checked(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
+    async def _checked(self, scope: Scope, receive: Receive, send: Send, turn: Turn) -> None:
         """Runs the application with a body that is whole and asks for nothing out of bounds, when there is a place for it."""
         body = await self._body(receive)
         if body is None:
@@ -355,13 +368,17 @@ class Guard:
             else:
                 asked = bodies.check(scope["path"], body, self.bounds)
             for kind, text in asked.grammars:
-                if refusal := await self._grammar(key, kind, text):
+                if refusal := await self._grammar(turn.key, kind, text):
                     return await self._refuse(send, *refusal)
-            place = self.admission.enter(key.id, asked.sequences, len(body))
+            place = self.admission.enter(turn.key.id, asked.sequences, len(body))
         except Refused as error:
             return await self._refuse(send, 400, error.message, error.param)
         except Full:
             return await self._refuse(send, 429, "too many requests wait already; try again later", "queue", RETRY_SECONDS)
+        if asked.uncounted and turn.meter is not None and self._asks_usage:
+            body, turn.meter.asked = bodies.counted(body), True
+            size = str(len(body)).encode()
+            scope["headers"] = [(name, size if name.lower() == b"content-length" else value) for name, value in scope["headers"]]
         gone = asyncio.ensure_future(receive())
         try:
             await asyncio.wait((place.let_in, gone), return_when=asyncio.FIRST_COMPLETED)

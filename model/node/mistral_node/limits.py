@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from mistral_contract.keys import Key
@@ -109,11 +111,12 @@ class Account:
 class Meter:
     """Counts the tokens of one request while its answer passes.
 
-    vLLM says them in `usage`, at the end of an answer and of a stream whose client asks for that. Of another stream each event counts as
-    one, and its prompt by its size.
+    vLLM says them in `usage`, at the end of an answer and of a stream that asks for that, as the guard does where the client does not:
+    `asked`. Of a stream that its client leaves each event counts as one, and its prompt by its size.
     """
 
     def __init__(self) -> None:
+        self.asked = False
         self.status: int | None = None
         self.received = 0
         self._events = 0
@@ -127,6 +130,16 @@ class Meter:
         for found in USAGE.finditer(together):
             self._said = int(found[1])
         self._tail = together[-TAIL:]
+
+    def shown(self, piece: bytes) -> bytes:
+        """What the client gets of a piece: not the event that has usage alone, if only the guard has asked for it."""
+        if not self.asked or not piece.startswith(b"data: {") or b'"choices":[]' not in piece:
+            return piece
+        with suppress(ValueError):
+            event = json.loads(piece[len(b"data: ") :])
+            if event["choices"] == [] and event.get("usage"):
+                return b""
+        return piece
 
     @property
     def tokens(self) -> int:
