@@ -307,7 +307,7 @@ class Serve:
     )  # fmt: skip
     vllm_args: tuple[str, ...] = _env(
         ARGUMENTS, "further arguments of `vllm serve`, each in one piece; both sides ask `mistral_contract.vllm_options` which are open",
-        '["--seed=7"]', "launcher", default=(), template="[]",
+        '["--seed=7"]', "launcher guard", default=(), template="[]",
     )  # fmt: skip
     idle_minutes: int | None = _env(
         MINUTES, "end after so many minutes without a request; not set: never", "30", "launcher laptop", default=None
