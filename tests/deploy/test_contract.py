@@ -201,3 +201,22 @@ def test_an_env_names_itself_in_its_errors() -> None:
     row: Env = of(Serve)[0]
     with pytest.raises(ValueError, match=r"^MISTRALCTL_NAME is missing$"):
         row.read({})
+
+
+def test_a_run_of_training_reads_what_was_written_and_refuses_what_contradicts() -> None:
+    example = {env.name: env.example for env in of(envs.Finetune)}
+    run = envs.read(envs.Finetune, example)
+    assert (run.merge, run.learning_rate, run.gpus, run.method) == (True, 0.0002, 1, "lora")
+    assert envs.write(run) | {"MISTRALCTL_NODE_DIR": ""} == example | {"MISTRALCTL_NODE_DIR": ""}
+    bare = envs.read(envs.Finetune, {**example, "MISTRALCTL_MERGE": "", "MISTRALCTL_RANK": "", "MISTRALCTL_SLIDING_WINDOW": ""})
+    assert (bare.merge, bare.rank, bare.sliding_window) == (False, 16, None)
+    for name, text, says in (
+        ("LEARNING_RATE", "2", "MISTRALCTL_LEARNING_RATE should be above 0 and at most 1"),
+        ("MERGE", "1", "MISTRALCTL_MERGE should be yes, or empty"),
+        ("RANK", "513", "MISTRALCTL_RANK should be a whole number from 1 to 512"),
+        ("PRICE", "", "MISTRALCTL_BUDGET needs MISTRALCTL_PRICE"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            envs.read(envs.Finetune, example | {f"MISTRALCTL_{name}": text})
+    with pytest.raises(ValueError, match="MISTRALCTL_GPUS 2 needs MISTRALCTL_DEVICE cuda"):
+        envs.read(envs.Finetune, example | {"MISTRALCTL_DEVICE": "cpu", "MISTRALCTL_GPUS": "2"})

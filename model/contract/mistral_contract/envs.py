@@ -1,6 +1,6 @@
 """The envs of a task, one row each: from these rows come the template, the docs, what the laptop writes and what the node reads.
 
-`Serve` and `Mirror` are the two kinds of tasks. A value is text on its way and typed on both sides; empty text means "not set".
+`Serve`, `Mirror` and `Finetune` are the kinds of tasks. A value is text on its way and typed on both sides; empty text means "not set".
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ def _usd(text: str) -> float:
     return float(text)
 
 
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError("should be above 0 and at most 1, such as 0.0002")
+    return value
+
+
+def _flag(text: str) -> bool:
+    if text != "yes":
+        raise ValueError("should be yes, or empty")
+    return True
+
+
 def _strings(text: str) -> tuple[str, ...]:
     data = json.loads(text)
     if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
@@ -122,6 +135,9 @@ KEYS = Kind("JSON object", key_files.read, Keys.dump)
 STRINGS = Kind("JSON list", _strings, _list)
 MINUTES = _number(1, 1 << 20)
 USD = Kind("USD, at most 4 decimals", _usd, "{:.4f}".format)
+
+RATE = Kind("above 0, at most 1", _rate, "{:.8g}".format)
+FLAG = Kind("`yes` or empty", _flag, lambda value: "yes" if value else "")
 
 
 @dataclass(frozen=True)
@@ -215,7 +231,7 @@ def write(task: Any) -> dict[str, str]:
 
 def names() -> Iterator[str]:
     """Every variable of every kind of task."""
-    yield from dict.fromkeys(env.name for task in (Serve, Mirror) for env in of(task))
+    yield from dict.fromkeys(env.name for task in (Serve, Mirror, Finetune) for env in of(task))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,3 +395,91 @@ class Mirror:
         MINUTES, "the mirror is ended after so many minutes; not set: never", "240", "mirror", default=None
     )
     setup_minutes: int | None = _env(MINUTES, "as for a server", "60", "mirror", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """What a machine shall train, from which chats, and where the result goes. Lengths are tokens. ValueError if values contradict each other.
+
+    `finetune` is model/node/finetune.sh, `tune` is mistral_tune.
+    """
+
+    name: str = _env(NAME, "name of the run", "finetune", "finetune watch tune")
+    node_dir: Path = _env(FOLDER, "as for a server", "~/.mistralctl", "finetune watch tune laptop")
+    device: str = _env(_one_of("cuda", "cpu"), "what the training runs on", "cuda", "finetune tune")
+    python: str = _env(TEXT, "as for a server", "3.11", "finetune")
+    env_id: str = _env(
+        TEXT, "name of vLLM's environment, in which the result is proven", "cuda-3f9a0c12d4e5", "finetune laptop", template="cuda-by-hand"
+    )  # fmt: skip
+    tune_env_id: str = _env(
+        TEXT, "name of the environment that trains, a hash of all that it is made from", "tune-cuda-3f9a0c12d4e5", "finetune",
+        template="tune-cuda-by-hand",
+    )  # fmt: skip
+    gpus: int = _env(_number(1, 64), "number of GPUs that train; 1 on a CPU", "1", "finetune tune")
+    model: str = _env(
+        TEXT, "row of the model table or name of a folder, for the card of what is published", "mistral-7b-instruct-v0.1", "tune"
+    )  # fmt: skip
+    base: str = _env(
+        TEXT, "repository of the base model on the hub, or another name of it: `base_model_name_or_path` of the adapter",
+        "mistralai/Mistral-7B-Instruct-v0.1", "tune",
+    )  # fmt: skip
+    base_revision: str = _env(
+        TEXT, "commit of that repository; not set: not known", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "tune", default=""
+    )  # fmt: skip
+    weights: str = _env(TEXT, "as for a server", "hf://mistralai/Mistral-7B-Instruct-v0.1", "finetune laptop")
+    revision: str = _env(TEXT, "as for a server", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "finetune laptop", default="")
+    weights_id: str = _env(
+        IDENTIFIER, "as for a server", "mistral-7b-instruct-v0.1-0b1c2d3e", "finetune tune laptop", template="mistral-7b-instruct-v0.1"
+    )  # fmt: skip
+    sliding_window: int | None = _env(
+        _number(1, 1 << 24), "the window that training has, as serving has it; not set: none", "4096", "tune", default=None
+    )  # fmt: skip
+    dtype: str = _env(_one_of("bfloat16", "float16", "float32"), "dtype of what is computed", "bfloat16", "tune")
+    tokenizer_mode: str = _env(_one_of("mistral", "hf"), "as for a server", "mistral", "tune")
+    data: str = _env(
+        TEXT, "the chats: a URI (`s3://`, `gs://`, `az://`, `file://`), or a file below `NODE_DIR/run/NAME/data` that came with the task",
+        "s3://bucket/chats.jsonl", "finetune",
+    )  # fmt: skip
+    eval_data: str = _env(
+        TEXT, "chats that are held out, as MISTRALCTL_DATA; not set: a share of the chats is", "s3://bucket/held-out.jsonl", "finetune",
+        default="", template="",
+    )  # fmt: skip
+    out: str = _env(
+        TEXT, "where adapter and checkpoints go: `s3://`, `gs://`, `az://`, `file://`. The result lies there; what is on its way lies below "
+        "`checkpoints/`", "s3://bucket/adapter", "finetune tune laptop",
+    )  # fmt: skip
+    method: str = _env(_one_of("lora", "qlora", "full"), "what is trained", "lora", "finetune tune")
+    epochs: int = _env(_number(1, 1000), "times that all chats are learnt", "3", "tune")
+    max_length: int = _env(_number(16, 1 << 20), "longest example; packed rows are as long", "4096", "tune")
+    rank: int = _env(_number(1, 512), "rank of the adapter", "16", "tune", default=16)
+    learning_rate: float = _env(RATE, "highest rate of the schedule", "0.0002", "tune")
+    batch_tokens: int = _env(
+        _number(16, 1 << 24), "tokens of one optimizer step, all devices together: packed rows are accumulated to about so many", "16384", "tune"
+    )  # fmt: skip
+    seed: int = _env(_number(0, (1 << 29)), "seed of adapter, order and dropout", "0", "tune", default=0)
+    save_minutes: int = _env(MINUTES, "a checkpoint is sealed and uploaded after so many minutes", "10", "tune")
+    merge: bool = _env(FLAG, "merged weights are published, too", "yes", "tune", default=False, template="")
+    restart: bool = _env(
+        FLAG, "checkpoints of this run that lie at MISTRALCTL_OUT are not continued; they are removed", "yes", "finetune tune", default=False,
+        template="",
+    )  # fmt: skip
+    run_id: str = _env(
+        TEXT, "hash of all that the result depends on: weights, data, method, hyperparameters. A checkpoint with another one is not continued",
+        "9c1a77e0b2d4", "tune laptop", default="", template="by-hand",
+    )  # fmt: skip
+    secrets: tuple[str, ...] = _env(
+        STRINGS, "what the set-up waits for in secrets.json: `hf_token`; empty: nothing", '["hf_token"]', "finetune", default=()
+    )  # fmt: skip
+    ttl_minutes: int | None = _env(
+        MINUTES, "the run is ended after so many minutes; it goes on from its last checkpoint. Not set: never", "720", "finetune watch laptop",
+        default=None,
+    )  # fmt: skip
+    setup_minutes: int | None = _env(MINUTES, "as for a server", "60", "finetune watch", default=None)
+    budget: float | None = _env(USD, "as for a server", "5.0000", "watch laptop", default=None, template="")
+    price: float | None = _env(USD, "as for a server", "0.8048", "watch tune laptop", default=None, template="")
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.price is None:
+            raise ValueError(f"{PREFIX}BUDGET needs {PREFIX}PRICE")
+        if self.device == "cpu" and self.gpus != 1:
+            raise ValueError(f"{PREFIX}GPUS {self.gpus} needs {PREFIX}DEVICE cuda")
