@@ -44,13 +44,13 @@ node: .venv/.made
 	  "$(patsubst %/bin/python,%,$(NODE_PYTHON))" "$(CURDIR)/$(UV)"
 
 # The tests of the node's packages run beside vLLM, without writing into its environment.
-.venv-node/.made: tests/plugin/requirements.txt model/contract/pyproject.toml model/plugin/pyproject.toml model/node/pyproject.toml $(wildcard model/node/vllm-cpu/*) | node
+.venv-node/.made: tests/plugin/requirements.txt model/contract/pyproject.toml model/plugin/pyproject.toml model/node/pyproject.toml model/chats/pyproject.toml $(wildcard model/node/vllm-cpu/*) | node
 	rm -rf .venv-node
 	$(UV) venv --quiet --python $(NODE_PYTHON) .venv-node
 	$(NODE_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(.venv-node/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/node.pth"
 	$(UV) pip install --quiet --verify-hashes --python .venv-node/bin/python --no-deps --requirement tests/plugin/requirements.txt \
-	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights
+	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights --editable model/chats
 	touch $@
 
 # The tests of mistral_weights run in an environment of their own, with the stores' SDKs and real protocol servers.

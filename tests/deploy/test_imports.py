@@ -20,7 +20,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
               "clouds.*.errors", "system", "images", "prices", "rights"),
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
     "outside": ("own_files", "state", "owners", "processes", "listeners", "stores", "node", "certificates", "keys", "connection", "endpoint",
-                "readiness", "weights", "checkpoints", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
+                "readiness", "weights", "chats", "checkpoints", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",
                 "runtime.rented", "runtime.leftovers", "runtime", "runtime.facts", "key_places", "gate", "figures", "apply"),
     "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
@@ -40,6 +40,10 @@ HEAVY = (
     "huggingface_hub",
     "numpy",
     "mistral_weights",
+    "mistral_chats",
+    "mistral_common",
+    "tokenizers",
+    "jinja2",
     "blake3",
     "tqdm",
 )
@@ -107,15 +111,16 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-OURS = {"mistralctl", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"}
+OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"}
 
 
 @pytest.mark.parametrize(
     ("folder", "may"),
     [
-        ("deploy/mistralctl", {"mistralctl", "mistral_contract", "mistral_weights"}),
+        ("deploy/mistralctl", {"mistralctl", "mistral_chats", "mistral_contract", "mistral_weights"}),
         ("model/contract/mistral_contract", {"mistral_contract"}),
         ("model/weights/mistral_weights", {"mistral_contract"}),
+        ("model/chats/mistral_chats", {"mistral_chats", "mistral_contract"}),
         ("model/plugin/vllm_mistral", {"vllm_mistral", "mistral_contract"}),
         ("model/node", {"mistral_node", "vllm_mistral", "mistral_contract"}),
     ],
@@ -150,10 +155,10 @@ def test_the_node_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
         assert set(wanted) - {"mistral-contract", "vllm-mistral"} <= pinned, engine
 
 
-def test_one_module_imports_the_weights_tool() -> None:
+@pytest.mark.parametrize(("tool", "one"), [("mistral_weights", "weights"), ("mistral_chats", "chats")])
+def test_one_module_imports_a_tool_of_the_node(tool: str, one: str) -> None:
     for module, path in modules().items():
-        if module != "weights":
-            assert "mistral_weights" not in path.read_text("utf-8"), module
+        assert (tool in path.read_text("utf-8")) == (module == one), module
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""Chats by Mistral's own library, as `vllm serve --tokenizer-mode mistral` encodes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.utils import get_one_valid_tokenizer_file
+
+from mistral_chats.encoder import Messages
+from mistral_chats.faults import NoTokenizer, Wrong
+
+LONGEST_ID = 9  # of a call: vLLM cuts longer ones to their last characters
+_ID = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+class Mistral:
+    """The tokenizer of a folder with tekken.json or tokenizer.model.vN."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            file = get_one_valid_tokenizer_file([path.name for path in folder.iterdir()])
+            self._served = MistralTokenizer.from_file(folder / file, mode=ValidationMode.test)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, MistralCommonException) as error:
+            raise NoTokenizer(f"{folder} has no tokenizer that mistral_common reads ({error}); take a whole copy") from None
+        instruct = self._served.instruct_tokenizer
+        self.version = self._served.version
+        settings = instruct.tokenizer.model_settings_builder
+        # The same tokenizer, which takes a chat that an answer ends.
+        self._answered = MistralTokenizer(
+            instruct, get_validator(self.version, mode=ValidationMode.finetuning), get_normalizer(self.version, settings)
+        )
+        self.by = f"mistral_common {version('mistral-common')}, {self.version.value}"
+        self.ends = frozenset((instruct.tokenizer.eos_id,))
+
+    def prompt(self, messages: Messages, tools: Messages) -> list[int]:
+        """Return the tokens of a request, as the server makes them."""
+        return self._encoded(self._served, messages, tools)
+
+    def answered(self, messages: Messages, tools: Messages, prompt: list[int]) -> list[int]:
+        """Return the tokens of a chat that an answer ends."""
+        return self._encoded(self._answered, messages, tools)
+
+    def check(self, messages: Messages, tools: Messages) -> None:
+        """Wrong if an id of a call is none for this version; markers inside text stay text in this library."""
+        number = int(self.version.value.removeprefix("v"))
+        if number == 1 and (tools or any("tool_calls" in message for message in messages)):
+            raise Wrong(
+                "tools",
+                f"this model's tokenizer ({self.version.value}) has no tools",
+                "take the row out, or train a later version",
+            )
+        if number < 3 or number > 11:
+            return
+        for place, message in enumerate(messages):
+            for each, call in enumerate(message.get("tool_calls") or ()):
+                if not _ID.fullmatch(call["id"][-LONGEST_ID:]):
+                    wrong = f"{call['id']!r} does not end with nine letters or digits, which this model's server wants"
+                    raise Wrong(
+                        f"messages[{place}].tool_calls[{each}].id", wrong, "write nine letters or digits, in its result too"
+                    )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of some tokens, special ones with their names."""
+        return str(self._served.decode(list(ids), special_token_policy=SpecialTokenPolicy.KEEP))
+
+    @staticmethod
+    def _encoded(tokenizer: Any, messages: Messages, tools: Messages) -> list[int]:
+        try:
+            request = ChatCompletionRequest.from_openai(
+                messages=[_cut(message) for message in messages], tools=[dict(tool) for tool in tools] or None
+            )
+            return list(tokenizer.encode_chat_completion(request).tokens)
+        except (AssertionError, ValueError, MistralCommonException) as error:
+            raise Wrong("", f"mistral_common does not take it ({error})", "mend the row, or take it out") from None
+
+
+def _cut(message: Any) -> dict[str, Any]:
+    """Return a message with ids of calls as short as vLLM makes them."""
+    found = dict(message)
+    if "tool_call_id" in found:
+        found["tool_call_id"] = found["tool_call_id"][-LONGEST_ID:]
+    if "tool_calls" in found:
+        found["tool_calls"] = [call | {"id": call["id"][-LONGEST_ID:]} for call in found["tool_calls"]]
+    return found
