@@ -17,13 +17,15 @@ from .errors import EXIT_CODES, Kind, WeightsError
 from .events import Report
 from .ls import Listed, Ls, ls
 from .mirror import Mirror, Mirrored, mirror
-from .names import FORMATS, listed
+from .names import FOLDER, FORMATS, listed
 from .progress import VERSION, progress
 from .pull import Pull, Pulled, pull
+from .push import Push, Pushed, push
+from .remove import Remove, Removed, remove
 from .secrets import Secrets
 from .verify import Verified, Verify, verify
 
-Result = Pulled | Mirrored | Verified | Listed
+Result = Pulled | Mirrored | Verified | Listed | Pushed | Removed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--revision", default="", help="commit, tag or branch (hf); version or sha256:HEX (pypi)")
-    common.add_argument("--format", dest="form", choices=FORMATS, default="auto", help="which form of the weights")
+    common.add_argument(
+        "--format",
+        dest="form",
+        choices=(*FORMATS, FOLDER),
+        default="auto",
+        help="which form of the weights; folder: every file",
+    )
     common.add_argument("--secrets", type=Path, metavar="FILE", help="JSON file (mode 0600) with hf_token")
     common.add_argument("--secrets-wait", type=float, default=0.0, metavar="SECONDS", help="how long FILE may take to appear")
     common.add_argument("-o", "--output", choices=("text", "json"), default="text")
@@ -59,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("verify", parents=[common], help="read and check every byte of a set")
     verb.add_argument("where", metavar="URI|DIR")
     verb.add_argument("--digest", default="", metavar="sha256:HEX", help="what the set must have")
+    verb = verbs.add_parser(
+        "push", parents=[common], help="put a sealed folder, or a set that was pulled, into a store; the manifest goes last"
+    )
+    verb.add_argument("folder", metavar="DIR", type=Path)
+    verb.add_argument("uri", metavar="URI")
+    verb = verbs.add_parser("remove", parents=[common], help="take a set out of a store, its manifest first")
+    verb.add_argument("uri", metavar="URI")
     verb = verbs.add_parser("ls", parents=[common], help="what lies at an address, and whether we may read it")
     verb.add_argument("uri", metavar="URI")
     return parser
@@ -88,6 +103,10 @@ def _run(options: argparse.Namespace, report: Report) -> Result:
             return mirror(wanted, report)
         case "verify":
             return verify(Verify(options.where, options.revision, secrets, options.form, digest=_digest(options.digest)), report)
+        case "push":
+            return push(Push(options.folder, options.uri, secrets), report)
+        case "remove":
+            return remove(Remove(options.uri, secrets), report)
         case _:
             return ls(Ls(options.uri, options.revision, secrets, options.form), report)
 
@@ -121,6 +140,10 @@ def text(result: Result) -> str:
             lines.append(f"{result.where}: {right} of {len(result.files)} files proven, {_size(result.bytes)} read")
             lines += [f"digest {result.digest}"] if result.digest else []
             return "\n".join(lines)
+        case Pushed():
+            return f"{result.uri} holds {len(result.files)} files, {_size(result.bytes)} in {result.seconds:.1f} s ({_size(result.sent)} sent)"
+        case Removed():
+            return f"{result.uri}: {len(result.files)} files removed, {_size(result.bytes)}"
         case Listed():
             lines = [
                 f"{file.size:>14,}  {'pulled' if file.wanted else 'left':6}  {file.checked_by:8}  {file.name}"

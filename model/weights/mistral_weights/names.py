@@ -17,6 +17,7 @@ UNFINISHED = "mistral-weights.unfinished"
 OWN = frozenset({MANIFEST, STATE, UNFINISHED})
 
 FORMATS: tuple[str, ...] = ("auto", "safetensors", "consolidated", "gguf")
+FOLDER = "folder"  # every file that a manifest names, whatever it is and however deep it lies: a checkpoint of a training
 
 _BESIDE = (  # what a server reads beside the weights
     "*.json",
@@ -76,6 +77,8 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
     """
     every = sorted(check(name) for name in names)
     no_twins(every)
+    if form == FOLDER:
+        return tuple(name for name in every if name not in OWN)
     kinds = {name: kind_of(name) for name in every}
     there = set(kinds.values())
     if form == "auto":

@@ -51,6 +51,10 @@ def look(store: Store, address: Address, form: str, patience: Patience, report: 
         return _with_manifest(contents, files, manifests.read(data, where), address, form)
     if names.UNFINISHED in files:
         raise WeightsError(Kind.DAMAGED, f"the mirror at {where} was never finished; run `mirror` to it again")
+    if form == names.FOLDER:
+        raise WeightsError(
+            Kind.NOT_FOUND, f"{where} holds no folder that was sealed (it has no {names.MANIFEST}); look at the address"
+        )
     chosen = names.select(files, form)
     if absent := names.absent_shards(chosen):
         raise WeightsError(Kind.DAMAGED, f"{where} lacks {absent[0]}, which the names of its other files count; use a whole copy")
