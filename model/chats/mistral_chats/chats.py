@@ -32,14 +32,18 @@ _FOLLOWS = {
 class Chat:
     """One row: its messages and tools as the OpenAI API takes them, and which messages are learnt.
 
-    `learnt` has the index of each answer that is; `place` begins the names of its fields where the file is a JSON array.
+    `learnt` has the index of each answer that is; `fields` says where each message's text stands in the file.
     """
 
     line: int
     messages: tuple[Mapping[str, Any], ...]
     learnt: tuple[int, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    place: str = ""
+    fields: tuple[str, ...] = ()
+
+    def field(self, message: int, part: str = "") -> str:
+        """Return where the text of a message stands in the file, or a `part` of a message of the OpenAI API."""
+        return self.fields[message].removesuffix(".content") + f".{part}" if part else self.fields[message]
 
     def request(self, answer: int) -> dict[str, Any]:
         """Return what a client sends to get the answer with an index: the messages before it, and the tools."""
@@ -122,7 +126,8 @@ def _chat(row: rows.Row, form: Format) -> Chat:
         raise Wrong(
             messages[-1].place, "the row has no answer to learn", "give one of its answers the weight 1, or take the row out"
         )
-    return Chat(row.line, tuple(map(_as_sent, messages)), learnt, tools, row.place)
+    fields = tuple(".".join(part for part in (row.place, message.text_at) if part) for message in messages)
+    return Chat(row.line, tuple(map(_as_sent, messages)), learnt, tools, fields)
 
 
 def _as_sent(message: Message) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
     def answered(self, messages: Messages, tools: Messages, prompt: list[int]) -> list[int]:
         """Return `prompt` with the tokens of the last message, the answer, behind it."""
 
-    def check(self, messages: Messages, tools: Messages) -> None:
+    def check(self, chat: Chat) -> None:
         """Wrong if a chat holds what this tokenizer does not take as text."""
 
     def text(self, ids: Sequence[int]) -> str:
@@ -64,11 +64,10 @@ class Encoder:
         not: mistral_common's v2 and v3 move the system prompt to the last question, v2 leaves out former calls of tools.
         """
         try:
-            self.tokenizer.check(chat.messages, chat.tools)
+            self.tokenizer.check(chat)
             return self._examples(chat)
         except Wrong as wrong:
-            field = ".".join(part for part in (chat.place, wrong.field) if part)
-            raise Malformed([Fault(file or "chat", chat.line, field, wrong.wrong, wrong.mend)]) from None
+            raise Malformed([Fault(file or "chat", chat.line, wrong.field, wrong.wrong, wrong.mend)]) from None
 
     def _examples(self, chat: Chat) -> tuple[Example, ...]:
         found: list[Example] = []

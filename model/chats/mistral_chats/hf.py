@@ -11,6 +11,7 @@ from typing import Any
 
 from mistral_contract import untrusted
 
+from mistral_chats.chats import Chat
 from mistral_chats.encoder import Messages, Tokenizer
 from mistral_chats.faults import NoTokenizer, Wrong
 
@@ -55,16 +56,22 @@ class Templated:
         found = self.ids(whole)
         return found if found[: len(prompt)] == prompt else prompt + self.ids(whole[len(before) :])
 
-    def check(self, messages: Messages, tools: Messages) -> None:
+    def check(self, chat: Chat) -> None:
         """Wrong if a text holds a special token, which this tokenizer would take as one, or the template has no tools."""
-        if "tool" not in self.template and (tools or any("tool_calls" in message for message in messages)):
+        if "tool" not in self.template and chat.tools:
             raise Wrong("tools", "this model's chat template has no tools", "take the row out")
-        for number, message in enumerate(messages):
-            text = json.dumps([message.get("content") or "", message.get("tool_calls") or ()], ensure_ascii=False)
-            for token in self.special:
-                if token in text:
-                    mend = "take it out: the tokenizer would take it as one, and text must not end a turn"
-                    raise Wrong(f"messages[{number}].content", f"{token!r} is a special token inside text", mend)
+        for number, message in enumerate(chat.messages):
+            if "tool" not in self.template and "tool_calls" in message:
+                raise Wrong(chat.field(number, "tool_calls"), "this model's chat template has no tools", "take the row out")
+            self._marked(chat.field(number), message.get("content") or "")
+            self._marked(chat.field(number, "tool_calls"), json.dumps(message.get("tool_calls", ()), ensure_ascii=False))
+        self._marked("tools", json.dumps(chat.tools, ensure_ascii=False))
+
+    def _marked(self, field: str, text: str) -> None:
+        for token in self.special:
+            if token in text:
+                mend = "take it out: the tokenizer would take it as one, and text must not end a turn"
+                raise Wrong(field, f"{token!r} is a special token inside text", mend)
 
     def _text(self, messages: Messages, tools: Messages, prompt: bool) -> str:
         try:

@@ -64,7 +64,6 @@ def _opened(path: Path) -> BinaryIO:
         raise Wrong("", "there is no such file", "check the path") from None
     except OSError as error:
         raise Wrong("", f"it cannot be read ({error.strerror})", "check its permissions") from None
-    file = os.fdopen(handle, "rb")
     status = os.fstat(handle)
     wrong = None
     if stat.S_ISDIR(status.st_mode):
@@ -76,9 +75,9 @@ def _opened(path: Path) -> BinaryIO:
     elif not status.st_size:
         wrong = Wrong("", "it is empty", "write one chat a line")
     if wrong:
-        file.close()
+        os.close(handle)
         raise wrong
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def _known(head: bytes) -> None:
@@ -94,16 +93,14 @@ def _lines(file: BinaryIO, faults: Faults) -> Iterator[Row]:
     line = 0
     while data := file.readline(MOST_ROW_BYTES + 2):
         line += 1
-        whole = len(data) <= MOST_ROW_BYTES + 1 or data.endswith(b"\n")
-        size = len(data)
-        while not data.endswith(b"\n") and (rest := file.readline(1 << 20)):
-            size += len(rest)
-            data = data[:-1] + rest[-1:]  # only whether the line ended
+        size, last = len(data), data[-1:]
+        while last != b"\n" and (rest := file.readline(1 << 20)):
+            size, last = size + len(rest), rest[-1:]
         with faults.of_line(line):
-            if not whole or size > MOST_ROW_BYTES + 1:
+            if size > MOST_ROW_BYTES + 1:
                 raise Wrong("", f"the row has {size} bytes, and at most {MOST_ROW_BYTES} are read", "split the chat")
-            if data.strip():
-                yield Row(line, "", _object(_text(data)))
+            if text := _text(data).rstrip():
+                yield Row(line, "", _object(text))
 
 
 def _text(data: bytes) -> str:
