@@ -124,4 +124,4 @@ def encode(tokenizer_folder: str | Path, mode: Mode) -> Encoder:
         return Encoder(_MODES[mode](Path(tokenizer_folder)))
     except ModuleNotFoundError as error:
         package = f"mistral-chats[{mode}]"
-        raise NoTokenizer(f"counting tokens needs the package {error.name}; install {package}") from None
+        raise NoTokenizer(f"counting tokens needs the package {str(error.name).partition('.')[0]}; install {package}") from None

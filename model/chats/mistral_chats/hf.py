@@ -132,6 +132,7 @@ class Counted(Templated):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         import jinja2.ext
+        from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         from tokenizers import Tokenizer as Fast
 
@@ -143,7 +144,12 @@ class Counted(Templated):
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raised
         environment.globals["strftime_now"] = _now
-        self._render = environment.from_string(self.template).render
+        try:
+            self._render = environment.from_string(self.template).render
+        except TemplateSyntaxError as error:
+            raise NoTokenizer(
+                f"the chat template of {folder} is wrong in line {error.lineno} ({error.message}); mend it"
+            ) from None
         self._names = {key: found for key in self.config if key.endswith("_token") and (found := _token(self.config[key]))}
         self.by = f"tokenizers {version('tokenizers')}"
         added = self._tokenizer.get_added_tokens_decoder()
