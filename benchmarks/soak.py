@@ -26,6 +26,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="PNG to draw; needs matplotlib")
     parser.add_argument("-o", "--output", type=Path, help="write the table to this file")
     options = parser.parse_args()
+    if options.plot and find_spec("matplotlib") is None:
+        parser.error("--plot: matplotlib is not installed; pip install matplotlib")
     with tempfile.TemporaryDirectory() as name:
         times, samples, counts = measure(options.minutes, Path(name))
     text, good = table(times, samples)
