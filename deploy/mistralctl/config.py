@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from mistral_contract.suggest import suggest
+from mistral_contract.untrusted import line
 from pydantic import ValidationError
 
 from mistralctl.errors import UserError, figure
@@ -99,7 +100,7 @@ def _tree(loader: _Loader, node: yaml.Node) -> Any:
         return [_tree(loader, item) for item in node.value]
     try:
         value = loader.construct_object(node, deep=True)
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):  # PyYAML's, of a tag that the text is none of
         value = node.value
     return Scalar(str(node.value), value, node.start_mark.line + 1)
 
@@ -175,9 +176,11 @@ class _Layer:
 def read_file(path: Path) -> _Layer:
     """The options in a file."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
             raise UserError(f"{path}: larger than 1 MiB; that is not a file of options")
-        values, lines = _parsed(path.read_text("utf-8-sig"), str(path))
+        values, lines = _parsed(data.decode("utf-8-sig"), str(path))
     except FileNotFoundError as error:
         raise UserError(f"-f: {path} does not exist; name an existing file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -348,7 +351,7 @@ def _check(layer: _Layer, kind: type[DeploymentSpec]) -> DeploymentSpec:
         try:
             values[key] = _meant(known[key], given) if key in known else _plain(given)
         except ValueError as error:
-            raise UserError(f"{layer.place(key, given)}: {error}") from None
+            raise UserError(line(f"{layer.place(key, given)}: {error}")) from None
     try:
         return kind.model_validate(values, strict=True)
     except ValidationError as errors:
@@ -359,7 +362,7 @@ def _check(layer: _Layer, kind: type[DeploymentSpec]) -> DeploymentSpec:
             raise UserError(f"{layer.places.get(key, key)}: unknown key {key!r}; {_unknown(key, known)}") from None
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
         given = _written(known[key], layer.values[key], loc[1:])
-        raise UserError(f"{layer.place(key, given)}{path}: {_sentence(first, given, known[key])}") from None
+        raise UserError(line(f"{layer.place(key, given)}{path}: {_sentence(first, given, known[key])}")) from None
 
 
 def _written(field: SpecField, given: Any, path: Sequence[int | str]) -> Any:

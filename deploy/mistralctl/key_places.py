@@ -6,7 +6,6 @@ holds with a stamp, and replaces that only if it is still there: who was slower 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from mistral_contract import files
 from mistral_contract import keys as contract
 from mistral_contract.keys import Keys
 
-from mistralctl import keys, readiness, runtime
+from mistralctl import keys, readiness, reported, runtime
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.tasks import env
@@ -203,8 +202,4 @@ def let_in(record: Record, secret: str) -> None:
 
 def usage(record: Record) -> dict[str, Any]:
     """What the guard of a deployment that is up has counted, and the serial of the keys that it knows; empty if there is nothing."""
-    try:
-        found = json.loads(runtime.of(record.cloud).read(record, files.USAGE.of(record.name)))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return reported.usage(runtime.of(record.cloud).read(record, files.USAGE.of(record.name)))

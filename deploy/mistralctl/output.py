@@ -27,6 +27,7 @@ from mistralctl.gpus import GIB
 from mistralctl.models import Model
 from mistralctl.plan import Option, Plan
 from mistralctl.prices import SNAPSHOT_DATE
+from mistralctl.reported import is_moment
 from mistralctl.tables import lines as aligned
 from mistralctl.tables import table
 
@@ -192,10 +193,10 @@ def status_text(results: list[Status]) -> str:
     lines += [f"{r.name}: {r.why}" for r in results if r.why]
     for r in results:
         if (restarts := (r.launcher or {}).get("restarts") or {}).get("count"):
-            lines.append(f"{r.name}: restart {restarts['count']} of {restarts['of']}, because {restarts['why']}")
+            lines.append(f"{r.name}: restart {restarts['count']} of {restarts['of']}, because {restarts.get('why')}")
         if (source := (r.launcher or {}).get("keys") or {}).get("problem"):
             lines.append(
-                f"{r.name}: its keys are not followed since {_moment(source['since'])}, and those in force stay: {source['problem']}"
+                f"{r.name}: its keys are not followed since {_moment(source.get('since'))}, and those in force stay: {source['problem']}"
             )
         if why := ((r.launcher or {}).get("isolation") or {}).get("why"):
             lines.append(f"{r.name}: vLLM is less apart from the rest of its machine than it should be: {why}")
@@ -208,8 +209,8 @@ def status_text(results: list[Status]) -> str:
     return "\n".join(lines)
 
 
-def _moment(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+def _moment(at: float | None) -> str:
+    return "?" if not is_moment(at) else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
 def extended_text(result: Extended) -> str:
@@ -224,15 +225,15 @@ def _gib(value: int | None) -> str:
 def _node_rows(node: dict[str, Any]) -> list[list[str]]:
     """What a deployment's machine says of itself, a row a thing."""
     gpus = [
-        f"{gpu['name']}, {gpu['memory_used_mib']} of {gpu['memory_mib']} MiB used, capability {gpu['capability']}, driver {gpu['driver']}"
-        for gpu in node["gpus"]
+        f"{gpu.get('name')}, {gpu.get('memory_used_mib')} of {gpu.get('memory_mib')} MiB used, capability {gpu.get('capability')}, "
+        f"driver {gpu.get('driver')}" for gpu in node["gpus"] or ()
     ]  # fmt: skip
     pull = node["pull"] or {}
     speeds = []
     if pull.get("seconds"):
-        speeds.append(f"{pull['fetched'] / 1e6 / pull['seconds']:.0f} MB/s from {pull['uri']}")
+        speeds.append(f"{(pull.get('fetched') or 0) / 1e6 / pull['seconds']:.0f} MB/s from {pull.get('uri')}")
     if pull.get("disk_seconds"):
-        speeds.append(f"disk {pull['disk_written'] / 1e6 / pull['disk_seconds']:.0f} MB/s while busy")
+        speeds.append(f"disk {(pull.get('disk_written') or 0) / 1e6 / pull['disk_seconds']:.0f} MB/s while busy")
     return [
         ["image", node["image"] or "?"],
         ["system", f"{node['system']}, Linux {node['kernel']}, {node['cpus']} processors"],
@@ -241,7 +242,7 @@ def _node_rows(node: dict[str, Any]) -> list[list[str]]:
         *(["GPU", gpu] for gpu in gpus or [f"none ({node['gpu_problem']})"]),
         *([["CUDA", f"the driver runs CUDA up to {node['cuda']}"]] if node["cuda"] else []),
         *([["devices", " ".join(node["devices"])]] if node["devices"] else []),
-        ["programs", ", ".join(f"{name}: {path or 'none'}" for name, path in node["programs"].items())],
+        ["programs", ", ".join(f"{name}: {path or 'none'}" for name, path in (node["programs"] or {}).items())],
         *([["pull", ", ".join(speeds)]] if speeds else []),
     ]
 

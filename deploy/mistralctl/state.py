@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
 from mistral_contract import files
+from mistral_contract.envs import MINUTES, USD, Env, Serve
+from mistral_contract.envs import of as envs_of
 from mistral_contract.suggest import suggest
 
 from mistralctl import clouds, own_files, tasks
@@ -248,6 +251,7 @@ def _held(found: Record) -> dict[str, bool]:
         "port: it is none": 0 <= found.port < 1 << 16,
         "a text holds control characters": all(text.isprintable() for text in texts),
         "task.envs: should be an object of texts": _texts(envs),
+        "task.envs: should hold minutes and amounts as the contract has them": not _texts(envs) or all(map(_readable, _NUMBERS, repeat(envs))),
         "task.resources: should be an object": isinstance(resources, dict),
         "task.resources.labels: should be an object of texts": labels is None or _texts(labels),
         "phases: should be names with seconds": all(
@@ -255,6 +259,18 @@ def _held(found: Record) -> dict[str, bool]:
             for phase in found.phases
         ),
     }  # fmt: skip
+
+
+# What commands count with; the rest of a task is the node's to judge.
+_NUMBERS = tuple(row for row in envs_of(Serve) if row.kind in (MINUTES, USD))
+
+
+def _readable(row: Env, envs: Mapping[str, str]) -> bool:
+    try:
+        row.read(envs)
+    except ValueError:
+        return False
+    return True
 
 
 def _texts(found: Any) -> bool:

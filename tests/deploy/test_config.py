@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import string
 from pathlib import Path
@@ -405,6 +406,32 @@ def test_options_of_vllm_are_judged_as_its_parser_does(arguments: list[str], say
     with pytest.raises(UserError) as error:
         whole({"vllm_args": arguments}, {}, None, tmp_path)
     one_line(error.value, "--vllm-arg", says)
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!timestamp", "!!float", "!!int", "!!bool", "!!null", "!!binary", "!!set", "!!omap", "!!pairs", "!!merge", "!x"]
+)
+@pytest.mark.parametrize("text", ["", "x", "''", "1", "{a: b}", "[a]"])
+@pytest.mark.parametrize("key", ["ttl", "port", "spot", "region", "lora"])
+def test_a_value_that_is_none_of_its_tag_is_named(tag: str, text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "mistralctl.yaml"
+    path.write_text(f"{key}: {tag} {text}\n")
+    with contextlib.suppress(UserError):
+        load({}, {}, path)
+
+
+def test_a_value_of_any_length_is_named_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mistralctl.yaml"
+    for key in ("model", "ttl", "port", "allow", "lora", "budget", "cloud"):
+        path.write_text(f"{key}: {'9' * 100_000}\n")
+        with pytest.raises(UserError) as refused:
+            load({}, {}, path)
+        assert len(str(refused.value)) <= 600
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        load({}, {}, Path("/dev/zero"))
 
 
 def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 PATTERNS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "tables", "durations", "heavy", "models", "gpus", "quotas", "clouds", "clouds.*", "clouds.*.images", "clouds.*.buckets",
               "clouds.*.errors", "system", "images", "prices", "rights"),
-    "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals"),
+    "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals", "reported"),
     "outside": ("own_files", "state", "owners", "processes", "listeners", "stores", "node", "certificates", "keys", "connection", "endpoint",
                 "readiness", "weights", "chats", "checkpoints", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",

@@ -67,6 +67,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a port that is none": (changed(port=-1), "is damaged (port: it is none)"),
     "a huge process id": (changed(pid=10**30), "is damaged (pid: "),
     "envs that are none": (changed(task={"envs": [], "resources": {}}), "is damaged (task.envs: should be an object of texts)"),
+    "a life of no minutes": (
+        changed(task={"envs": {"MISTRALCTL_TTL_MINUTES": "²"}}),
+        "is damaged (task.envs: should hold minutes",
+    ),
+    "a budget of no amount": (
+        changed(task={"envs": {"MISTRALCTL_BUDGET": "inf", "MISTRALCTL_PRICE": "0"}}),
+        "is damaged (task.envs: should",
+    ),
     "phases that are none": (changed(phases=[{"phase": 1}]), "is damaged (phases: should be names with seconds)"),
     "another's name": (changed(name="good"), "is damaged (it is of 'good')"),
     "another's machine": (changed(cluster="production"), "is damaged (cluster: it is none of this deployment's)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 from mistral_contract import files
 
-from mistralctl import durations, runtime, state, tasks
+from mistralctl import durations, reported, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.tasks import env
@@ -39,11 +38,7 @@ def _minutes(by: str) -> int:
 
 
 def _launcher(record: Record) -> dict[str, Any]:
-    try:
-        found = json.loads(runtime.of(record.cloud).read(record, files.STATUS.of(record.name)) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return reported.status(runtime.of(record.cloud).read(record, files.STATUS.of(record.name))) or {}
 
 
 def _extend(record: Record, by: str, minutes: int) -> Extended:

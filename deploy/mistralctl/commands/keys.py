@@ -128,7 +128,7 @@ def run(name: str) -> KeyList:
             why = f"cannot be asked what was counted: {error}"
     rows = []
     for key in found.keys:
-        counts = {} if counted is None else {"requests": 0, "tokens": 0, "refused": 0} | counted.get(key.id, {})
+        counts = {} if counted is None else {"requests": 0, "tokens": 0, "refused": 0} | (counted.get(key.id) or {})
         mine = own is not None and own.sha256 == key.sha256
         seen = {field.name: getattr(key, field.name, None) for field in fields(Row)}
         rows.append(Row(**seen | {"own": mine, **{name: counts.get(name) for name in ("requests", "tokens", "refused")}}))

@@ -6,14 +6,14 @@ import importlib.metadata
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistral_contract import files, sets
 
 import mistralctl
-from mistralctl import own_files, runtime, state, tasks
+from mistralctl import own_files, reported, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import facts
 from mistralctl.state import Record
@@ -81,24 +81,31 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _read_json(record: Record, file: str) -> dict[str, Any]:
-    """A JSON object of the node's folder; empty if it cannot be had, for which no `up` shall fail."""
-    with suppress(UserError, ValueError):
-        found = json.loads(runtime.of(record.cloud).read(record, file))
-        return found if isinstance(found, dict) else {}
-    return {}
+def _said(record: Record, file: str) -> str:
+    """The text of a file of the node's folder; empty if it cannot be had, for which no `up` shall fail."""
+    with suppress(UserError):
+        return runtime.of(record.cloud).read(record, file)
+    return ""
+
+
+def _held(record: Record) -> tuple[WeightsFile, ...]:
+    """The files of the weights by their manifest; empty if it cannot be had."""
+    from pydantic import TypeAdapter
+
+    manifest = _said(record, files.MANIFEST.path.replace("WEIGHTS_ID", env(record.task, "weights_id")))
+    with suppress(ValueError):
+        return TypeAdapter(tuple[WeightsFile, ...]).validate_json(json.dumps(reported.listed(manifest)), strict=True)
+    return ()
 
 
 def write(record: Record) -> Receipt:
     """The receipt of a deployment that is up, with what its node says of itself now; it is written."""
-    launcher = _read_json(record, files.STATUS.of(record.name))
-    manifest = _read_json(record, files.MANIFEST.path.replace("WEIGHTS_ID", env(record.task, "weights_id")))
+    launcher, held = reported.status(_said(record, files.STATUS.of(record.name))) or {}, _held(record)
     engine = launcher.get("engine") or {}
     versions = {
         "mistralctl": mistralctl.__version__, "skypilot": _version("skypilot") if "skypilot" in runtime.of(record.cloud).packages else None,
         "vllm": engine.get("vllm"), "torch": engine.get("torch"),
     }  # fmt: skip
-    held = tuple(WeightsFile(one["name"], one["size"], one["sha256"], one["blake3"]) for one in manifest.get("files", ()))
     node = None
     with suppress(UserError):  # a receipt without it is better than none
         node = facts.read(record)
@@ -137,7 +144,9 @@ def _read(name: str) -> Receipt | None:
         )
     try:
         known = {field.name: data[field.name] for field in fields(Receipt) if field.name in data}
-        return TypeAdapter(Receipt).validate_json(json.dumps(known, allow_nan=False), strict=True)
+        found = TypeAdapter(Receipt).validate_json(json.dumps(known, allow_nan=False), strict=True)
+        node = None if found.node is None else reported.machine(found.node)
+        return replace(found, node=node, gate=reported.gate(found.gate), canary=reported.canary(found.canary))
     except ValueError as error:
         raise UserError(f"{path(name)} is damaged ({state.first_problem(error)}); delete it", Exit.CONFLICT) from error
 

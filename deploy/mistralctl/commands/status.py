@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mistralctl import clouds, owners, processes, readiness, runtime, state, sweep, tasks
+from mistral_contract import untrusted
+
+from mistralctl import clouds, owners, processes, readiness, reported, runtime, state, sweep, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import local, rented
@@ -81,7 +81,7 @@ def _disk_price(record: Record, machine: Machine) -> float | None:
     """What a stopped machine goes on costing, USD an hour: its disk."""
     known = next((cloud for cloud in clouds.every() if cloud.name == record.cloud), None)
     asked = record.task.get("resources", {}).get("disk_size")
-    gib = machine.disk_gib or (float(asked) if isinstance(asked, int | float) else None)
+    gib = machine.disk_gib or (float(asked) if untrusted.finite(asked) else None)
     day = known.disk_per_day(gib) if known else None
     return None if day is None else round(day / 24, 4)
 
@@ -98,20 +98,6 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float, ahe
         return round(max(0.0, (end - ahead - time.time()) / 60), 1)
     left = [_left(limit, since) for limit in (env(record.task, "ttl_minutes"), str(tasks.budget_minutes(record.task) or ""))]
     return min((minutes for minutes in left if minutes is not None), default=None)
-
-
-def _sound(found: Any) -> dict[str, Any] | None:
-    """A launcher's status.json without what is of another type than a launcher writes; None if it is no object."""
-    if not isinstance(found, dict):
-        return None
-    objects = ("error", "requests", "restarts", "isolation", "engine", "canary", "budget")
-    numbers = ("ends_at", "ready_at", "started_at")
-    wrong = {name for name in objects if not isinstance(found.get(name), dict)}
-    wrong |= {name for name in numbers if type(found.get(name)) not in (int, float) or not math.isfinite(found[name])}
-    last = (found.get("requests") or {}).get("last_at") if "requests" not in wrong else None
-    if last is not None and type(last) not in (int, float):
-        wrong.add("requests")
-    return {name: None if name in wrong else value for name, value in found.items()}
 
 
 def _failure(record: Record) -> str:
@@ -134,7 +120,7 @@ def _stranger(record: Record) -> str:
 
 
 def _here(record: Record) -> Status:
-    launcher = _sound(local.read_status(record.run_dir))
+    launcher = local.read_status(record.run_dir)
     living = processes.alive(record) or bool(processes.servers(record))
     now: str = record.state
     why = ""
@@ -229,11 +215,7 @@ def _node(record: Record, *, shared: bool = False) -> Node:
         text = ssh.read_status(record.name, seconds=SSH_SECONDS, shared=shared)
     except UserError as error:
         return Node(unreachable=str(error))
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return Node()
-    launcher = _sound(found)
+    launcher = reported.status(text)
     return Node(launcher, "", (launcher or {}).get("state") == "ready" and readiness.answers(record))
 
 

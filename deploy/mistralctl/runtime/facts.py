@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 from mistral_contract import files
 from mistral_contract.envs import variable
 
-from mistralctl import state
+from mistralctl import reported, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.runtime import ssh
 from mistralctl.state import Record
@@ -36,9 +35,7 @@ def read(record: Record) -> dict[str, Any]:
             raise UserError(
                 f"{record.name}: its folder cannot be looked at ({error}); run mistralctl up again", Exit.NOT_FOUND
             ) from None
-    try:
-        return dict(json.loads(said))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{record.name}: its machine said {said[:100]!r} of itself; run mistralctl up again", Exit.SERVER
-        ) from None
+    found = reported.machine(said)
+    if found is None:
+        raise UserError(f"{record.name}: its machine said {said[:100]!r} of itself; run mistralctl up again", Exit.SERVER)
+    return found

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mistral_contract import files, keys
+from mistral_contract import files, keys, untrusted
 
-from mistralctl import endpoint, own_files, processes, readiness, state
+from mistralctl import endpoint, own_files, processes, readiness, reported, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.gpus import GIB
 from mistralctl.lifecycle import Observed
@@ -172,10 +172,19 @@ def remove_run(run_dir: Path) -> None:
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What the launcher last said of itself."""
     try:
-        data = json.loads((run_dir / files.STATUS.name).read_text("utf-8"))
-    except (OSError, ValueError):
+        return reported.status(_contents(run_dir / files.STATUS.name))
+    except (OSError, UserError):
         return None
-    return data if isinstance(data, dict) else None
+
+
+def _contents(path: Path) -> str:
+    """The text of a file of the node's; FileNotFoundError if there is none, UserError if it is no plain file of text."""
+    try:
+        return untrusted.contents(path, reported.MOST_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run mistralctl up again", Exit.CONFLICT) from None
 
 
 class Local:
@@ -324,7 +333,7 @@ class Local:
     def read(self, record: Record, file: str) -> str:
         """Return the text of a file below the node's folder, empty where it is not there."""
         try:
-            return (Path(record.node_dir) / file).read_text("utf-8")
+            return _contents(Path(record.node_dir) / file)
         except FileNotFoundError:
             return ""
 
