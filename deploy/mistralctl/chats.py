@@ -48,12 +48,12 @@ def read_chats(path: str | Path) -> Chats:
 
 
 def counted(
-    chats: Chats, tokenizer_folder: str | Path, mode: Literal["mistral", "hf"], max_length: int = 0
+    chats: Chats, tokenizer_folder: str | Path, mode: Literal["mistral", "hf"], max_length: int = 0, keep: int | None = None
 ) -> tuple[Dataset, Encoder]:
     """Return the examples of chats with their Summary, and the encoder that made them; UserError if a row cannot be trained on.
 
-    `max_length`: rows of more tokens are refused, all of them counted; 0 takes any.
+    `max_length`: rows of more tokens are refused, all of them counted; 0 takes any. `keep`: so many examples are kept, to be shown.
     """
     with explained():
         encoder = encode(tokenizer_folder, mode)
-        return dataset(chats, encoder, max_length), encoder
+        return dataset(chats, encoder, max_length, keep), encoder

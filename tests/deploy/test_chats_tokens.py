@@ -136,6 +136,8 @@ def test_what_a_file_amounts_to(tmp_path: Path) -> None:
     assert summary.ignored == ("id",)
     assert summary.by.startswith("mistral_common ")
     assert found.lines == (1, 2, 2)
+    first, _ = counted(read_chats(file), tmp_path / "t", "mistral", keep=1)
+    assert (first.examples, first.lines, first.summary) == (found.examples[:1], (1,), summary)
 
 
 def test_rows_that_are_too_long_are_all_counted_and_none_is_cut(tmp_path: Path) -> None:
@@ -150,6 +152,7 @@ def test_rows_that_are_too_long_are_all_counted_and_none_is_cut(tmp_path: Path) 
     assert len(long) == 15
     first = max(long, key=lambda number: lengths[number])
     assert said.startswith(f"2: 15 of 30 rows are longer than 50 tokens: line {first + 1} with {lengths[first]}, line ")
+    assert counted(read_chats(file), folder, "mistral", max(lengths), keep=0)[0].summary.tokens == sum(lengths)
     assert said.endswith(" and 5 more; split or shorten them, or raise --max-length; nothing is cut")
 
 
@@ -190,10 +193,21 @@ def test_calls_of_tools_go_to_tokenizers_that_have_them(tmp_path: Path) -> None:
         refusal(file, small(tmp_path / "s"), "hf")[1]
         == "1: messages[1].tool_calls: this model's chat template has no tools; take the row out"
     )
-    both = write(
-        tmp_path, [*with_call("a1b2c3d4e")[:1], with_call("a1b2c3d4e")[1] | {"content": "I add."}, *with_call("a1b2c3d4e")[2:]]
+    both = with_call("a1b2c3d4e")
+    both[1]["content"] = "I add."
+    assert refusal(write(tmp_path, both), v3)[1] == (
+        "1: messages[1].content: it has text and calls of tools, and this model's tokenizer (v3) takes one of them; take the text out, or write null"
     )
-    assert "mistral_common does not take it (" in refusal(both, v3)[1]
+    assert len(shown(write(tmp_path, both), tokenizer(tmp_path / "seven", V7))) == 1
+    cut = [with_call("xa1b2c3d4e"), with_call("ya1b2c3d4e")]
+    assert refusal(write(tmp_path, cut[0] + cut[1]), v3)[1] == (
+        "1: messages[5].tool_calls[0].id: 'ya1b2c3d4e' ends as another id, and servers keep its last 9; write another"
+    )
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": 3}}}]
+    said = refusal(write(tmp_path, {"messages": with_call("a1b2c3d4e"), "tools": tools}), v3)[1]
+    assert said == (
+        "1: tools: mistral_common does not take it (Invalid tool schema: 3 is not valid under any of the given schemas); mend the row, or take it out"
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,10 +251,17 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, mode: Any) -> Non
     code, said = refusal(file, tmp_path / "t", mode)
     assert code is Exit.WEIGHTS
     assert str(tmp_path / "t") in said
-    (tmp_path / "t" / "tekken.json").write_text("{}")
-    (tmp_path / "t" / "tokenizer.json").write_text("{}")
     (tmp_path / "t" / "chat_template.jinja").write_text(TEMPLATE)
-    assert refusal(file, tmp_path / "t", mode)[0] is Exit.WEIGHTS
+    (tmp_path / "t" / ("tekken.json" if mode == "mistral" else "tokenizer.json")).write_text("{}")
+    code, said = refusal(file, tmp_path / "t", mode)
+    assert (code, said.endswith("; take a whole copy")) == (Exit.WEIGHTS, True)
+
+
+def test_two_tokenizers_that_libraries_choose_between_differently_are_named(tmp_path: Path) -> None:
+    folder = small(tmp_path / "s")
+    (folder / "tekken.json").write_text("{}")
+    said = f"{folder} has tekken.json beside tokenizer.json, and libraries choose differently; take one of them out"
+    assert refusal(write(tmp_path, turn("Why?", "So.")), folder, "hf") == (Exit.WEIGHTS, said)
 
 
 @pytest.mark.parametrize(("mode", "package"), [("mistral", "mistral_common"), ("hf", "tokenizers")])

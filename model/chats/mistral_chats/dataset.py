@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mistral_chats.chats import Chats
-from mistral_chats.encoder import Encoder, Example
+from mistral_chats.encoder import Encoder, Example, TooLong
 from mistral_chats.faults import MOST_KEPT, Fault, Malformed
 from mistral_chats.formats import Format
 
@@ -33,46 +34,60 @@ class Summary:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a file in its order, with the line of each."""
+    """The examples of a file in its order, all or the first of them, with the line of each; the summary is of all."""
 
     examples: tuple[Example, ...]
     lines: tuple[int, ...]
     summary: Summary
 
 
-def dataset(chats: Chats, encoder: Encoder, max_length: int = 0) -> Dataset:
+def dataset(chats: Chats, encoder: Encoder, max_length: int = 0, keep: int | None = None) -> Dataset:
     """Return the examples of a file; Malformed if a row is not taken by the tokenizer, or longer than `max_length` tokens.
 
-    Nothing is cut: rows that are too long are refused, all of them counted and named. 0 takes any length.
+    Nothing is cut: rows that are too long are refused, all of them counted and named. 0 takes any length. `keep`: so many examples are
+    kept, where the summary is all that is wanted of the others; None keeps all.
     """
-    examples: list[Example] = []
-    lines: list[int] = []
+    found = _Counted()
     faults: list[Fault] = []
     count = 0
     long: dict[int, int] = {}
     for chat in chats.rows:
         try:
-            found = encoder.examples(chat, chats.file)
+            found.add(chat.line, encoder.examples(chat, chats.file, max_length), keep)
+        except TooLong as error:
+            long[chat.line] = max(error.length, long.get(chat.line, 0))
         except Malformed as malformed:
             count += malformed.count
             faults += malformed.faults[: MOST_KEPT - len(faults)]
-            continue
-        longest = max(len(example.input_ids) for example in found)
-        if max_length and longest > max_length:
-            long[chat.line] = longest
-        examples += found
-        lines += [chat.line] * len(found)
     if long:
         count += 1
         faults.append(_too_long(chats, long, max_length))
     if faults:
         raise Malformed(faults, count)
-    at = max(range(len(examples)), key=lambda number: len(examples[number].input_ids))
     summary = Summary(
-        chats.file, chats.format, len(chats.rows), len(examples), sum(each.learnt for each in examples),
-        sum(len(each.input_ids) for each in examples), len(examples[at].input_ids), lines[at], encoder.by, chats.ignored,
+        chats.file, chats.format, len(chats.rows), found.count, found.learnt, found.tokens, found.longest, found.longest_line, encoder.by,
+        chats.ignored,
     )  # fmt: skip
-    return Dataset(tuple(examples), tuple(lines), summary)
+    return Dataset(tuple(found.examples), tuple(found.lines), summary)
+
+
+class _Counted:
+    """What is added up while a file is encoded."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+        self.lines: list[int] = []
+        self.count = self.learnt = self.tokens = self.longest = self.longest_line = 0
+
+    def add(self, line: int, examples: Sequence[Example], keep: int | None) -> None:
+        for example in examples:
+            length = len(example.input_ids)
+            self.count, self.learnt, self.tokens = self.count + 1, self.learnt + example.learnt, self.tokens + length
+            if length > self.longest:
+                self.longest, self.longest_line = length, line
+            if keep is None or len(self.examples) < keep:
+                self.examples.append(example)
+                self.lines.append(line)
 
 
 def _too_long(chats: Chats, long: dict[int, int], max_length: int) -> Fault:

@@ -20,6 +20,10 @@ class Templated:
     """A chat template with the tokenizer that encodes what it renders."""
 
     def __init__(self, folder: Path) -> None:
+        if (folder / "tekken.json").exists() and (folder / "tokenizer.json").exists():
+            raise NoTokenizer(
+                f"{folder} has tekken.json beside tokenizer.json, and libraries choose differently; take one of them out"
+            )
         self.config = _json(folder / "tokenizer_config.json")
         self.template = _template(folder, self.config)
         self.by = ""
@@ -75,7 +79,7 @@ class Templated:
 
     def _text(self, messages: Messages, tools: Messages, prompt: bool) -> str:
         try:
-            return self.rendered([_parsed(message) for message in messages], [dict(tool) for tool in tools] or None, prompt)
+            return self.rendered([_parsed(message) for message in messages], [_described(tool) for tool in tools] or None, prompt)
         except Wrong:
             raise
         except Exception as error:  # noqa: BLE001 a template raises whatever it likes
@@ -91,6 +95,14 @@ def _parsed(message: Any) -> dict[str, Any]:
             for call in found["tool_calls"]
         ]
     return found
+
+
+def _described(tool: Any) -> dict[str, Any]:
+    """Return a tool as vLLM hands it to a template: no fields but these, and those of them that it always has."""
+    function = tool["function"]
+    found = {"name": function["name"], "description": function.get("description"), "parameters": function.get("parameters")}
+    found |= {key: function[key] for key in ("strict", "defer_loading") if function.get(key) is not None}
+    return {"type": "function", "function": found, "defer_loading": tool.get("defer_loading")}
 
 
 class Loaded(Templated):

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mistral_common.exceptions import MistralCommonException
+from mistral_common.exceptions import InvalidToolException, InvalidToolSchemaException, MistralCommonException
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
@@ -23,6 +23,7 @@ from mistral_chats.faults import NoTokenizer, Wrong
 
 LONGEST_ID = 9  # of a call: vLLM cuts longer ones to their last characters
 FIRST_IDS, LAST_IDS = 3, 11  # versions that want letters and digits alone in an id
+FIRST_BOTH = 7  # that takes text and calls in one message
 _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
 
@@ -61,23 +62,29 @@ class Mistral:
 
     def check(self, chat: Chat) -> None:
         """Wrong if this version has no tools, or takes not the id of a call; markers inside text stay text in this library."""
-        if (
-            self._number == 1
-            and (tool := next((each for each, sent in enumerate(chat.messages) if "tool_calls" in sent), None)) is not None
-        ):
-            raise Wrong(chat.field(tool, "tool_calls"), *self._no_tools())
-        if self._number == 1 and chat.tools:
-            raise Wrong("tools", *self._no_tools())
+        calls = [(each, sent) for each, sent in enumerate(chat.messages) if "tool_calls" in sent]
+        if self._number == 1 and (calls or chat.tools):
+            wrong = f"this model's tokenizer ({self.version.value}) has no tools"
+            raise Wrong(
+                chat.field(calls[0][0], "tool_calls") if calls else "tools", wrong, "take the row out, or train a later version"
+            )
+        if self._number < FIRST_BOTH and (both := next((each for each, sent in calls if sent["content"]), None)) is not None:
+            wrong = f"it has text and calls of tools, and this model's tokenizer ({self.version.value}) takes one of them"
+            raise Wrong(chat.field(both), wrong, "take the text out, or write null")
         if not FIRST_IDS <= self._number <= LAST_IDS:
             return
+        sent: set[str] = set()
         for number, message in enumerate(chat.messages):
             for each, call in enumerate(message.get("tool_calls", ())):
-                if not _ID.fullmatch(call["id"][-LONGEST_ID:]):
+                field, identity = chat.field(number, f"tool_calls[{each}].id"), call["id"][-LONGEST_ID:]
+                if not _ID.fullmatch(identity):
                     wrong = f"{call['id']!r} does not end with nine letters or digits, which this model's server wants"
-                    raise Wrong(chat.field(number, f"tool_calls[{each}].id"), wrong, "write nine of them, in its result too")
-
-    def _no_tools(self) -> tuple[str, str]:
-        return f"this model's tokenizer ({self.version.value}) has no tools", "take the row out, or train a later version"
+                    raise Wrong(field, wrong, "write nine of them, in its result too")
+                if identity in sent:
+                    raise Wrong(
+                        field, f"{call['id']!r} ends as another id, and servers keep its last {LONGEST_ID}", "write another"
+                    )
+                sent.add(identity)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of some tokens, special ones with their names."""
@@ -93,7 +100,8 @@ class Mistral:
             )
             return list(tokenizer.encode_chat_completion(request).tokens)
         except (AssertionError, ValueError, MistralCommonException) as error:
-            raise Wrong("", f"mistral_common does not take it ({error})", "mend the row, or take it out") from None
+            field = "tools" if isinstance(error, InvalidToolException | InvalidToolSchemaException) else ""
+            raise Wrong(field, f"mistral_common does not take it ({error})", "mend the row, or take it out") from None
 
 
 def _unread(**_: Any) -> str:

@@ -26,7 +26,7 @@ def show(dataset: Dataset, encoder: Encoder, n: int, *, colour: bool) -> str:
     found = []
     for number, example in enumerate(dataset.examples[:n]):
         title = (
-            f"{dataset.summary.file}:{dataset.lines[number]}: example {number + 1} of {len(dataset.examples)}, "
+            f"{dataset.summary.file}:{dataset.lines[number]}: example {number + 1} of {dataset.summary.examples}, "
             f"{len(example.input_ids)} tokens, {example.learnt} learnt"
         )
         found.append(f"{title}\n{_shown(example, encoder, colour)}\n")
