@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +136,17 @@ MALFORMED: dict[str, tuple[object, str]] = {
     "a list": ("[]", ':2: the row is a list, not a JSON object; write {"messages": [...]}'),
     "a number": ("3", ':2: the row is a number or a bool, not a JSON object; write {"messages": [...]}'),
     "null": ("null", ':2: the row is null, not a JSON object; write {"messages": [...]}'),
-    "NaN": ('{"messages": NaN}', f":2: it has NaN, which is no number in JSON; {ONE_OBJECT}"),
-    "a key twice": ('{"messages": [], "messages": []}', f":2: it has the key 'messages' twice; {ONE_OBJECT}"),
+    "NaN": ('{"messages": NaN}', ":2: it has NaN, which is no number in JSON; write a number that JSON has, or a text"),
+    "a key twice": ('{"messages": [], "messages": []}', ":2: it has the key 'messages' twice; take one of them out"),
     "half a character": (
         '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
-        ":2: it is no text in UTF-8 ('utf-8' codec can't encode character '\\ud83d' in position 43: surrogates not allowed); " + ONE_OBJECT,
+        ":2: it has half of a surrogate pair (\\ud83d); write the whole character",
     ),
-    "nested deeply": ('{"messages":' + "[" * 100 + "]" * 100 + "}", f":2: it is nested deeper than 64 levels; {ONE_OBJECT}"),
-    "nested beyond the parser": ('{"messages":' + "[" * 99999 + "]" * 99999 + "}", f":2: it is nested deeper than 64 levels; {ONE_OBJECT}"),
-    "a huge number": ('{"messages": 1' + "0" * 50 + "}", f":2: it has a number of 51 digits; {ONE_OBJECT}"),
+    "nested deeply": ('{"messages":' + "[" * 100 + "]" * 100 + "}", ":2: it is nested deeper than 64 levels; write chats as lists of messages"),
+    "nested beyond the parser": (
+        '{"messages":' + "[" * 99999 + "]" * 99999 + "}", ":2: it is nested deeper than 64 levels; write chats as lists of messages",
+    ),
+    "a huge number": ('{"messages": 1' + "0" * 50 + "}", ":2: it has a number of 51 digits; write a number that JSON has, or a text"),
     "a huge row": (
         json.dumps(chat(user("a" * (5 << 20)), answer())), ":2: the row has 5242974 bytes, and at most 4194304 are read; split the chat",
     ),
@@ -191,8 +195,15 @@ MALFORMED: dict[str, tuple[object, str]] = {
     "a text that is a number": (chat(user(3), answer()), ":2: messages[0].content: it is a number, not a text; write a text"),
     "a picture": (
         chat(user([{"type": "image_url", "image_url": {"url": "x"}}]), answer()),
-        ":2: messages[0].content[0]: it is 'image_url', not a text; these models learn from text alone: take it out",
+        ":2: messages[0].content[0]: it is 'image_url', not a text; these models learn from text alone: write "
+        '{"type": "text", "text": ...}, or take it out',
     ),
+    "a part that is none": (
+        chat(user(["Why?"]), answer()),
+        ":2: messages[0].content[0]: it is no part of a text; these models learn from text alone: write "
+        '{"type": "text", "text": ...}, or take it out',
+    ),
+    "no parts": (chat(user([]), answer()), ":2: messages[0].content: the question is empty; write what is asked, or take the row out"),
     "two parts": (
         chat(user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), answer()),
         ":2: messages[0].content: it has 2 parts, which servers join in different ways; join them into one text",
@@ -463,9 +474,18 @@ def test_each_malformed_file(tmp_path: Path, kind: str) -> None:
     assert refusal(file) == said
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    with file.open("wb") as handle:
+        handle.truncate((1 << 30) + 1)
+    assert refusal(file) == ": it has 1073741825 bytes, and at most 1073741824 are read; train on a part of it"
+
+
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere.jsonl") == ": there is no such file; check the path"
     assert refusal(tmp_path) == ": it is a folder; name one file of chats"
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(tmp_path / "pipe") == ": it is no plain file; write the chats to a file first"
 
 
 def test_all_faults_are_counted_and_their_lines_named(tmp_path: Path) -> None:
@@ -493,3 +513,53 @@ def test_chats_that_two_files_share_are_found(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     held_out = read_chats(write(tmp_path / "other", chat(user("Who?"), answer()), chat(user(" How?"), answer("Thus.", weight=1))))
     assert held_out.shared(learnt) == ((2, 1),)
+
+
+JUNK: tuple[Any, ...] = (
+    None, True, 0, -1, 2.5, "", " ", "x", [], {}, [[]], [None], {"a": 1}, "user", "assistant", "tool", "\x00", "\ud83d", 10**50, "</s>", [1, 2],
+    ["text"], [{"type": "text", "text": "x"}], [{"type": 3}], {"name": None}, {"function": None}, float("nan"), "a" * 300, "\u2028", [{}],
+)  # fmt: skip
+KEYS = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", "from", "value", "messages", "input", "tools", "x")
+
+
+def damaged(found: Any, at: random.Random) -> Any:
+    """What was read, with one of its values replaced, added or taken away somewhere."""
+    if not isinstance(found, dict | list) or not found or at.random() < 0.2:
+        return at.choice(JUNK)
+    keys = list(found) if isinstance(found, dict) else list(range(len(found)))
+    key = at.choice(keys)
+    changed: Any = dict(found) if isinstance(found, dict) else list(found)
+    match at.randrange(8):
+        case 0:
+            del changed[key]
+        case 1 if isinstance(changed, dict):
+            changed[at.choice(KEYS)] = at.choice(JUNK)
+        case 2 if isinstance(changed, list):
+            changed.insert(at.randrange(len(changed) + 1), at.choice(changed))
+        case _:
+            changed[key] = damaged(found[key], at)
+    return changed
+
+
+def test_whatever_stands_in_a_row_it_is_taken_or_refused_in_one_line(tmp_path: Path) -> None:
+    at = random.Random(1)  # noqa: S311
+    whole = (
+        chat(SYSTEM, user(), answer("So.", weight=1), tools=[{"type": "function", "function": {"name": "add", "parameters": {}}}]),
+        calls(), turns(("human", "Why?"), ("gpt", "So.")), {"instruction": "Why?", "input": "Now.", "output": "So."},
+    )  # fmt: skip
+    file = tmp_path / "chats.jsonl"
+    taken = 0
+    for _ in range(1000):
+        text = json.dumps(damaged(at.choice(whole), at))
+        file.write_text(f"[{text}]" if at.random() < 0.2 else text)
+        try:
+            [found] = read_chats(file).rows
+        except UserError:
+            said = refusal(file)
+            assert (said[0], "; " in said) == (":", True), text
+            continue
+        taken += 1
+        assert found.learnt, text
+        for message in found.messages:
+            assert message["content"] is None or isinstance(message["content"], str), text
+    assert 50 < taken < 500

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import training
 from checkpoints import TOKENIZERS, mistral_tokenizer, write
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -29,6 +30,7 @@ VERSIONS = {
     "v0.1 and v0.2": (["tokenizer.model.v1"], 32000, MistralTokenizer.v1, 733),
     "v0.3, old name too": (["mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"], 32768, MistralTokenizer.v3, 3),
 }
+FAMILY = {"v0.1 and v0.2": "mistral v1", "v0.3, old name too": "mistral v3"}
 ROLES = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
 
 
@@ -45,7 +47,8 @@ def test_chat_over_http_is_tokenized_as_mistral_does(tmp_path: Path, version: st
     folder = mistral_tokenizer(weights, files[0])
     for other in files[1:]:
         shutil.copy(folder / TOKENIZERS[files[0]], folder / other)
-    with launched(tmp_path, MAX_MODEL_LEN="1024") as launcher:
+    family = FAMILY[version]
+    with launched(tmp_path, MAX_MODEL_LEN="1024", TOOL_PARSER="mistral" if training.has_tools(family) else "") as launcher:
         launcher.until("ready")
         for name, conversation in CONVERSATIONS.items():
             body = {"model": "tiny", "messages": conversation, "max_tokens": 1, "return_token_ids": True}
@@ -53,6 +56,7 @@ def test_chat_over_http_is_tokenized_as_mistral_does(tmp_path: Path, version: st
             wanted = by_mistral(library, conversation)
             assert answer["prompt_token_ids"] == wanted, name
             assert wanted[:2] == [1, instruction], name
+        assert training.compare(launcher, family, folder) == (15 if training.has_tools(family) else 11)
 
 
 def test_the_tokenizer_under_its_new_name_alone_is_the_same(tmp_path: Path) -> None:

@@ -180,9 +180,11 @@ def _content(found: object, place: str) -> str:
     for number, part in enumerate(found):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise Wrong(
-                f"{place}[{number}]", f"it is {kind or 'a part'!r}, not a text", "these models learn from text alone: take it out"
-            )
+            wrong = f"it is {kind!r}, not a text" if isinstance(kind, str) and kind != "text" else "it is no part of a text"
+            mend = 'these models learn from text alone: write {"type": "text", "text": ...}, or take it out'
+            raise Wrong(f"{place}[{number}]", wrong, mend)
+    if not found:
+        return ""
     if len(found) != 1:
         raise Wrong(place, f"it has {len(found)} parts, which servers join in different ways", "join them into one text")
     text: str = found[0]["text"]

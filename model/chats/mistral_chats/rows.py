@@ -111,13 +111,25 @@ def _text(data: bytes) -> str:
         raise Wrong("", wrong, "save the file as UTF-8 (iconv -f ENCODING -t UTF-8)") from None
 
 
+# What is said of a text that is not taken, and what to do about it.
+_MENDS = (
+    ("is not JSON", "write each row as one JSON object in one line, or all of them in one JSON array"),
+    ("twice", "take one of them out"),
+    ("nested", "write chats as lists of messages"),
+    ("number", "write a number that JSON has, or a text"),
+    ("", "write the whole character"),  # half a surrogate pair
+)
+
+
 def _object(text: str, place: str = "") -> dict[str, object]:
     """Return the JSON object in a text; Wrong unless every reader understands it alike."""
     try:
         found = untrusted.read_any(text, MOST_ROW_BYTES)
     except untrusted.NotRead as error:
         wrong = re.sub(r": line \d+ column (\d+) \(char \d+\)", r" at column \1", str(error))
-        raise Wrong(place, wrong, "write each row as one JSON object in one line, or all of them in one JSON array") from None
+        if half := re.search(r"'(\\ud[0-9a-f]{3})'.*surrogates", wrong):
+            wrong = f"it has half of a surrogate pair ({half[1]})"
+        raise Wrong(place, wrong, next(mend for said, mend in _MENDS if said in wrong)) from None
     if not isinstance(found, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(found), "a number or a bool")
         raise Wrong(place, f"the row is {kind}, not a JSON object", 'write {"messages": [...]}')
