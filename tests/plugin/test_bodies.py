@@ -77,7 +77,8 @@ HOSTILE: list[tuple[str, Any]] = [
     ("logit_bias", {"9" * 400: 1}), ("allowed_token_ids", list(range(1025))), ("logprob_token_ids", list(range(129))),
     ("prompt_logprobs", -1), ("prompt_logprobs", 10**9), ("stream_interval", 0), ("stream_interval", 10**9),
     ("stream_options", {"include_usage": [1]}),
-    ("stream_options", [1]), ("echo", "yes please do"), ("stream", []), ("user", LONG), ("request_id", LONG), ("request_id", "a\r\nb"),
+    ("stream_options", [1]), ("echo", "yes please do"), ("stream", []), ("stream", "maybe"), ("stream", 2), ("echo", " true"),
+    ("user", LONG), ("request_id", LONG), ("request_id", "a\r\nb"),
     ("model", LONG),
     ("model", 7), ("cache_salt", LONG), ("priority", -5), ("use_beam_search", True), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("metadata", {"a": {}}), ("metadata", {str(n): "a" for n in range(17)}),
@@ -89,7 +90,8 @@ HOSTILE: list[tuple[str, Any]] = [
     ("structured_outputs", {"regex": "a" * 5000}), ("structured_outputs", {"grammar": LONG}), ("structured_outputs", {"choice": ["a"] * 1001}),
     ("structured_outputs", {"choice": "a"}), ("structured_outputs", {"json": LONG}), ("structured_outputs", {"whitespace_pattern": "(a+)+"}),
     ("structured_outputs", {"structural_tag": LONG}), ("structured_outputs", {"regex": 5}), ("structured_outputs", {"x": 1}),
-    ("structured_outputs", []),
+    ("structured_outputs", []), ("structured_outputs", {"json": "[" * 30_000 + "]" * 30_000}), ("structured_outputs", {"json": "{"}),
+    ("structured_outputs", {"json": json.dumps(DEEP)}), ("structured_outputs", {"structural_tag": '{"a":' * 5000 + "1" + "}" * 5000}),
     ("guided_json", {}), ("unheard_of", 1), ("\ud800", 1), ("user", "\ud800"), ("metadata", {"a": 10**400}),
 ]  # fmt: skip
 OF_A_COMPLETION: list[tuple[str, Any]] = [
@@ -165,6 +167,9 @@ def test_one_request_leaves_places_to_others() -> None:
     ({"prompt": "a" * 60_000, "prompt_logprobs": 50}, False, "prompt_logprobs"),
     ({"prompt": ["a" * 20_000] * 6, "echo": True, "logprobs": 5, "max_tokens": 0}, False, "prompt_logprobs"),
     ({"logprobs": True, "top_logprobs": 20, "n": 2}, True, "top_logprobs"),
+    ({"logprobs": True, "logprob_token_ids": list(range(128))}, True, "top_logprobs"),
+    ({"logprobs": "yes", "top_logprobs": 20, "n": 2}, True, "top_logprobs"),
+    *(({"logprobs": True, "top_logprobs": 20, "n": 2, "stream": off}, True, "top_logprobs") for off in ("false", "OFF", "n", "0", 0, False, 0.0)),
 ])  # fmt: skip
 def test_log_probabilities_of_one_answer_are_bounded(fields: dict[str, Any], chat: bool, param: str) -> None:
     assert refused(({"messages": USER} if chat else {"prompt": "a"}) | fields, chat)[0] == param
@@ -172,6 +177,17 @@ def test_log_probabilities_of_one_answer_are_bounded(fields: dict[str, Any], cha
 
 def test_a_stream_writes_log_probabilities_piece_by_piece() -> None:
     assert ask(True, logprobs=True, top_logprobs=20, n=2, stream=True) == Asked(2, uncounted=True)
+
+
+@pytest.mark.parametrize("on", [True, 1, 1.0, "true", "True", "ON", "y", "1"])
+def test_a_flag_is_what_vllm_takes_it_for(on: Any) -> None:
+    """Of each spelling: a stream is counted, and who asks for its tokens counts them himself."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    assert CompletionRequest(prompt="a", stream=on).stream is True
+    assert ask(stream=on).uncounted
+    assert ask(stream=on, stream_options={"include_usage": "off"}).uncounted
+    assert not ask(stream=on, stream_options={"include_usage": on}).uncounted
 
 
 @pytest.mark.parametrize(("fields", "chat", "kind"), [

@@ -36,6 +36,8 @@ BIASES, TOKEN_IDS, STOP_TOKEN_IDS = 300, 1024, 128
 TOOLS, CHOICES = 128, 1000
 # Bytes of what vLLM makes a grammar of. The time that it takes is bounded by another module, which tries.
 GRAMMAR_BYTES = {"json": 64 << 10, "regex": 4 << 10, "choice": 32 << 10, "grammar": 32 << 10, "structural_tag": 64 << 10}
+# What pydantic, and so vLLM, reads as a flag.
+TRUE, FALSE = (True, "true", "t", "yes", "y", "on", "1"), (False, "false", "f", "no", "n", "off", "0")
 NESTED = {dict, list}
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 HARMONY = {"author", "recipient", "channel", "content_type"}
@@ -126,9 +128,20 @@ def _tokens(low: int) -> Check:
     return check
 
 
-def _flag(value: Any, bounds: Bounds) -> None:
-    if not isinstance(value, bool) and value not in (0, 1) and not (isinstance(value, str) and len(value) < 8):
+def _truth(value: Any) -> bool:
+    """Whether vLLM takes a flag for true; ValueError if it takes it for neither."""
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, list | dict) or word not in (*TRUE, *FALSE):
         raise ValueError("should be true or false")
+    return word in TRUE
+
+
+def _flag(value: Any, bounds: Bounds) -> None:
+    _truth(value)
+
+
+def _is_on(data: Mapping[str, Any], name: str) -> bool:
+    return data.get(name) is not None and _truth(data[name])
 
 
 def _text(longest: int) -> Check:
@@ -297,6 +310,17 @@ def _structured(value: Any, bounds: Bounds) -> None:
     for kind in GRAMMAR_BYTES:
         if value.get(kind) is not None:
             _within(kind, value[kind])
+    for kind in ("json", "structural_tag"):
+        if isinstance(value.get(kind), str):
+            _json_text(kind, value[kind])
+
+
+def _json_text(kind: str, text: str) -> None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"should have JSON of at most {DEEPEST} levels as {kind}") from None
+    _plain("structured_outputs", found)
 
 
 def _response_format(value: Any, bounds: Bounds) -> None:
@@ -395,8 +419,9 @@ def check(path: str, body: bytes, bounds: Bounds) -> Asked:
             "n", f"n times the prompts is {count}; at most {bounds.sequences} are taken at once, send them in several requests"
         )
     _check_logprobs(data, len(body), count, bounds)
-    says = (data.get("stream_options") or {}).get("include_usage")
-    return Asked(count, tuple(_grammars(data)), data.get("stream") is True and says in (None, False))
+    return Asked(
+        count, tuple(_grammars(data)), _is_on(data, "stream") and not _is_on(data.get("stream_options") or {}, "include_usage")
+    )
 
 
 def counted(body: bytes) -> bytes:
@@ -464,13 +489,13 @@ def _check_logprobs(data: dict[str, Any], size: int, count: int, bounds: Bounds)
         return missing if (value := data.get(name)) is None else int(_number(value))
 
     longest, chat = bounds.max_model_len, "messages" in data
-    wanted = number("top_logprobs", 0) if chat else number("logprobs", 0)
-    sampled = 1 + wanted if (data.get("logprobs") if chat else data.get("logprobs") is not None) else 0
+    wanted = max(number("top_logprobs", 0) if chat else number("logprobs", 0), len(data.get("logprob_token_ids") or ()))
+    sampled = 1 + wanted if (_is_on(data, "logprobs") if chat else data.get("logprobs") is not None) else 0
     of_prompt = 1 + number("prompt_logprobs", 0) if data.get("prompt_logprobs") is not None else 0
-    if sampled and data.get("echo"):
+    if sampled and _is_on(data, "echo"):
         of_prompt = max(of_prompt, sampled)
     answer = number("max_completion_tokens", number("max_tokens", longest if chat else 16))
-    asked = count * sampled * (0 if data.get("stream") else min(longest, answer)) + of_prompt * min(count * longest, size)
+    asked = count * sampled * (0 if _is_on(data, "stream") else min(longest, answer)) + of_prompt * min(count * longest, size)
     if asked > LOGPROBS:
         raise Refused(
             "prompt_logprobs" if of_prompt else "top_logprobs" if chat else "logprobs",
