@@ -18,6 +18,7 @@ PARTS = (
     ("deploy/mistralctl/", "mistralctl (laptop)"),
     ("model/contract/", "mistral_contract"),
     ("model/weights/", "mistral_weights"),
+    ("model/chats/", "mistral_chats"),
     ("model/plugin/", "vllm_mistral (plugin)"),
     ("model/node/", "mistral_node and the set-up"),
     ("task_templates/", "task templates"),

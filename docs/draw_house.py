@@ -114,9 +114,10 @@ class Band:
 
 
 def bands(names: Iterable[str]) -> list[Band]:
-    """Return the house from top to bottom: the contract, the weights tool, the laptop's tiers, the rest of the node."""
+    """Return the house from top to bottom: the contract, the tools of both machines, the laptop's tiers, the rest of the node."""
     tier = tiers()
-    members: dict[str, list[str]] = {place: [] for place in ("contract", "mistral_weights", *dict.fromkeys(tier.values()))}
+    shared = ("contract", "mistral_weights", "mistral_chats")
+    members: dict[str, list[str]] = {place: [] for place in (*shared, *dict.fromkeys(tier.values()))}
     for name in sorted(names):
         package = name.split(".")[0]
         place = tier[name] if package == "mistralctl" else "contract" if package == "mistral_contract" else package

@@ -135,7 +135,13 @@ def test_what_a_file_amounts_to(tmp_path: Path) -> None:
     assert summary.learnt == sum(example.learnt for example in found.examples) == 9
     assert summary.ignored == ("id",)
     assert summary.by.startswith("mistral_common ")
-    assert found.lines == (1, 2, 2)
+    assert (found.lines, found.rows) == ((1, 2, 2), (0, 1, 1))
+    file.write_text(json.dumps([{"messages": turn("2+2?", "4")}, {"messages": LONG_CHAT}]))
+    assert (array := counted(read_chats(file), tmp_path / "t", "mistral")[0]).lines == (1, 1, 1)
+    assert (array.rows, array.examples) == (found.rows, found.examples)
+    said = f"1: 2 of 2 rows are longer than 5 tokens: line 1 with {max(lengths)}, line 1 with {lengths[0]}; "
+    assert refusal(file, tmp_path / "t", max_length=5)[1].startswith(said)
+    write(tmp_path, {"messages": turn("2+2?", "4"), "id": 1}, LONG_CHAT)
     first, _ = counted(read_chats(file), tmp_path / "t", "mistral", keep=1)
     assert (first.examples, first.lines, first.summary) == (found.examples[:1], (1,), summary)
 

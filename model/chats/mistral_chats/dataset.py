@@ -34,10 +34,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a file in its order, all or the first of them, with the line of each; the summary is of all."""
+    """The examples of a file in its order, all or the first of them; the summary is of all.
+
+    `lines` has the line of each, `rows` which of the file's chats it is of: in a JSON array several may begin in one line.
+    """
 
     examples: tuple[Example, ...]
     lines: tuple[int, ...]
+    rows: tuple[int, ...]
     summary: Summary
 
 
@@ -50,12 +54,12 @@ def dataset(chats: Chats, encoder: Encoder, max_length: int = 0, keep: int | Non
     found = _Counted()
     faults: list[Fault] = []
     count = 0
-    long: dict[int, int] = {}
-    for chat in chats.rows:
+    long: list[tuple[int, int]] = []
+    for row, chat in enumerate(chats.rows):
         try:
-            found.add(chat.line, encoder.examples(chat, chats.file, max_length), keep)
+            found.add(row, chat.line, encoder.examples(chat, chats.file, max_length), keep)
         except TooLong as error:
-            long[chat.line] = max(error.length, long.get(chat.line, 0))
+            long.append((error.length, chat.line))
         except Malformed as malformed:
             count += malformed.count
             faults += malformed.faults[: MOST_KEPT - len(faults)]
@@ -68,7 +72,7 @@ def dataset(chats: Chats, encoder: Encoder, max_length: int = 0, keep: int | Non
         chats.file, chats.format, len(chats.rows), found.count, found.learnt, found.tokens, found.longest, found.longest_line, encoder.by,
         chats.ignored,
     )  # fmt: skip
-    return Dataset(tuple(found.examples), tuple(found.lines), summary)
+    return Dataset(tuple(found.examples), tuple(found.lines), tuple(found.rows), summary)
 
 
 class _Counted:
@@ -77,9 +81,10 @@ class _Counted:
     def __init__(self) -> None:
         self.examples: list[Example] = []
         self.lines: list[int] = []
+        self.rows: list[int] = []
         self.count = self.learnt = self.tokens = self.longest = self.longest_line = 0
 
-    def add(self, line: int, examples: Sequence[Example], keep: int | None) -> None:
+    def add(self, row: int, line: int, examples: Sequence[Example], keep: int | None) -> None:
         for example in examples:
             length = len(example.input_ids)
             self.count, self.learnt, self.tokens = self.count + 1, self.learnt + example.learnt, self.tokens + length
@@ -88,12 +93,14 @@ class _Counted:
             if keep is None or len(self.examples) < keep:
                 self.examples.append(example)
                 self.lines.append(line)
+                self.rows.append(row)
 
 
-def _too_long(chats: Chats, long: dict[int, int], max_length: int) -> Fault:
-    """Return the fault of all rows that are too long: the longest first."""
-    named = sorted(long, key=lambda line: -long[line])
-    listed = ", ".join(f"line {line} with {long[line]}" for line in named[:MOST_NAMED])
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+def _too_long(chats: Chats, long: list[tuple[int, int]], max_length: int) -> Fault:
+    """Return the fault of all rows that are too long, (tokens, line) of each: the longest first."""
+    listed = ", ".join(
+        f"line {line} with {length}" for length, line in sorted(long, key=lambda row: (-row[0], row[1]))[:MOST_NAMED]
+    )
+    more = f" and {len(long) - MOST_NAMED} more" if len(long) > MOST_NAMED else ""
     rows = f"{len(long)} of {len(chats.rows)} rows {'is' if len(long) == 1 else 'are'} longer than {max_length} tokens: {listed}{more}"
-    return Fault(chats.file, min(long), "", rows, "split or shorten them, or raise --max-length; nothing is cut")
+    return Fault(chats.file, long[0][1], "", rows, "split or shorten them, or raise --max-length; nothing is cut")
