@@ -183,6 +183,10 @@ MALFORMED: dict[str, tuple[object, str]] = {
     ),
     "an unknown role": (chat(user(), answer(role="moderator")), ":2: messages[1].role: 'moderator' is no role; use system, user, assistant or tool"),
     "a misspelt role": (chat(user(), answer(role="asistant")), ":2: messages[1].role: 'asistant' is no role; did you mean 'assistant'?"),
+    "a long role": (
+        chat(user(), answer(role="x" * 999)),
+        f":2: messages[1].role: '{'x' * 56}... is no role; use system, user, assistant or tool",
+    ),
     "a role in capitals": (chat(user(role="User"), answer()), ":2: messages[0].role: 'User' is no role; did you mean 'user'?"),
     "another's role": (chat(user(), answer(role="bot")), ":2: messages[1].role: 'bot' is no role; write assistant"),
     "a newer role": (chat(user(role="developer"), user(), answer()), ":2: messages[0].role: 'developer' is no role; write system"),
@@ -376,6 +380,10 @@ SHAREGPT: dict[str, tuple[object, str]] = {
         turns(("gpt", "Hello."), ("human", "Why?"), ("gpt", "So.")),
         ":2: conversations[0].from: the chat begins with role assistant; begin it with user, or with one system message",
     ),
+    "a misspelt weight": (
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", "weigth": 0, "lang": "en"}]},
+        ":2: conversations[1].weigth: it is not a field of a turn; did you mean 'weight'? Otherwise rename it",
+    ),
     "an empty answer": (
         turns(("human", "Why?"), ("gpt", "")), ":2: conversations[1].value: the answer is empty; write the answer, or take the row out",
     ),
@@ -414,6 +422,9 @@ ALPACA: dict[str, tuple[object, str]] = {
     ),
     "a misspelt key": (
         {"instruction": "Why?", "outputs": "So."}, ":2: outputs: 'outputs' is unknown; did you mean 'output'? Otherwise rename it",
+    ),
+    "a special token in the input": (
+        {"instruction": "Why?", "input": "</s>", "output": "So."}, f":2: input: '</s>' is a special token inside text; {TEMPLATE}",
     ),
     "a special token": (
         {"instruction": "[INST] Why?", "output": "So."}, f":2: instruction: '[INST]' is a special token inside text; {TEMPLATE}",

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_contract import untrusted
+
 from mistral_chats import formats, rows
 from mistral_chats.faults import Faults, Wrong
 from mistral_chats.formats import Format, Message
+from mistral_chats.texts import check_text, quoted
 
-# Tokens that end a turn or begin one, of these models and of others: in a text they come from a template that was applied before.
-MARKERS = re.compile(
-    r"</?s>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|<</?SYS>>|<\|[a-zA-Z0-9_]{1,40}\|>|</?(?:start|end)_of_turn>|<unk>|<pad>"
-)
+MOST_IGNORED = 50  # keys that are named
 _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FOLLOWS = {
     "": ("system", "user"),
@@ -103,7 +103,9 @@ def read(path: str | Path, *, name: str = "") -> Chats:
         if not chats and not faults.count:
             raise Wrong("", "it has no rows", "write one chat a line")
     faults.judge()
-    return Chats(faults.file, form or "openai", tuple(chats), tuple(sorted(ignored)))
+    return Chats(
+        faults.file, form or "openai", tuple(chats), tuple(sorted({untrusted.line(key) for key in ignored})[:MOST_IGNORED])
+    )
 
 
 def _digest(chat: Chat) -> bytes:
@@ -187,21 +189,25 @@ def _calls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> N
             if message.tool_call_id not in open_calls:
                 wrong = "it has a result already" if message.tool_call_id in known else "no call before it has this id"
                 raise Wrong(
-                    f"{message.place}.tool_call_id", f"{message.tool_call_id!r}: {wrong}", "repeat the id of an open call"
+                    f"{message.place}.tool_call_id", f"{quoted(message.tool_call_id)}: {wrong}", "repeat the id of an open call"
                 )
             del open_calls[message.tool_call_id]
             continue
         if open_calls:
-            raise Wrong(message.place, f"the call {next(iter(open_calls))!r} has no result", "write a tool message for each call")
+            raise Wrong(
+                message.place, f"the call {quoted(next(iter(open_calls)))} has no result", "write a tool message for each call"
+            )
         for number, call in enumerate(message.tool_calls):
             place = f"{message.place}.tool_calls[{number}]"
             name = call["function"]["name"]
             if not _FUNCTION_NAME.fullmatch(name):
-                raise Wrong(f"{place}.function.name", f"{name!r} is no name", "use letters, digits, _ and -, at most 64")
+                raise Wrong(f"{place}.function.name", f"{quoted(name)} is no name", "use letters, digits, _ and -, at most 64")
             if names and name not in names:
-                raise Wrong(f"{place}.function.name", f"{name!r} is none of the row's tools", "add it to tools, or mend the name")
+                raise Wrong(
+                    f"{place}.function.name", f"{quoted(name)} is none of the row's tools", "add it to tools, or mend the name"
+                )
             if call["id"] in known:
-                raise Wrong(f"{place}.id", f"{call['id']!r} stands twice", "give each call an id of its own")
+                raise Wrong(f"{place}.id", f"{quoted(call['id'])} stands twice", "give each call an id of its own")
             known.add(call["id"])
             open_calls[call["id"]] = place
 
@@ -219,14 +225,16 @@ def _tools(found: object) -> tuple[Mapping[str, Any], ...]:
             raise Wrong(f"tools[{number}]", "it is no function", 'write {"type": "function", "function": {...}}')
         name = function.get("name")
         if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
-            raise Wrong(f"tools[{number}].function.name", f"{name!r} is no name", "use letters, digits, _ and -, at most 64")
+            raise Wrong(
+                f"tools[{number}].function.name", f"{quoted(name)} is no name", "use letters, digits, _ and -, at most 64"
+            )
         if name in names:
-            raise Wrong(f"tools[{number}].function.name", f"{name!r} stands twice", "take one of them out")
+            raise Wrong(f"tools[{number}].function.name", f"{quoted(name)} stands twice", "take one of them out")
         if not isinstance(function.get("parameters", {}), dict):
             raise Wrong(f"tools[{number}].function.parameters", "it is no JSON schema", "write an object")
         names.add(name)
     for place, text in _strings(found, "tools"):
-        _marked(place, text)
+        check_text(place, text)
     return tuple(found)
 
 
@@ -241,20 +249,9 @@ def _texts(message: Message) -> None:
             raise Wrong(message.text_at, f"the {'system prompt' if message.role == 'system' else 'question'} is empty", mend)
         if not message.tool_calls:
             raise Wrong(message.text_at, "the answer is empty", "write the answer, or take the row out")
-    _marked(message.text_at, message.content or "")
+    check_text(message.text_at, message.content or "")
     for number, call in enumerate(message.tool_calls):
-        _marked(f"{message.place}.tool_calls[{number}].function.arguments", call["function"]["arguments"])
-
-
-def _marked(place: str, text: str) -> None:
-    """Wrong if a text holds a special token, or a character that no text has."""
-    if found := MARKERS.search(text):
-        mend = "take it out: the chat is put into the model's own template, and text must not end a turn"
-        raise Wrong(place, f"{found[0]!r} is a special token inside text", mend)
-    if "\x00" in text:
-        raise Wrong(place, "it has a zero character (\\u0000)", "take it out")
-    if "\ufffd" in text:
-        raise Wrong(place, "it has U+FFFD, which stands where text was decoded wrongly", "write the text anew from its source")
+        check_text(f"{message.place}.tool_calls[{number}].function.arguments", call["function"]["arguments"])
 
 
 def _strings(found: object, place: str) -> Iterable[tuple[str, str]]:

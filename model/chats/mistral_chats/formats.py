@@ -9,10 +9,12 @@ from typing import Any, Literal
 from mistral_contract.suggest import suggest
 
 from mistral_chats.faults import Wrong
+from mistral_chats.texts import check_text, quoted
 
 Format = Literal["openai", "sharegpt", "alpaca"]
 NAMES: Mapping[Format, str] = {"openai": "OpenAI chat", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
 ROLES = ("system", "user", "assistant", "tool")
+LONGEST_KEY = 60  # of a key that a fault names
 _SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -37,6 +39,7 @@ _MESSAGE_KEYS = {
     "function_call",
     "annotations",
 }
+_TURN_KEYS = {"from", "value", "weight"}
 _EMPTY_KEYS = ("refusal", "audio", "function_call", "annotations")
 # What a row of each format is made of; the other keys of a row are its own business, unless they look misspelt.
 _ROW_KEYS: Mapping[Format, tuple[str, ...]] = {
@@ -92,10 +95,10 @@ def recognise(row: Mapping[str, object]) -> Format:
         return found[0]
     if {"preferred_output", "chosen"} & set(row):
         raise Wrong("", "the row is a preference", "only answers are learnt: write `messages` with the preferred answer")
-    keys = ", ".join(sorted(map(str, row))[:8]) or "no keys"
+    keys = ", ".join(sorted(key[:LONGEST_KEY] for key in row)[:8]) or "no keys"
     for key in row:
         if near := suggest(key, ("messages", "conversations", "instruction"), 0.8):
-            raise Wrong(key, f"{key!r} is unknown", f"did you mean {near!r}?")
+            raise Wrong(key[:LONGEST_KEY], f"{quoted(key)} is unknown", f"did you mean {near!r}?")
     raise Wrong(
         "", f"the row has {keys}, which is no known format",
         "write messages (OpenAI chat), conversations (ShareGPT), or instruction and output (Alpaca)",
@@ -109,7 +112,7 @@ def ignored(row: Mapping[str, object], form: Format) -> set[str]:
         if key in _NOT_READ and row[key] not in (None, [], "", {}):
             raise Wrong(key, f"{key!r} is not read", _NOT_READ[key])
         if (near := suggest(key, _ROW_KEYS[form], 0.8)) and near not in row:
-            raise Wrong(key, f"{key!r} is unknown", f"did you mean {near!r}? Otherwise rename it")
+            raise Wrong(key[:LONGEST_KEY], f"{quoted(key)} is unknown", f"did you mean {near!r}? Otherwise rename it")
     return others
 
 
@@ -149,16 +152,18 @@ def _message(item: object, place: str) -> Message:
         raise Wrong(place, f"it is {_kind(item)}, not an object", 'write {"role": ..., "content": ...}')
     if "role" not in item:
         given = "from" if "from" in item else next((key for key in item if suggest(key, ("role",), 0.7)), "")
-        raise Wrong(f"{place}.role", f"it is missing{f' (there is {given!r})' if given else ''}", "write role and content")
+        raise Wrong(f"{place}.role", f"it is missing{f' (there is {quoted(given)})' if given else ''}", "write role and content")
     role = item["role"]
     if role not in ROLES:
-        said = f"{role!r} is no role" if isinstance(role, str) else f"it is {_kind(role)}, not a role"
+        said = f"{quoted(role)} is no role" if isinstance(role, str) else f"it is {_kind(role)}, not a role"
         mend = _MENDS.get(role.lower(), "use system, user, assistant or tool") if isinstance(role, str) else "write a text"
         near = suggest(role, ROLES, 0.7) if isinstance(role, str) and role.lower() not in _MENDS else None
         raise Wrong(f"{place}.role", said, f"did you mean {near!r}?" if near else mend)
     for key in sorted(set(item) - _MESSAGE_KEYS):
         near = suggest(key, _MESSAGE_KEYS, 0.6)
-        raise Wrong(f"{place}.{key}", "it is not a field of a message", f"did you mean {near!r}?" if near else "take it out")
+        raise Wrong(
+            f"{place}.{key[:LONGEST_KEY]}", "it is not a field of a message", f"did you mean {near!r}?" if near else "take it out"
+        )
     for key in _EMPTY_KEYS:
         if item.get(key) not in (None, "", [], {}):
             mend = "write tool_calls" if key == "function_call" else "take it out: only text and calls of tools are learnt"
@@ -180,7 +185,7 @@ def _content(found: object, place: str) -> str:
     for number, part in enumerate(found):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            wrong = f"it is {kind!r}, not a text" if isinstance(kind, str) and kind != "text" else "it is no part of a text"
+            wrong = f"it is {quoted(kind)}, not a text" if isinstance(kind, str) and kind != "text" else "it is no part of a text"
             mend = 'these models learn from text alone: write {"type": "text", "text": ...}, or take it out'
             raise Wrong(f"{place}[{number}]", wrong, mend)
     if not found:
@@ -196,7 +201,7 @@ def _weight(item: Mapping[str, object], role: str, place: str) -> int:
         return int(role == "assistant")
     weight = item["weight"]
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise Wrong(f"{place}.weight", f"it is {weight!r}, not 0 or 1", "write 1 if the answer is learnt, 0 if not")
+        raise Wrong(f"{place}.weight", f"it is {quoted(weight)}, not 0 or 1", "write 1 if the answer is learnt, 0 if not")
     if role != "assistant" and weight:
         raise Wrong(f"{place}.weight", f"a message of role {role} is not learnt", "take the weight out: it is for answers")
     return int(weight == 1)
@@ -240,7 +245,7 @@ def _call(call: object, place: str) -> Mapping[str, Any]:
     if not isinstance(call, dict):
         raise Wrong(place, f"it is {_kind(call)}, not an object", 'write {"id", "type": "function", "function": {...}}')
     if call.get("type", "function") != "function":
-        raise Wrong(f"{place}.type", f"it is {call['type']!r}", "write function: these models call nothing else")
+        raise Wrong(f"{place}.type", f"it is {quoted(call['type'])}", "write function: these models call nothing else")
     if not isinstance(call.get("id"), str) or not call["id"]:
         raise Wrong(f"{place}.id", "it is missing", "write an id, which the result repeats as tool_call_id")
     function = call.get("function")
@@ -282,9 +287,14 @@ def _sharegpt(row: Mapping[str, object]) -> tuple[Message, ...]:
                 raise Wrong(f"{place}.{key}", wrong, "write from (system, human or gpt) and value, both texts")
         if item["from"] not in _SHAREGPT:
             raise Wrong(
-                f"{place}.from", f"{item['from']!r} is no role",
+                f"{place}.from", f"{quoted(item['from'])} is no role",
                 "use system, human or gpt; for calls of tools write OpenAI chat (messages)",
             )  # fmt: skip
+        for key in sorted(set(item) - _TURN_KEYS):  # turns have keys of their own, such as a language
+            if (near := suggest(key, _TURN_KEYS, 0.8)) and near not in item:
+                raise Wrong(
+                    f"{place}.{key[:LONGEST_KEY]}", "it is not a field of a turn", f"did you mean {near!r}? Otherwise rename it"
+                )
         role = _SHAREGPT[item["from"]]
         found.append(Message(role, item["value"], place, f"{place}.from", f"{place}.value", _weight(item, role, place)))
     return tuple(found)
@@ -302,6 +312,7 @@ def _alpaca(row: Mapping[str, object]) -> tuple[Message, ...]:
     instruction, output = str(row["instruction"]), str(row["output"])
     if not instruction.strip():
         raise Wrong("instruction", "it is empty", "write what is asked, or take the row out")
+    check_text("input", extra or "")
     question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
     return (
         *_system(row),

@@ -79,7 +79,7 @@ class Templated:
 
     def _text(self, messages: Messages, tools: Messages, prompt: bool) -> str:
         try:
-            return self.rendered([_parsed(message) for message in messages], [_described(tool) for tool in tools] or None, prompt)
+            return self.rendered([_parsed(message) for message in messages], [described(tool) for tool in tools] or None, prompt)
         except Wrong:
             raise
         except Exception as error:  # noqa: BLE001 a template raises whatever it likes
@@ -97,12 +97,14 @@ def _parsed(message: Any) -> dict[str, Any]:
     return found
 
 
-def _described(tool: Any) -> dict[str, Any]:
+def described(tool: Any) -> dict[str, Any]:
     """Return a tool as vLLM hands it to a template: no fields but these, and those of them that it always has."""
     function = tool["function"]
     found = {"name": function["name"], "description": function.get("description"), "parameters": function.get("parameters")}
-    found |= {key: function[key] for key in ("strict", "defer_loading") if function.get(key) is not None}
-    return {"type": "function", "function": found, "defer_loading": tool.get("defer_loading")}
+    return {
+        "type": "function",
+        "function": found | ({"strict": function["strict"]} if function.get("strict") is not None else {}),
+    }
 
 
 class Loaded(Templated):

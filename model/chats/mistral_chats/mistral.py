@@ -20,6 +20,7 @@ from mistral_common.tokens.tokenizers.utils import get_one_valid_tokenizer_file
 from mistral_chats.chats import Chat
 from mistral_chats.encoder import Messages
 from mistral_chats.faults import NoTokenizer, Wrong
+from mistral_chats.texts import quoted
 
 LONGEST_ID = 9  # of a call: vLLM cuts longer ones to their last characters
 FIRST_IDS, LAST_IDS = 3, 11  # versions that want letters and digits alone in an id
@@ -78,11 +79,11 @@ class Mistral:
             for each, call in enumerate(message.get("tool_calls", ())):
                 field, identity = chat.field(number, f"tool_calls[{each}].id"), call["id"][-LONGEST_ID:]
                 if not _ID.fullmatch(identity):
-                    wrong = f"{call['id']!r} does not end with nine letters or digits, which this model's server wants"
+                    wrong = f"{quoted(call['id'])} does not end with nine letters or digits, which this model's server wants"
                     raise Wrong(field, wrong, "write nine of them, in its result too")
                 if identity in sent:
                     raise Wrong(
-                        field, f"{call['id']!r} ends as another id, and servers keep its last {LONGEST_ID}", "write another"
+                        field, f"{quoted(call['id'])} ends as another id, and servers keep its last {LONGEST_ID}", "write another"
                     )
                 sent.add(identity)
 
