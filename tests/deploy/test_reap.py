@@ -313,3 +313,50 @@ def test_azure_judges_no_groups_where_it_does_not_list_machines(monkeypatch: pyt
     refused: Refused = []
     assert azure.listed(None, None, None, refused) == []
     assert [str(one).partition(";")[0] for one in refused] == ["Azure refused (HttpResponseError): busy"]
+
+
+MACHINE = {
+    "name": "good", "status": "RUNNING", "machineType": "x/g2-standard-4", "zone": "x/us-central1-a", "labels": {"mistralctl-name": "one"},
+    "creationTimestamp": "2026-11-28T10:00:00Z", "disks": [{"diskSizeGb": "128"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [{"status": None}, {"creationTimestamp": "yesterday"}, {"creationTimestamp": "0001-01-01T00:00:00+23:59"},
+                                 {"disks": [{"diskSizeGb": "many"}]}, {"disks": [7]}, {"labels": None}, {"zone": 7}, {"machineType": None}])  # fmt: skip
+def test_a_machine_that_nobody_understands_hides_no_other(monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]) -> None:
+    machines = [MACHINE | {"name": "bad"} | odd, MACHINE]
+
+    def call(method: str, path: str, body: Any = None, query: Any = None) -> dict[str, Any]:
+        return {"items": {"z": {"instances": machines}}, gcp.AHEAD: 0.0} if path == "aggregated/instances" else {gcp.AHEAD: 0.0}
+
+    monkeypatch.setattr(gcp, "_call", call)
+    refused: Refused = []
+    assert [part.id for part in gcp.listed(None, None, None, refused)] == ["good"]
+    [why] = map(str, refused)
+    assert why.startswith("a machine is listed that cannot be understood (")
+    with pytest.raises(UserError, match="cannot be understood"):
+        gcp.machines(None, ["us-central1"])
+
+
+def test_aws_lists_addresses_and_interfaces_of_other_kinds() -> None:
+    """An address of a carrier's network, an interface in a subnet of version 6 alone, and one that nobody understands."""
+    tags = [{"Key": "mistralctl-name", "Value": "one"}]
+    addresses = [
+        {"AllocationId": "a-1", "CarrierIp": "203.0.113.1", "Tags": tags},
+        {"Tags": tags},
+        {"AllocationId": "a-2", "PublicIp": "203.0.113.2"},
+    ]
+    interface = {"NetworkInterfaceId": "i-1", "Status": "available", "AvailabilityZone": "us-east-1a", "TagSet": tags}
+
+    class EC2:
+        def describe_addresses(self, **_: Any) -> Any:
+            return {"Addresses": addresses}
+
+        def get_paginator(self, name: str) -> Any:
+            pages = [{"NetworkInterfaces": [{"Status": None}, interface]}]
+            return type("Pages", (), {"paginate": lambda self, **_: pages})()
+
+    refused: Refused = []
+    assert [part.id for part in aws._addresses(EC2(), [], "us-east-1", refused)] == ["a-1", "a-2"]
+    assert [part.id for part in aws._interfaces(EC2(), [], refused)] == ["i-1"]
+    assert len(refused) == 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -224,6 +224,23 @@ def part_by_part(refused: Refused | None, place: str = "") -> Iterator[None]:
         if refused is None:
             raise
         refused.append(UserError(f"{place}: {error}" if place else str(error), error.code))
+
+
+def understood(refused: Refused | None, kind: str, listed: Iterable[Any], part: Callable[[Any], Part | None]) -> Iterator[Part]:
+    """Yield the part of each resource that a cloud lists. One that says of itself what nobody understands is among what was refused, and hides no
+    other."""
+    for one in listed:
+        found = None
+        with part_by_part(refused):
+            try:
+                found = part(one)
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                raise UserError(
+                    f"a {kind} is listed that cannot be understood ({type(error).__name__}: {str(error)[:100]}); look at it in the cloud's console",
+                    Exit.CLOUD,
+                ) from error
+        if found is not None:
+            yield found
 
 
 @dataclass(frozen=True)

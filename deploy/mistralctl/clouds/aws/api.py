@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mistralctl import state
-from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part
+from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part, understood
 from mistralctl.clouds.aws.errors import ERRORS
 from mistralctl.errors import Exit, UserError
 
@@ -46,46 +46,63 @@ def _ahead(answer: Mapping[str, Any]) -> float:
     return ahead(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
 
 
-def _machines(ec2: Any, wanted: Sequence[Any], disks: Mapping[str, float]) -> Iterator[Part]:
+def _machines(ec2: Any, wanted: Sequence[Any], disks: Mapping[str, float], refused: Refused | None = None) -> Iterator[Part]:
     """The machines that the filters `wanted` let through; `disks` are the GiB of those that are attached, by machine."""
     for page in ec2.get_paginator("describe_instances").paginate(Filters=wanted):
+
+        def machine(one: dict[str, Any], ahead: float = _ahead(page)) -> Part | None:
+            if one["State"]["Name"] == GONE:
+                return None
+            return Part(
+                "aws", "machine", one["InstanceId"], one["Placement"]["AvailabilityZone"], one["State"]["Name"],
+                one["InstanceType"], one["LaunchTime"].timestamp(), _tags(one), ahead, disks.get(one["InstanceId"]),
+            )  # fmt: skip
+
         for reservation in page["Reservations"]:
-            for one in reservation["Instances"]:
-                if one["State"]["Name"] == GONE:
-                    continue
-                yield Part(
-                    "aws", "machine", one["InstanceId"], one["Placement"]["AvailabilityZone"], one["State"]["Name"],
-                    one["InstanceType"], one["LaunchTime"].timestamp(), _tags(one), _ahead(page), disks.get(one["InstanceId"]),
-                )  # fmt: skip
+            yield from understood(refused, "machine", reservation["Instances"], machine)
 
 
-def _disks(ec2: Any, wanted: Sequence[Any], attached: dict[str, float]) -> Iterator[Part]:
+def _disks(ec2: Any, wanted: Sequence[Any], attached: dict[str, float], refused: Refused | None) -> Iterator[Part]:
     """The disks without a machine; those that have one go with it, and are added to `attached`."""
     for page in ec2.get_paginator("describe_volumes").paginate(Filters=wanted):
-        for one in page["Volumes"]:
+
+        def disk(one: dict[str, Any], ahead: float = _ahead(page)) -> Part | None:
             for machine in one.get("Attachments", ()):
                 attached[machine["InstanceId"]] = attached.get(machine["InstanceId"], 0.0) + float(one["Size"])
-            if one["State"] == "available":
-                yield Part(
-                    "aws", "disk", one["VolumeId"], one["AvailabilityZone"], one["State"], f"{one['Size']} GiB",
-                    one["CreateTime"].timestamp(), _tags(one), _ahead(page),
-                )  # fmt: skip
+            if one["State"] != "available":
+                return None
+            return Part(
+                "aws", "disk", one["VolumeId"], one["AvailabilityZone"], one["State"], f"{one['Size']} GiB",
+                one["CreateTime"].timestamp(), _tags(one), ahead,
+            )  # fmt: skip
+
+        yield from understood(refused, "disk", page["Volumes"], disk)
 
 
-def _addresses(ec2: Any, wanted: Sequence[Any], region: str) -> Iterator[Part]:
+def _addresses(ec2: Any, wanted: Sequence[Any], region: str, refused: Refused | None) -> Iterator[Part]:
     """Neither SkyPilot nor mistralctl makes these or interfaces on AWS; who gives a deployment one and labels it finds it here."""
-    for one in ec2.describe_addresses(Filters=wanted)["Addresses"]:
-        if "AssociationId" not in one:
-            yield Part("aws", "address", one["AllocationId"], region, "unused", one["PublicIp"], None, _tags(one))
+
+    def address(one: dict[str, Any]) -> Part | None:
+        if "AssociationId" in one:
+            return None
+        public = one.get("PublicIp") or one.get("CarrierIp", "")  # of a carrier's network
+        return Part("aws", "address", one["AllocationId"], region, "unused", public, None, _tags(one))
+
+    yield from understood(refused, "address", ec2.describe_addresses(Filters=wanted)["Addresses"], address)
 
 
-def _interfaces(ec2: Any, wanted: Sequence[Any]) -> Iterator[Part]:
+def _interfaces(ec2: Any, wanted: Sequence[Any], refused: Refused | None) -> Iterator[Part]:
+    def interface(one: dict[str, Any]) -> Part | None:
+        if one["Status"] != "available":
+            return None
+        tags, address = (
+            _tags({"Tags": one.get("TagSet", [])}),
+            one.get("PrivateIpAddress", ""),
+        )  # none in a subnet of version 6 alone
+        return Part("aws", "interface", one["NetworkInterfaceId"], one["AvailabilityZone"], "unused", address, None, tags)
+
     for page in ec2.get_paginator("describe_network_interfaces").paginate(Filters=wanted):
-        for one in page["NetworkInterfaces"]:
-            if one["Status"] == "available":
-                tags = _tags({"Tags": one.get("TagSet", [])})
-                place = one["AvailabilityZone"]
-                yield Part("aws", "interface", one["NetworkInterfaceId"], place, "unused", one["PrivateIpAddress"], None, tags)
+        yield from understood(refused, "interface", page["NetworkInterfaces"], interface)
 
 
 def _region(region: str, owner: str | None, name: str | None, refused: Refused | None) -> list[Part]:
@@ -93,16 +110,16 @@ def _region(region: str, owner: str | None, name: str | None, refused: Refused |
     ec2, wanted, found = _client("ec2", region), _filters(owner, name), list[Part]()
     attached: dict[str, float] = {}
     with part_by_part(refused, region), _asked():
-        found += _disks(ec2, wanted, attached)
+        found += _disks(ec2, wanted, attached, refused)
     machines: list[Part] | None = None
     with part_by_part(refused, region), _asked():
-        machines = list(_machines(ec2, wanted, attached))
+        machines = list(_machines(ec2, wanted, attached, refused))
     if machines is None:
         return []
     with part_by_part(refused, region), _asked():
-        found += _addresses(ec2, wanted, region)
+        found += _addresses(ec2, wanted, region, refused)
     with part_by_part(refused, region), _asked():
-        found += _interfaces(ec2, wanted)
+        found += _interfaces(ec2, wanted, refused)
     return machines + found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mistralctl import refusals, state
-from mistralctl.clouds import Finding, NotUsed, Part, Refused, ahead, part_by_part
+from mistralctl.clouds import Finding, NotUsed, Part, Refused, ahead, part_by_part, understood
 from mistralctl.clouds.azure import CLOUD
 from mistralctl.clouds.azure.errors import ERRORS
 from mistralctl.clouds.azure.quotas import subscription
@@ -138,16 +138,21 @@ def _group(part_id: str) -> str:
     return part_id.split("/")[4]
 
 
-def _left_groups(resource: Any, whose: tuple[str | None, str | None], held: set[str], clock: _Clock) -> Iterator[Part]:
+def _left_groups(
+    resource: Any, whose: tuple[str | None, str | None], held: set[str], clock: _Clock, refused: Refused | None
+) -> Iterator[Part]:
     """Groups with our labels and without a machine; of those that are empty nobody knows the age."""
-    for group in resource.resource_groups.list():
+
+    def left(group: Any) -> Part | None:
         if not _is_ours(group.tags or {}, *whose) or group.name.lower() in held:
-            continue
+            return None
         parts = list(resource.resources.list_by_resource_group(group.name, expand="createdTime"))
         made = [part.created_time.timestamp() for part in parts if part.created_time]
         state = "deleting" if group.properties.provisioning_state == "Deleting" else "left behind"
         size, created = f"{len(parts)} resources", min(made, default=time.time() + clock.ahead)
-        yield Part("azure", "group", group.id, group.location, state, size, created, dict(group.tags), clock.ahead)
+        return Part("azure", "group", group.id, group.location, state, size, created, dict(group.tags), clock.ahead)
+
+    yield from understood(refused, "group", resource.resource_groups.list(), left)
 
 
 def _made_for(part: Part) -> bool:
@@ -172,12 +177,16 @@ def _created(one: Any, clock: _Clock) -> float:
     return float(one.time_created.timestamp()) if one.time_created else time.time() + clock.ahead
 
 
-def _left_disks(compute: Any, owner: str | None, name: str | None, clock: _Clock) -> Iterator[Part]:
+def _left_disks(compute: Any, whose: tuple[str | None, str | None], clock: _Clock, refused: Refused | None) -> Iterator[Part]:
     """Those without a machine; one that is attached goes with its machine."""
-    for one in _every(compute.disks.list()):
-        if one.managed_by is None and _is_ours(one.tags or {}, owner, name):
-            size, state = "" if one.disk_size_gb is None else f"{one.disk_size_gb} GiB", str(one.disk_state).lower()
-            yield Part("azure", "disk", one.id, one.location, state, size, _created(one, clock), one.tags, clock.ahead)
+
+    def left(one: Any) -> Part | None:
+        if one.managed_by is not None or not _is_ours(one.tags or {}, *whose):
+            return None
+        size, state = "" if one.disk_size_gb is None else f"{one.disk_size_gb} GiB", str(one.disk_state).lower()
+        return Part("azure", "disk", one.id, one.location, state, size, _created(one, clock), one.tags, clock.ahead)
+
+    yield from understood(refused, "disk", _every(compute.disks.list()), left)
 
 
 def ours(owner: str | None, name: str | None = None, within: Iterable[str] | None = None) -> list[Part]:
@@ -195,13 +204,13 @@ def listed(owner: str | None, name: str | None, within: Iterable[str] | None, re
     every: list[Any] | None = None
     with part_by_part(refused), _asked():
         every = _every(compute.virtual_machines.list_all())
-        found += _parts(compute, every, (owner, name), clock)
+        found += _parts(compute, every, (owner, name), clock, refused)
     with part_by_part(refused), _asked():
-        found += _left_disks(compute, owner, name, clock)
+        found += _left_disks(compute, (owner, name), clock, refused)
     if every is not None:
         held = {_group(one.id).lower() for one in every}
         with part_by_part(refused), _asked():
-            found += _left_groups(resource, (owner, name), held, clock)
+            found += _left_groups(resource, (owner, name), held, clock, refused)
     places = None if within is None else set(within)
     return [part for part in found if places is None or part.place in places]
 
@@ -224,18 +233,23 @@ def _disk_gib(one: Any) -> float | None:
     return sum(sizes) if sizes and all(sizes) else None
 
 
-def _parts(compute: Any, every: Iterable[Any], whose: tuple[str | None, str | None], clock: _Clock) -> list[Part]:
+def _parts(
+    compute: Any, every: Iterable[Any], whose: tuple[str | None, str | None], clock: _Clock, refused: Refused | None = None
+) -> list[Part]:
     """Those of these machines that are of that owner and name, each with its power, for which Azure is asked once."""
     own = [one for one in every if _is_ours(one.tags or {}, *whose)]
     power = _powers(compute) if own else {}
-    return [
-        Part(
-            "azure", "machine", one.id, one.location,
-            "deleting" if one.provisioning_state == "Deleting" else power.get(one.id.lower(), str(one.provisioning_state).lower()),
-            one.hardware_profile.vm_size, _created(one, clock), one.tags, clock.ahead, _disk_gib(one),
+
+    def machine(one: Any) -> Part:
+        state = (
+            "deleting" if one.provisioning_state == "Deleting" else power.get(one.id.lower(), str(one.provisioning_state).lower())
         )
-        for one in own
-    ]  # fmt: skip
+        size = one.hardware_profile.vm_size
+        return Part(
+            "azure", "machine", one.id, one.location, state, size, _created(one, clock), one.tags, clock.ahead, _disk_gib(one)
+        )
+
+    return list(understood(refused, "machine", own, machine))
 
 
 def _powers(compute: Any) -> dict[str, str]:

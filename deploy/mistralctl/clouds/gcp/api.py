@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from mistralctl import state
-from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part
+from mistralctl.clouds import NotUsed, Part, Refused, ahead, part_by_part, understood
 from mistralctl.errors import Exit, UserError
 
 ENDPOINT = "https://compute.googleapis.com/compute/v1"
@@ -155,12 +155,15 @@ def _left_behind(kind: str, one: Mapping[str, Any], labels: Mapping[str, str], l
 
 def _machines(refused: Refused | None = None) -> Iterator[Part]:
     """Everybody's machines."""
-    for one in _everywhere("instances", refused, filter="labels.mistralctl-name:*"):
+
+    def machine(one: dict[str, Any]) -> Part:
         state = "stopped" if one["status"] == "TERMINATED" else one["status"].lower()
         kind, place = _last(one["machineType"]), _last(one["zone"])
         sizes = [disk.get("diskSizeGb") for disk in one.get("disks", ())]
         gib = sum(map(float, sizes)) if sizes and all(sizes) else None
-        yield Part("gcp", "machine", one["name"], place, state, kind, _created(one), one.get("labels", {}), one[AHEAD], gib)
+        return Part("gcp", "machine", one["name"], place, state, kind, _created(one), one["labels"], one[AHEAD], gib)
+
+    yield from understood(refused, "machine", _everywhere("instances", refused, filter="labels.mistralctl-name:*"), machine)
 
 
 def _is_ours(labels: Mapping[str, str], owner: str | None, name: str | None) -> bool:
@@ -194,16 +197,15 @@ def listed(owner: str | None, name: str | None, within: Iterable[str] | None, re
     with part_by_part(refused):
         machines += _machines(refused)
     living = {(part.labels.get("mistralctl-owner", ""), part.labels["mistralctl-name"]) for part in machines}
-    left: list[Part | None] = []
+    left: list[Part] = []
     if len(refused or ()) == before:
         with part_by_part(refused):  # a disk that is attached goes with its machine
             disks = [one for one in _everywhere("disks", refused) if not one.get("users")]
-            left += [_left_behind("disk", one, one.get("labels", {}), living) for one in disks]
+            left += understood(refused, "disk", disks, lambda one: _left_behind("disk", one, one.get("labels", {}), living))
         with part_by_part(refused):
             rules = [one | {AHEAD: page.get(AHEAD, 0.0)} for page in _pages("global/firewalls") for one in page.get("items", [])]
-            left += [_left_behind("rule", one, _rule_labels(one), living) for one in rules]
-    every = [*machines, *(part for part in left if part is not None)]
-    return _within((part for part in every if _is_ours(part.labels, owner, name)), within)
+            left += understood(refused, "rule", rules, lambda one: _left_behind("rule", one, _rule_labels(one), living))
+    return _within((part for part in [*machines, *left] if _is_ours(part.labels, owner, name)), within)
 
 
 def _path(part: Part) -> str:
