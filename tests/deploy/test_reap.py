@@ -321,8 +321,13 @@ MACHINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("odd", [{"status": None}, {"creationTimestamp": "yesterday"}, {"creationTimestamp": "0001-01-01T00:00:00+23:59"},
-                                 {"disks": [{"diskSizeGb": "many"}]}, {"disks": [7]}, {"labels": None}, {"zone": 7}, {"machineType": None}])  # fmt: skip
+ODD: list[dict[str, Any]] = [
+    {"status": None}, {"creationTimestamp": "yesterday"}, {"creationTimestamp": ""}, {"disks": [{"diskSizeGb": "many"}]}, {"disks": [7]},
+    {"labels": None}, {"zone": 7}, {"machineType": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
 def test_a_machine_that_nobody_understands_hides_no_other(monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]) -> None:
     machines = [MACHINE | {"name": "bad"} | odd, MACHINE]
 

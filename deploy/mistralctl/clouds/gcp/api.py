@@ -161,7 +161,7 @@ def _machines(refused: Refused | None = None) -> Iterator[Part]:
         kind, place = _last(one["machineType"]), _last(one["zone"])
         sizes = [disk.get("diskSizeGb") for disk in one.get("disks", ())]
         gib = sum(map(float, sizes)) if sizes and all(sizes) else None
-        return Part("gcp", "machine", one["name"], place, state, kind, _created(one), one["labels"], one[AHEAD], gib)
+        return Part("gcp", "machine", one["name"], place, state, kind, _created(one), dict(one["labels"]), one[AHEAD], gib)
 
     yield from understood(refused, "machine", _everywhere("instances", refused, filter="labels.mistralctl-name:*"), machine)
 
