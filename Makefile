@@ -22,7 +22,7 @@ PYTEST_OPTIONS ?= -q
 # Files of tests/e2e that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
+.PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-tune test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 4
@@ -51,6 +51,14 @@ node: .venv/.made
 	  > "$$(.venv-node/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/node.pth"
 	$(UV) pip install --quiet --verify-hashes --python .venv-node/bin/python --no-deps --requirement tests/plugin/requirements.txt \
 	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights --editable model/chats
+	touch $@
+
+# The tests of training run beside what trains, which sees vLLM's environment.
+.venv-tune/.made: model/tune/requirements.txt model/tune/environment.sh model/tune/pyproject.toml model/chats/pyproject.toml tests/plugin/requirements.txt $(wildcard model/node/vllm-cpu/*) | node
+	rm -rf .venv-tune
+	bash model/tune/environment.sh "$(patsubst %/bin/python,%,$(NODE_PYTHON))" "$(CURDIR)/.venv-tune" "$(CURDIR)/$(UV)"
+	$(UV) pip install --quiet --verify-hashes --python .venv-tune/bin/python --no-deps --requirement tests/plugin/requirements.txt \
+	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights --editable model/chats --editable model/tune
 	touch $@
 
 # The tests of mistral_weights run in an environment of their own, with the stores' SDKs and real protocol servers.
@@ -90,7 +98,7 @@ test: setup node azurite simcloud-packages
 	  test-e2e test-plugin test-others
 
 test-others: .venv/.made
-	@failed=0; for suite in test-deploy test-weights; do \
+	@failed=0; for suite in test-deploy test-weights test-tune; do \
 	  $(MAKE) --no-print-directory $$suite || failed=1; \
 	done; exit $$failed
 
@@ -107,6 +115,9 @@ test-weights: .venv-weights/.made
 
 test-plugin: .venv-node/.made
 	cd tests/plugin && HF_HUB_OFFLINE=1 ../../.venv-node/bin/python -m pytest $(PYTEST_OPTIONS) .
+
+test-tune: .venv-tune/.made
+	cd tests/tune && ../../.venv-tune/bin/python -m pytest $(PYTEST_OPTIONS) .
 
 test-e2e: .venv/.made azurite simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses $(E2E_WORKERS) --dist loadfile tests/e2e
@@ -182,4 +193,4 @@ real: .venv/.made
 	$(BIN)/python benchmarks/real_run.py --cloud "$(CLOUD)" --max-price "$(MAX_PRICE)" $(REAL_OPTIONS)
 
 clean:
-	rm -rf .venv .venv-node .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-node .venv-tune .venv-tune.lock .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

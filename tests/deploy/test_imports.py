@@ -111,7 +111,7 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"}
+OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mistral_tune", "mistral_weights", "vllm_mistral"}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,10 @@ OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mist
         ("model/chats/mistral_chats", {"mistral_chats", "mistral_contract"}),
         ("model/plugin/vllm_mistral", {"vllm_mistral", "mistral_contract"}),
         ("model/node", {"mistral_node", "vllm_mistral", "mistral_contract"}),
+        (
+            "model/tune/mistral_tune",
+            {"mistral_tune", "mistral_chats", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"},
+        ),
     ],
 )
 def test_laptop_and_node_never_import_each_other_and_the_plugin_stands_alone(folder: str, may: set[str]) -> None:
@@ -153,6 +157,20 @@ def test_the_node_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
         pinned = set(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==", text, re.MULTILINE))
         pinned |= {"vllm"} if (node / f"vllm-{engine}" / "shim").exists() else set()  # its build for CPUs has a name of its own
         assert set(wanted) - {"mistral-contract", "vllm-mistral"} <= pinned, engine
+
+
+def test_training_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
+    tune = package_dir("model") / "tune"
+    wanted = set(tomllib.loads((tune / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
+    imports = {name for path in (tune / "mistral_tune").rglob("*.py") for name in packages(path)} - {
+        *sys.stdlib_module_names,
+        "mistral_tune",
+    }
+    behind = {"accelerate", "bitsandbytes", "tensorboard"}  # what trl and transformers import for it
+    assert {name.replace("_", "-") for name in imports} | behind == wanted
+    beside = (package_dir("model") / "node" / "vllm-cuda" / "constraints.txt").read_text("utf-8")
+    pinned = set(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==", beside + (tune / "requirements.txt").read_text("utf-8"), re.MULTILINE))
+    assert {name for name in wanted if not name.startswith(("mistral-", "vllm-mistral"))} <= pinned
 
 
 @pytest.mark.parametrize(("tool", "one"), [("mistral_weights", "weights"), ("mistral_chats", "chats")])
