@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 import string
 import time
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 from mistral_contract import keys
 from mistral_contract.keys import Key, Keys
-from mistral_node import callers, limits
+from mistral_node import callers, gate, limits, serve
 from mistral_node.callers import Callers
+from mistral_node.contract import LaunchError
 from mistral_node.guard import Guard
 from mistral_node.limits import Account, Meter, Window
 from mistral_node.traffic import Traffic
 from nodes import KEY, known, write_keys
 from test_guard import ask
+from vllm_mistral import inspection
 
 OTHER = "mctl-" + "fedcba9876543210" * 3
 ASK = ("POST", "/v1/completions")
@@ -376,6 +379,8 @@ def test_a_window_is_never_too_short_and_takes_no_memory() -> None:
     assert (window.total(now + 60), window.total(now + 61.2)) == (5, 0)
     window.add(now + 61.2, 3)
     assert window.total(now) == 3  # a clock that goes back forgets nothing
+    assert window.total(now + 61.2) == 0  # and keeps nothing for ever
+    window.add(now + 61.2, 3)
     assert 1 <= window.wait(now + 61.2, 3) <= 61
     window.add(now + 10**9, 1)
     assert window.total(now + 10**9) == 1
@@ -405,6 +410,46 @@ def test_counts_outlive_a_server_and_are_those_of_known_keys_only(run_dir: Path)
         (run_dir / "usage.json").write_text(damaged)
         write_keys(run_dir.parent)
         assert Guard(Answering(), run_dir).callers.accounts == {}
+
+
+@pytest.mark.parametrize("newest", [10**9, 10**18, 10**39])
+def test_what_was_counted_in_the_future_holds_nobody_for_ever(run_dir: Path, newest: int) -> None:
+    """The clock was set back, or vLLM's user wrote the file."""
+    name, day = known().keys[0].id, [newest, *[5] * (limits.SLOTS + 1)]
+    account = {"requests": 1, "tokens": 1, "refused": 0, "day": day}
+    (run_dir / "usage.json").write_text(json.dumps({"keys": {name: account}, "refused": {}}))
+    counted = Guard(Answering(), run_dir).callers.accounts[name]
+    key = keys.make(KEY, "one", 1, tokens_per_day=10)
+    assert counted.held(key, time.time()) is not None
+    assert counted.held(key, time.time() + 2 * limits.DAY) is None
+
+
+@pytest.mark.parametrize("how", ["pipe", "deep", "infinite", "huge"])
+def test_counts_that_others_wrote_never_hold_a_start(run_dir: Path, how: str) -> None:
+    path = run_dir / "usage.json"
+    if how == "pipe":
+        os.mkfifo(path)
+    else:
+        texts = {
+            "deep": "[" * 100_000,
+            "infinite": '{"keys": {}, "refused": {"a": 1e999}}',
+            "huge": '{"keys": "' + "x" * (5 << 20) + '"}',
+        }
+        path.write_text(texts[how])
+    assert Guard(Answering(), run_dir).callers.accounts == {}
+    assert serve._usage_kept(run_dir) == "" or how in ("deep", "infinite")
+
+
+@pytest.mark.parametrize("how", ["pipe", "deep"])
+@pytest.mark.parametrize("name", ["engine.json", "routes.json"])
+def test_what_vllm_writes_never_holds_its_launcher(tmp_path: Path, name: str, how: str) -> None:
+    if how == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("[" * 100_000)
+    assert inspection.read(tmp_path) is None
+    with pytest.raises(LaunchError, match="did not say which routes it has"):
+        gate._walk(None, tmp_path / "routes.json")  # type: ignore[arg-type]
 
 
 def test_strangers_cost_no_memory(run_dir: Path) -> None:

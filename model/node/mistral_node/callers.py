@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import keys
+from mistral_contract import keys, untrusted
 from mistral_contract.keys import Key, Keys
 from mistral_node.limits import Account
 
@@ -58,12 +58,12 @@ class Callers:
     def _counted(self) -> dict[str, Account]:
         """What a server before this one has counted on this node; nothing if that cannot be read."""
         try:
-            found = json.loads(self._usage.read_text("utf-8"))
+            found = untrusted.read_file(self._usage)
             self.refused = {str(why): int(count) for why, count in found.get("refused", {}).items()}
             data = found["keys"]
             known = {key.id for key in self._known.values()}
             return {name: Account.load(one) for name, one in data.items() if name in known}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return {}
 
     def look(self) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import http.client
-import json
 from pathlib import Path
 
-from mistral_contract import files, routes
+from mistral_contract import files, routes, untrusted
 from mistral_node import disk, log
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
@@ -25,7 +24,7 @@ def pass_through(client: Client, run_dir: Path, shared: Path) -> routes.Report:
 
 def _walk(client: Client, file: Path) -> routes.Report:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = untrusted.read_any(untrusted.contents(file, untrusted.MOST_BYTES))
         asked = list(routes.ways(found))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LaunchError(Code.GATE, f"the server did not say which routes it has ({error}); see mistralctl logs") from error

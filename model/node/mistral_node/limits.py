@@ -28,6 +28,11 @@ class Window:
 
     def _turn(self, now: float) -> None:
         slot = int(now / self._step)
+        if (
+            slot < self._newest
+        ):  # the clock went back, or the file was damaged: what was counted keeps its age, and does not stay for ever
+            turned = (slot - self._newest) % len(self._counts)
+            self._counts, self._newest = self._counts[-turned:] + self._counts[:-turned], slot
         for each in range(max(self._newest + 1, slot - SLOTS), slot + 1):
             self._counts[each % len(self._counts)] = 0
         self._newest = max(self._newest, slot)

@@ -140,7 +140,7 @@ def followed_keys(wanted: Contract, status: Status, asked: threading.Event) -> I
 def _usage_kept(shared: Path) -> str:
     """What the last guard has counted here; empty where that cannot be read."""
     try:
-        return (shared / files.USAGE.name).read_text("utf-8")
+        return untrusted.contents(shared / files.USAGE.name, untrusted.MOST_BYTES).decode("utf-8")
     except (OSError, ValueError):
         return ""
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mistral_contract import envs, files
+from mistral_contract import envs, files, untrusted
 
 
 def _facts(model: Any, vllm_config: Any) -> dict[str, Any] | None:
@@ -72,7 +72,6 @@ class EngineReport:
 def read(run_dir: Path) -> dict[str, Any] | None:
     """The facts that the engine wrote, None before it did."""
     try:
-        data = json.loads((run_dir / files.ENGINE.name).read_text("utf-8"))
+        return untrusted.read_file(run_dir / files.ENGINE.name)
     except (OSError, ValueError):
         return None
-    return data if isinstance(data, dict) else None
