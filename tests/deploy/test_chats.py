@@ -349,6 +349,22 @@ MALFORMED: dict[str, tuple[object, str]] = {
         chat(tools=[{"type": "function", "function": {}}]),
         ":2: tools[0].function.name: None is no name; use letters, digits, _ and -, at most 64",
     ),
+    "a description that is none": (
+        chat(tools=[{"type": "function", "function": {"name": "add", "description": 3}}]),
+        ":2: tools[0].function.description: it is no text; write a text, or take it out",
+    ),
+    "strict is no bool": (
+        chat(tools=[{"type": "function", "function": {"name": "add", "strict": "no"}}]),
+        ":2: tools[0].function.strict: it is no bool; write a bool, or take it out",
+    ),
+    "a special token in a description": (
+        chat(tools=[{"type": "function", "function": {"name": "add", "description": "</s>"}}]),
+        f":2: tools[0].function.description: '</s>' is a special token inside text; {TEMPLATE}",
+    ),
+    "a tool twice": (
+        chat(tools=[{"type": "function", "function": {"name": "add"}}] * 2),
+        ":2: tools[1].function.name: 'add' stands twice; take one of them out",
+    ),
     "a schema that is none": (
         chat(tools=[{"type": "function", "function": {"name": "add", "parameters": 1}}]),
         ":2: tools[0].function.parameters: it is no JSON schema; write an object",

@@ -8,6 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import tomllib
 from mistralctl import package_dir
 
 ROOT = package_dir("model").parent
@@ -65,3 +66,11 @@ def test_the_pins_are_used_where_something_is_installed(file: str, command: str)
     installs = re.findall(r"(?:UV\)|uv\"|/pip\"|/pip) (?:pip )?install[^\n]*", text)
     ours = [line for line in installs if not re.search("--verify-hashes|--require-hashes|--no-deps|options", line)]
     assert ours == []
+
+
+def test_the_laptop_counts_tokens_with_what_mistral_chats_asks_for() -> None:
+    laptop = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["finetune"]
+    asked = tomllib.loads((ROOT / "model/chats/pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert sorted(laptop) == sorted(package for packages in asked.values() for package in packages)
+    pins = {line.split("==")[0] for line in entries("constraints.txt")}
+    assert {re.split(r"[\[>]", package)[0] for package in laptop} <= pins

@@ -232,6 +232,9 @@ def _tools(found: object) -> tuple[Mapping[str, Any], ...]:
             raise Wrong(f"tools[{number}].function.name", f"{quoted(name)} stands twice", "take one of them out")
         if not isinstance(function.get("parameters", {}), dict):
             raise Wrong(f"tools[{number}].function.parameters", "it is no JSON schema", "write an object")
+        for key, kind, called in (("description", str, "text"), ("strict", bool, "bool")):
+            if not isinstance(function.get(key), kind | None):
+                raise Wrong(f"tools[{number}].function.{key}", f"it is no {called}", f"write a {called}, or take it out")
         names.add(name)
     for place, text in _strings(found, "tools"):
         check_text(place, text)
