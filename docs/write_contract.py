@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "model" / "contract"))
 from mistral_contract import envs, exits, files, phases  # noqa: E402 - its folder comes first
 
 PAGE = ROOT / "docs" / "contract.md"
-TEMPLATES = {"serve": envs.Serve, "mirror": envs.Mirror}
+TEMPLATES = {"serve": envs.Serve, "mirror": envs.Mirror, "finetune": envs.Finetune}
 
 
 def _table(head: str, rows: Iterable[tuple[object, ...]]) -> Iterator[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from mistral_contract import adapters
-from mistral_contract.adapters import AdapterError
+from mistral_contract.adapters import Adapter, AdapterError
 from mistral_contract.envs import Serve, value
 
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
-from mistralctl.models import Model
+from mistralctl.models import MODELS, Model
 from mistralctl.plan import Plan
 
 FILE = "file://"
@@ -38,11 +39,29 @@ def resolve(sourced: Sourced, model: Model) -> dict[str, str]:
             if not folder.is_dir():
                 raise UserError(f"{place}: {folder} is not a folder; name a folder with {adapters.CONFIG}", Exit.NOT_FOUND)
             try:
-                adapters.read(folder, model.shape)
+                check_base(adapters.read(folder, model.shape), model)
             except AdapterError as error:
                 raise UserError(f"{place}: {folder}: {error}", Exit.WEIGHTS) from None
         found[name] = uri
     return found
+
+
+def check_base(adapter: Adapter, model: Model) -> None:
+    """AdapterError if an adapter names another base model than this: another repository of the hub, another row, another commit.
+
+    Where one of the two is not known, nothing is said: an adapter may name a folder of the machine that trained it.
+    """
+    hub, _, pinned = model.weights.removeprefix("hf://").partition("@") if model.weights.startswith("hf://") else ("", "", "")
+    named, revision = adapter.base, pinned or model.revision
+    other_row = named in MODELS and named != model.name
+    other_hub = bool(hub) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", named) is not None and named.lower() != hub.lower()
+    if other_row or other_hub:
+        raise AdapterError(f"it was trained on {named}, and this is {hub or model.name}; serve it with its own base model")
+    if named.lower() == hub.lower() and adapter.base_revision and revision and adapter.base_revision != revision:
+        raise AdapterError(
+            f"it was trained on commit {adapter.base_revision} of {named}, and {revision} is served; name those weights with --weights hf://{named}@"
+            f"{adapter.base_revision}"
+        )
 
 
 def rank(lora: Mapping[str, str]) -> int:
@@ -77,7 +96,7 @@ def asked(plan: Plan, note: Callable[[str], None]) -> dict[str, str]:
         try:
             with weights.briefly(uri) as held:
                 if held is not None:
-                    adapters.judge(held.sizes, held.read, plan.model.shape)
+                    check_base(adapters.judge(held.sizes, held.read, plan.model.shape), plan.model)
                     found[name] = held.version
         except AdapterError as error:
             raise UserError(f"--lora {name}: {uri}: {error}", Exit.WEIGHTS) from None

@@ -1,4 +1,4 @@
-"""From flags, MISTRALCTL_* variables and mistralctl.yaml to one DeploymentSpec; every error names where the value stood."""
+"""From flags, MISTRALCTL_* variables and a file to one checked spec; every error names where the value stood."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import yaml
 from mistral_contract.suggest import suggest
 from mistral_contract.untrusted import line
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeVar
 
 from mistralctl.errors import UserError, figure
 from mistralctl.fields import FALSE, TRUE, SpecField, fields
@@ -22,13 +23,15 @@ from mistralctl.spec import DeploymentSpec
 FILE = "mistralctl.yaml"
 LARGEST_FILE = 1 << 20
 DEEPEST = 10
+Spec = TypeVar("Spec", bound=BaseModel, default=DeploymentSpec)
+Held = TypeVar("Held", bound=BaseModel, default=DeploymentSpec, covariant=True)
 
 
 @dataclass(frozen=True)
-class Sourced:
+class Sourced(Generic[Held]):
     """A checked spec, and for each field that was set the words by which an error names its place; for numbers also as they were typed."""
 
-    spec: DeploymentSpec
+    spec: Held
     sources: Mapping[str, str]
     typed: Mapping[str, str] = dataclass_field(default_factory=dict)
 
@@ -343,7 +346,7 @@ def _spelling(field: SpecField, given: Any) -> str:
     return f"write for example {field.about.example}"
 
 
-def _check(layer: _Layer, kind: type[DeploymentSpec]) -> DeploymentSpec:
+def _check(layer: _Layer, kind: type[Spec]) -> Spec:
     """The spec of one layer alone; UserError where a value of it is wrong."""
     known = fields(kind)
     values: dict[str, Any] = {}
@@ -382,15 +385,16 @@ def _typed(value: Any) -> Any:
 
 def load(
     flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None, directory: Path = Path(),
-    kind: type[DeploymentSpec] = DeploymentSpec,
-) -> Sourced:  # fmt: skip
+    kind: type[Spec] = DeploymentSpec,  # type: ignore[assignment]  # what a type variable has as its default
+) -> Sourced[Spec]:  # fmt: skip
     """The spec that flags, then variables, then the file, then the defaults make together.
 
     `flags` holds only what was given on the command line. Without `file`, mistralctl.yaml in `directory` is read if it
-    is there.
+    is there, for a deployment.
     """
     known = fields(kind)
-    path = file or (directory / FILE if (directory / FILE).is_file() else None)
+    found = directory / FILE if issubclass(kind, DeploymentSpec) else None
+    path = file or (found if found is not None and found.is_file() else None)
     variables = {name: environ[one.variable] for name, one in known.items() if environ.get(one.variable)}
     layers = (
         read_file(path) if path else _Layer({}, {}),

@@ -160,14 +160,21 @@ def docs(spec: type[BaseModel]) -> str:
         "",
         "An option is given as a flag of `up` and `plan`, as a variable, or in `mistralctl.yaml`; flags come before variables, variables before",
         "the file, the file before the defaults. `make schema` writes this page from `deploy/mistralctl/spec.py`.",
+        *tables(spec),
     ]
+    return "\n".join([*lines, "", *SPELLINGS])
+
+
+def tables(spec: type[BaseModel], file: str = "`mistralctl.yaml`") -> list[str]:
+    """The lines of a table of the fields for each panel."""
+    lines: list[str] = []
     every = fields(spec).values()
     for panel in dict.fromkeys(one.about.panel for one in every):
         lines += [
             "",
             f"## {panel}",
             "",
-            "| flag | variable | `mistralctl.yaml` | what | value | if left out |",
+            f"| flag | variable | {file} | what | value | if left out |",
             "|---|---|---|---|---|---|",
         ]
         lines += [
@@ -182,7 +189,14 @@ def docs(spec: type[BaseModel]) -> str:
             + " |"
             for one in every if one.about.panel == panel
         ]  # fmt: skip
-    return "\n".join([*lines, "", *SPELLINGS])
+    return lines
+
+
+def between(page: str, spec: type[BaseModel]) -> str:
+    """A page with the tables of a spec between its two marks."""
+    before, mark, rest = page.partition("<!-- options -->\n")
+    end = rest.index("<!-- end -->")
+    return "\n".join([f"{before}{mark}".removesuffix("\n"), *tables(spec, "in a file"), "", rest[end:]])
 
 
 SPELLINGS = """## Spellings

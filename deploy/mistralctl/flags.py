@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from pydantic import BaseModel
 
 from mistralctl import config
 from mistralctl.fields import SpecField, fields
 from mistralctl.spec import DeploymentSpec
 
-File = Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help="options in YAML [default: mistralctl.yaml]")]
+
+def file_option(spec: type[BaseModel]) -> Any:
+    """The type of the parameter `file`: of a deployment it has a default."""
+    otherwise = f" [default: {config.FILE}]" if issubclass(spec, DeploymentSpec) else ""
+    return Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help=f"options in YAML{otherwise}")]
 
 
 def parameter(field: SpecField) -> inspect.Parameter:
@@ -33,11 +38,11 @@ def parameter(field: SpecField) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def with_spec(function: Callable[..., None], spec: type[DeploymentSpec] = DeploymentSpec) -> Callable[..., None]:
+def with_spec(function: Callable[..., None], spec: type[BaseModel] = DeploymentSpec) -> Callable[..., None]:
     """Gives a command a flag for each field, and `--file`; it gets what they make together as `sourced`, checked."""
     shared = [parameter(field) for field in fields(spec).values()]
-    file = inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=File)
-    hints = get_type_hints(function, localns={"Sourced": Any}, include_extras=True)
+    file = inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option(spec))
+    hints = get_type_hints(function, localns={"Sourced": config.Sourced}, include_extras=True)
     own = [
         p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
         for p in inspect.signature(function).parameters.values()

@@ -163,7 +163,7 @@ def places(task: Task) -> list[str]:
     resources = task["resources"]
     return [
         " ".join(str(part) for part in (one["infra"], one.get("accelerators", "")) if part)
-        for one in resources.get("any_of", [resources])
+        for one in resources.get("any_of") or resources.get("ordered") or [resources]
     ]
 
 

@@ -14,9 +14,10 @@ from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
 from mistralctl.commands.extend import Extended
+from mistralctl.commands.finetune import Finetuned, Step
 from mistralctl.commands.keys import KeyChange, KeyList
 from mistralctl.commands.reap import Found, Reaped
-from mistralctl.commands.receipt import Receipt
+from mistralctl.commands.receipt import Receipt, TrainingReceipt
 from mistralctl.commands.status import Status
 from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
@@ -261,8 +262,32 @@ def fields_text(result: Any) -> str:
     return _rows([[name, str(value)] for name, value in plain(result).items()])
 
 
-def receipt_text(result: Receipt) -> str:
+def _training_text(result: TrainingReceipt) -> str:
+    """What was trained, from what, and how it was proven."""
+    told, where = (
+        result.result,
+        " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part),
+    )
+    cost = "" if result.usd is None else f", {result.usd:.2f} USD by the snapshot's price"
+    loss, proof = told.get("loss") or {}, told.get("proof") or {}
+    rows = [
+        ["run", f"{result.name} ({told.get('method', '?')} of {result.model})"],
+        ["where", where + cost],
+        ["up", _moment(result.up_at)],
+        ["down", "not yet" if result.down_at is None else _moment(result.down_at)],
+        ["out", result.out],
+        ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
+        ["steps", f"{told.get('steps', '?')}, loss {loss.get('first', '?')} to {loss.get('last', '?')}, held out {loss.get('held_out', '?')}"],
+        ["proof", f"log-probabilities of vLLM and peft differ by {proof.get('difference', '?')}, {proof.get('tolerance', '?')} is allowed"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in (told.get("libraries") or {}).items() if version)],
+    ]  # fmt: skip
+    return _rows(rows)
+
+
+def receipt_text(result: Receipt | TrainingReceipt) -> str:
     """What matters most; `-o json` has it all."""
+    if isinstance(result, TrainingReceipt):
+        return _training_text(result)
     where = " ".join(part for part in (result.cloud, result.region, result.machine, "spot" if result.spot else "") if part)
     rows = [
         ["deployment", f"{result.name} ({result.model}, served as {result.served_model_name})"],
@@ -337,6 +362,23 @@ def key_change_text(result: KeyChange) -> str:
 def mirrored_text(result: Mirrored) -> str:
     """One line."""
     return f"{result.target} holds {result.source} ({result.seconds:.0f} s on a machine of {result.cloud}, which is gone)"
+
+
+def step_text(step: Step) -> str:
+    """How far training is, in one line."""
+    left = "" if step.left_seconds is None else f", {_minutes(step.left_seconds / 60)} left"
+    cost = "" if step.usd is None else f", {step.usd:.2f} USD so far"
+    return f"step {step.step} of {step.steps}: loss {step.loss:.4f}, {step.tokens_per_second:.0f} tokens/s{left}{cost}"
+
+
+def finetuned_text(result: Finetuned) -> str:
+    """Where the result is, what it took, and how it is served."""
+    if result.action == "unchanged":
+        return f"nothing to do: {result.out} holds the result of this run already\nserve it: {result.up}"
+    seconds = ", ".join(f"{one.phase} {one.seconds:.1f} s" for one in result.phases)
+    cost = "" if result.usd is None else f"; {result.usd:.2f} USD by the snapshot's price, and the machine is gone"
+    loss = "" if result.loss is None else f", last loss {result.loss:.4f}"
+    return f"{result.out} holds {result.method} of {result.model}{loss}{cost}\n{seconds}\nserve it: {result.up}"
 
 
 def _fate(part: Found) -> str:

@@ -18,6 +18,9 @@ WORDS = {
     "files": "files",
     "environment": "environment of vLLM",
     "weights": "weights",
+    "train": "training",
+    "prove": "proof in vLLM",
+    "publish": "upload",
     "engine": "engine",
     "check": "check",
     "ready": "ready",
@@ -100,6 +103,7 @@ class Progress:
     """What was heard so far of a task, passed on as it comes."""
 
     on_phase: Callable[[PhaseEvent], None]
+    on_line: Callable[[str], None] = lambda line: None
     milestones: Milestones = field(default_factory=Milestones)
     events: list[PhaseEvent] = field(default_factory=list)
     failure: str = ""
@@ -117,6 +121,7 @@ class Progress:
         if parse(line) is None and line.strip():
             self.last = line.strip()
         self.failure = full_memory(line) or self.failure
+        self.on_line(line)
         for event in self.milestones.read(line, time.time()):
             self.hear(event)
 

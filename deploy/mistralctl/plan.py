@@ -161,6 +161,13 @@ def deployment_name(spec: DeploymentSpec, model: Model) -> str:
     return spec.name or (slug if re.match(r"[a-z]", slug) else f"m-{slug}"[:40].strip("-"))
 
 
+def weights_id(model: Model, weights: str, revision: str, endpoints: Mapping[str, str]) -> str:
+    """The name of the folder that a model's weights lie in on a node: another place of theirs, another folder."""
+    came_from = "@".join((weights, revision, *endpoints.values()))
+    slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40] or "weights"
+    return f"{slug}-{hashlib.sha256(came_from.encode()).hexdigest()[:8]}"
+
+
 def _context(sourced: Sourced, model: Model) -> int:
     asked, shape = sourced.spec.max_model_len, model.shape
     if shape is None:
@@ -543,8 +550,6 @@ def make(
     weights = spec.weights or model.weights
     revision = model.revision if weights == model.weights else ""
     window = model.shape.sliding_window if model.shape else None
-    came_from = "@".join((weights, revision, *endpoints.values()))
-    slug = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")[:40] or "weights"
     made = Plan(
         name=deployment_name(spec, model),
         model=model,
@@ -552,7 +557,7 @@ def make(
         device=device,
         weights=weights,
         revision=revision,
-        weights_id=f"{slug}-{hashlib.sha256(came_from.encode()).hexdigest()[:8]}",
+        weights_id=weights_id(model, weights, revision, endpoints),
         served_model_name=spec.served_model_name or model.name,
         max_model_len=draft.max_model_len,
         max_num_seqs=_most_seqs(spec, device),

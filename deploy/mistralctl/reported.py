@@ -77,6 +77,7 @@ _STATUS = Shape({
     "restarts": Shape({"count": _is_count, "of": _is_count, "why": _is_text}, ("count", "of")),
     "keys": Shape({"problem": _is_text, "since": is_moment}),
     "budget": Shape({"usd": untrusted.finite, "ends_at": is_moment}, ("usd", "ends_at")),
+    "progress": Shape({"step": _is_count, "steps": _is_count, "loss": untrusted.finite, "left_seconds": untrusted.finite}, ("step", "steps", "loss")),
 })  # fmt: skip
 _USAGE = Shape({
     "serial": _is_count, "keys": Shape({}, others=Shape({"requests": _is_count, "tokens": _is_count, "refused": _is_count})),
@@ -121,6 +122,11 @@ def status(text: str) -> dict[str, Any] | None:
 def usage(text: str) -> dict[str, Any]:
     """Return what a guard has counted; empty where nothing can be read."""
     return {name: value for name, value in (_read(text, _USAGE) or {}).items() if value is not None}
+
+
+def training(text: str) -> dict[str, Any]:
+    """Return the receipt.json that a run of training published; empty where nothing can be read."""
+    return _read(text, Shape({"loss": Shape({}), "proof": Shape({}), "libraries": Shape({}, others=_is_text)})) or {}
 
 
 def listed(text: str) -> list[Any]:

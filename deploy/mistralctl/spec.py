@@ -40,7 +40,7 @@ def _slug(value: str) -> str:
     return f", for example {slug}" if slug else ""
 
 
-def _name(value: str) -> str:
+def check_name(value: str) -> str:
     if not re.fullmatch(NAME_PATTERN, value) or "--" in value:
         raise ValueError(
             f"{value!r} is not a name that every cloud accepts; use 1 to 40 small letters, digits and single hyphens, "
@@ -125,12 +125,12 @@ def _one_accelerator(value: object) -> object:
                      "out: the cheapest that fit are taken, in order")  # fmt: skip
 
 
-def _accelerators(value: str) -> str:
+def check_accelerators(value: str) -> str:
     name, count = parse_accelerators(value)
     return f"{name}:{count}"
 
 
-def _duration(value: str) -> str:
+def check_duration(value: str) -> str:
     durations.minutes(value)
     return value
 
@@ -151,7 +151,7 @@ def _vllm_args(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
-def _model(value: str) -> str:
+def check_model(value: str) -> str:
     if value in MODELS:
         return value
     if "://" in value:
@@ -220,8 +220,8 @@ def _no_repeats(values: tuple[CloudName, ...]) -> tuple[CloudName, ...]:
     return tuple(dict.fromkeys(values))
 
 
-_Duration = Annotated[str, AfterValidator(_duration)]
-_Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,40}$")]
+_Duration = Annotated[str, AfterValidator(check_duration)]
+Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,40}$")]
 MODEL, PLACE, MEMORY, SERVER, ACCESS, LIFE = "Model", "Place and price", "Memory", "Server", "Access", "Lifetime"
 
 
@@ -234,20 +234,20 @@ class DeploymentSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, title="mistralctl.yaml")
 
     model: Annotated[
-        str, AfterValidator(_model), About(MODEL, "mistral-7b-v0.3", "[MODEL]", flag="MODEL", known=lambda: MODELS)
+        str, AfterValidator(check_model), About(MODEL, "mistral-7b-v0.3", "[MODEL]", flag="MODEL", known=lambda: MODELS)
     ] = Field(DEFAULT_MODEL, description="row of `mistralctl models`, a folder, or a URI")
-    name: Annotated[Annotated[str, AfterValidator(_name)] | None, About(MODEL, "mine", otherwise="the model's")] = Field(
+    name: Annotated[Annotated[str, AfterValidator(check_name)] | None, About(MODEL, "mine", otherwise="the model's")] = Field(
         None, description="name of the deployment"
     )
     cloud: Annotated[
         tuple[CloudName, ...], AfterValidator(_no_repeats), About(PLACE, "[aws, gcp]", otherwise="all but local")
     ] = Field((), description="{}: the cheapest of them; local stands alone")
-    region: Annotated[_Region | None, About(PLACE, "us-east-1")] = Field(
+    region: Annotated[Region | None, About(PLACE, "us-east-1")] = Field(
         None, description="region of the one cloud that is chosen"
     )
-    zone: Annotated[_Region | None, About(PLACE, "us-east-1a")] = Field(None, description="zone of that region")
+    zone: Annotated[Region | None, About(PLACE, "us-east-1a")] = Field(None, description="zone of that region")
     accelerators: Annotated[
-        Annotated[str, AfterValidator(_accelerators)] | None,
+        Annotated[str, AfterValidator(check_accelerators)] | None,
         BeforeValidator(_one_accelerator),
         About(PLACE, "L4:1", "NAME:COUNT", otherwise="the cheapest that fit"),
     ] = Field(None, description="GPU, for example L4:1")

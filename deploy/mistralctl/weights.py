@@ -7,7 +7,9 @@ extra of mistralctl.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,10 +23,12 @@ from mistralctl.errors import Exit, UserError
 
 sys.path.insert(0, str(package_dir("model") / "weights"))
 
+from mistral_weights.address import parse
 from mistral_weights.cli import text
 from mistral_weights.describe import Describe, Described, describe
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.events import Report
+from mistral_weights.fetch import fetch
 from mistral_weights.ls import Listed, Ls, ls
 from mistral_weights.mirror import Mirror, Mirrored, mirror
 from mistral_weights.objects import Found, open_object
@@ -32,6 +36,8 @@ from mistral_weights.patience import Patience
 from mistral_weights.peek import Peeked, peek
 from mistral_weights.progress import progress
 from mistral_weights.pull import Pull, Pulled, pull
+from mistral_weights.secrets import Secrets
+from mistral_weights.stores import Opening, open_store
 from mistral_weights.verify import Verified, Verify, verify
 
 __all__ = [
@@ -138,6 +144,37 @@ def replace_object(uri: str, text: str, version: str) -> bool:
                 return False
             raise
         return True
+
+
+def fetched(uri: str, target: Path, most: int) -> bool:
+    """Bring one file of a bucket, of at most so many bytes; False where this machine cannot look, which says nothing of the node's role."""
+    try:
+        fetch(uri, target, most, replace(BRIEFLY, tries=1))
+    except WeightsError as error:
+        if error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
+            return False
+        raise UserError(str(error), CODES[error.kind]) from error
+    return True
+
+
+def sealed_revision(uri: str) -> str | None:
+    """Return the revision of the sealed folder at an address; None if there is none. UserError if that cannot be seen."""
+    try:
+        return ls(Ls(uri, form="folder", patience=replace(BRIEFLY, tries=1))).revision
+    except WeightsError as error:
+        if error.kind in (Kind.NOT_FOUND, Kind.DAMAGED):
+            return None
+        raise UserError(str(error), CODES[error.kind]) from error
+
+
+def may_write(uri: str) -> None:
+    """Write a small file to an address and take it away again; UserError if this machine may not."""
+    with explained(), tempfile.TemporaryDirectory(prefix="mistralctl-") as scratch:
+        probe = Path(scratch) / f".mistralctl-{secrets.token_hex(8)}"
+        probe.write_text("whether this place can be written\n", "ascii")
+        store = open_store(parse(uri), Opening(Secrets(), Path(scratch), replace(BRIEFLY, tries=1)))
+        store.write(probe.name, probe, None)
+        store.delete(probe.name)
 
 
 @contextmanager

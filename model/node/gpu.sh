@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by setup.sh: whether the NVIDIA GPUs of this machine can serve.
+# Sourced by setup.sh and finetune.sh (which sets gpus, how many it needs): whether the NVIDIA GPUs of this machine can serve.
 
 # vLLM 0.32 comes with CUDA 13, which wants a driver of the 580 series or newer (NVIDIA, CUDA Toolkit release notes, table of drivers).
 OLDEST_DRIVER=580
@@ -12,7 +12,7 @@ ask_gpus() { # FIELD,...: a line for each GPU
 }
 
 check_driver() { # that each GPU is there, with a driver that is new enough
-  local said code=0 versions other oldest count wanted=${MISTRALCTL_TENSOR_PARALLEL:-1}
+  local said code=0 versions other oldest count wanted=${gpus:-${MISTRALCTL_TENSOR_PARALLEL:-1}}
   command -v nvidia-smi > /dev/null || {
     echo "this machine shows no NVIDIA GPU (nvidia-smi); use a machine type with one, or an image with its driver (--image CLOUD=ID)" >&2
     return 1

@@ -131,3 +131,23 @@ def test_a_folder_is_judged_once_it_is_read(tmp_path: Path) -> None:
     sourced = load({"lora": {"a": str(tmp_path / "empty")}}, {}, None, tmp_path)
     with pytest.raises(UserError, match=r"it has no adapter_config.json"):
         adapters.resolve(sourced, checkpoints.resolve(sourced))
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "says"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "", "it was trained on mistralai/Mistral-7B-v0.1, and this is mistralai/Mistral-7B-Instruct-v0.1; serve it "),
+        ("smollm2-135m-instruct", "", "it was trained on smollm2-135m-instruct, and this is mistralai/Mistral-7B-Instruct-v0.1; serve it "),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "f" * 40, f"it was trained on commit {'f' * 40} of mistralai/Mistral-7B-Instruct-v0.1, and "),
+        ("mistralai/mistral-7b-instruct-v0.1", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", ""),
+        ("mistralai/Mistral-7B-Instruct-v0.1", None, ""),
+        ("/home/me/models/base", "", ""),
+        (None, None, ""),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_base_model_is_refused(
+    mistralctl: Run, tmp_path: Path, base: str, revision: str, says: str
+) -> None:
+    folder = adapter(tmp_path / "a", base_model_name_or_path=base, revision=revision)
+    done = mistralctl(*AWS, "--lora", f"a={folder}")
+    assert (done.returncode, says in done.stderr) == (Exit.WEIGHTS if says else 0, True), done.stderr

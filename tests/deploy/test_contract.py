@@ -113,8 +113,11 @@ def test_an_exit_code_is_its_row_and_where_the_launcher_ends_with_it() -> None:
     assert all(code.meaning for code in exits.Code)
 
 
-SHELL = {"set-up": ("setup.sh", "gpu.sh"), "run": ("run.sh",), "watch": ("watch.sh",), "mirror": ("mirror.sh",)}
-BOTH = ("weights.sh",)  # sourced by the set-up and by a mirror
+SHELL = {
+    "set-up": ("setup.sh", "gpu.sh"), "run": ("run.sh",), "watch": ("watch.sh",), "mirror": ("mirror.sh",), "finetune": ("finetune.sh",),
+}  # fmt: skip
+KINDS = {"mirror": envs.Mirror, "finetune": envs.Finetune}
+BOTH = ("weights.sh",)  # sourced by the set-up, by a mirror and by a run of training
 
 
 def test_the_scripts_read_the_envs_that_the_contract_says_and_no_others() -> None:
@@ -123,12 +126,12 @@ def test_the_scripts_read_the_envs_that_the_contract_says_and_no_others() -> Non
 
     shared = named(*BOTH)
     for reader, scripts in SHELL.items():
-        task: Any = envs.Mirror if reader == "mirror" else Serve
+        task: Any = KINDS.get(reader, Serve)
         said = {env.name for env in of(task) if reader in env.readers}
         assert named(*scripts) | (shared if reader not in ("run", "watch") else set()) == said, reader
     every = {path.name: named(str(path.relative_to(NODE))) for path in NODE.rglob("*.sh")}
     assert {name for names in every.values() for name in names} <= set(envs.names())
-    for template in ("serve", "mirror"):
+    for template in ("serve", "mirror", "finetune"):
         text = (ROOT / "task_templates" / f"{template}.yaml").read_text("utf-8")
         assert set(re.findall(r"MISTRALCTL_[A-Z_]+", text)) <= set(envs.names())
 
@@ -136,6 +139,11 @@ def test_the_scripts_read_the_envs_that_the_contract_says_and_no_others() -> Non
 def test_every_env_has_a_reader_and_the_launcher_reads_what_it_is_said_to() -> None:
     text = "".join(path.read_text("utf-8") for path in (NODE / "mistral_node").rglob("*.py"))
     assert {env.readers for env in of(envs.Mirror)} == {("mirror",)}
+    tune = "".join(path.read_text("utf-8") for path in (ROOT / "model" / "tune" / "mistral_tune").rglob("*.py"))
+    for env in of(envs.Finetune):
+        assert env.readers
+        assert set(env.readers) <= {"finetune", "tune", "watch", "laptop"}
+        assert bool(re.search(rf"\bwanted\.{env.field}\b", tune)) == ("tune" in env.readers), env.name
     for env in of(Serve):
         assert env.readers
         assert set(env.readers) <= {*SHELL, "launcher", "guard", "laptop"}
@@ -166,8 +174,8 @@ def test_the_scripts_use_the_folders_of_the_contract() -> None:
     text = "".join(path.read_text("utf-8") for path in NODE.rglob("*.sh"))
     used = {word.removesuffix(".new") for word in re.findall(r"\$(?:run|node)_dir/([A-Za-z_]+(?:\.[a-z]+)?)", text)}
     assert used == {
-        "ends_at", "envs", "errors", "lora", "paid_from", "pulled.json", "run", "secrets.json", "setup.lock", "site", "watch", "watch.log",
-        "weights",
+        "data", "ends_at", "envs", "errors", "lora", "paid_from", "pulled.json", "run", "secrets.json", "setup.lock", "site", "status.json",
+        "watch", "watch.log", "weights",
     }  # fmt: skip
     assert used <= known
 
@@ -179,7 +187,9 @@ def test_the_weights_tool_has_the_same_name_for_a_manifest() -> None:
 
 def test_every_phase_that_a_node_says_has_a_name_in_the_contract_and_a_word_on_the_laptop() -> None:
     shell = {
-        name for path in NODE.rglob("*.sh") for name in re.findall(r"\bphase (\w+) (?:start|end|fail)", path.read_text("utf-8"))
+        said[1] or said[2]
+        for path in NODE.rglob("*.sh")
+        for said in re.finditer(r"\b(?:phase (\w+) (?:start|end|fail)|step (\w+) \")", path.read_text("utf-8"))
     }
     launcher = {
         call.args[0].value

@@ -18,13 +18,14 @@ PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 PATTERNS: dict[str, tuple[str, ...]] = {
     "facts": ("errors", "tables", "durations", "heavy", "models", "gpus", "quotas", "clouds", "clouds.*", "clouds.*.images", "clouds.*.buckets",
               "clouds.*.errors", "system", "images", "prices", "rights"),
-    "pure": ("machine", "fields", "spec", "config", "fit", "plan", "tasks", "tasks.serve", "tasks.mirror", "phases", "refusals", "reported"),
+    "pure": ("machine", "fields", "spec", "config", "fit", "plan", "finetune_spec", "training", "tasks", "tasks.serve", "tasks.mirror",
+             "tasks.finetune", "phases", "refusals", "reported"),
     "outside": ("own_files", "state", "owners", "processes", "listeners", "stores", "node", "certificates", "keys", "connection", "endpoint",
-                "readiness", "weights", "chats", "checkpoints", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
+                "readiness", "weights", "chats", "checkpoints", "training_data", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",
                 "runtime.rented", "runtime.leftovers", "runtime", "runtime.facts", "key_places", "gate", "figures", "apply"),
     "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
-    "cli": ("interrupts", "progress", "documents", "output", "flags", "answers", "cli_keys", "cli_weights", "cli"),
+    "cli": ("interrupts", "progress", "documents", "output", "flags", "answers", "cli_keys", "cli_weights", "cli_finetune", "cli"),
 }  # fmt: skip
 HEAVY = (
     "sky",
@@ -99,7 +100,7 @@ def test_nothing_imports_the_command_line_and_nothing_below_it_prints_or_knows_t
         text = path.read_text("utf-8")
         if module != "cli":
             assert "cli" not in imported(path), module
-            assert module in ("flags", "answers", "cli_keys", "cli_weights") or "typer" not in text, module
+            assert module in ("flags", "answers", "cli_keys", "cli_weights", "cli_finetune") or "typer" not in text, module
             assert not re.search(r"(?<![.\w])print\(", text), module
 
 

@@ -241,6 +241,9 @@ class Fake:
         self.note("start")
         return FakeServer(attempt.record, self)
 
+    def attach(self, attempt: Attempt) -> FakeServer | None:
+        return None
+
     def replace(self, attempt: Attempt) -> FakeServer:
         self.note("replace")
         return FakeServer(attempt.record, self)
@@ -437,7 +440,15 @@ def test_decide_is_pure() -> None:
 
 def test_only_the_runtimes_the_plan_and_its_table_know_which_is_this_machine() -> None:
     """Whoever else asks, asks the runtime of a record, or the plan."""
-    allowed = {"clouds/__init__.py", "plan.py", "rights.py", "output.py", "commands/plan.py", "runtime/__init__.py"}
+    allowed = {
+        "clouds/__init__.py",
+        "plan.py",
+        "training.py",
+        "rights.py",
+        "output.py",
+        "commands/plan.py",
+        "runtime/__init__.py",
+    }
     known = set()
     for path in PACKAGE.rglob("*.py"):
         names = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
@@ -466,7 +477,7 @@ def test_where_the_server_answers_no_cloud_is_asked(monkeypatch: pytest.MonkeyPa
 
 def test_a_kind_of_task_is_a_file_and_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = package_dir("task_templates")
-    assert {path.stem for path in folder.glob("*.yaml")} == {*tasks.kinds()} == {"serve", "mirror"}
+    assert {path.stem for path in folder.glob("*.yaml")} == {*tasks.kinds()} == {"serve", "mirror", "finetune"}
     (tmp_path / "bake.py").write_text('from mistralctl.tasks import Kind\nKIND = Kind("bake", "a baking job", serves=False)\n')
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     assert tasks.kinds()["bake"] == tasks.kind("bake")

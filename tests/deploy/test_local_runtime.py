@@ -119,3 +119,38 @@ def test_the_log_is_read_over_its_rotation(home: Path) -> None:
     assert [next(following)] == ["5\n"]
     log.write_text("6\n")  # what was there has gone to the older one
     assert next(following) == "6\n"
+
+
+def test_a_run_that_is_at_work_is_attached_to_and_its_log_is_heard_from_the_beginning(home: Path) -> None:
+    run = (
+        EVENT % ("train", "start", "")
+        + "echo '{}' > \"$MISTRALCTL_NODE_DIR/run/m/status.json\"; sleep 1; "
+        + EVENT % ("publish", "end", "")
+    )
+    first = Local().start(attempt(wanted(home, run=run), []))
+    lines: list[str] = []
+    one = dataclasses.replace(attempt(first.record, [], state.known("m")), on_line=lines.append)
+    while not (first.record.run_dir / "status.json").exists():
+        assert alive(first.record)
+    attached = Local().attach(one)
+    assert attached is not None
+    attached.wait("publish", seconds=60)
+    assert [event.phase for event in attached.events] == ["weights", "train", "publish"]
+    assert any("publish" in line for line in lines)
+    first.wait("publish")
+
+
+def test_a_set_up_that_was_left_alone_is_no_run(home: Path) -> None:
+    first = Local().start(attempt(wanted(home), []))
+    (first.record.run_dir / "status.json").unlink(missing_ok=True)
+    assert Local().attach(attempt(first.record, [], state.known("m"))) is None
+    assert Local().attach(attempt(first.record, [])) is None
+
+
+def test_a_file_goes_to_the_nodes_folder_as_a_file(home: Path) -> None:
+    (home / "chats.jsonl").write_text("one\n", "utf-8")
+    target = home / "node" / "run" / "m" / "data" / "chats.jsonl"
+    record = wanted(home)
+    record.task["file_mounts"][str(target)] = str(home / "chats.jsonl")
+    Local().start(attempt(record, []))
+    assert target.read_text("utf-8") == "one\n"

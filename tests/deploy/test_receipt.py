@@ -80,6 +80,7 @@ def test_the_json_of_a_receipt_is_a_contract(record: Record, mistralctl: Run, ho
 def test_what_a_node_does_not_say_is_not_known(record: Record) -> None:
     receipt.write(record)
     found = receipt.run("mine")
+    assert isinstance(found, receipt.Receipt)
     assert (found.files, found.flags, found.engine, found.canary, found.gate) == ((), (), None, None, None)
     assert found.versions["vllm"] is None
 

@@ -178,3 +178,16 @@ def test_down_goes_by_what_skypilot_knows(calls: list[str]) -> None:
     assert Rented().observe(record(state="down"), None) == Observed()
     Rented().start(attempt(Observed()))
     assert Rented().observe(record(state="down"), None) == Observed("up")
+
+
+def test_a_job_that_runs_on_the_machine_is_attached_to(calls: list[str]) -> None:
+    lines: list[str] = []
+    one = dataclasses.replace(attempt(Observed("up", job())), on_line=lines.append)
+    found = Rented().attach(one)
+    assert found is not None
+    found.wait("engine")
+    assert "follow 7" in calls
+    assert "launch" not in calls
+    assert lines == [PHASE % ("engine", "end", "")]
+    assert Rented().attach(attempt(Observed("up", {}))) is None
+    assert Rented().attach(attempt(Observed("up", None))) is None

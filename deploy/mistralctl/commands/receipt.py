@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mistral_contract import files, sets
 
 import mistralctl
 from mistralctl import own_files, reported, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
+from mistralctl.phases import Phase
 from mistralctl.runtime import facts
 from mistralctl.state import Record
-from mistralctl.tasks import env
+from mistralctl.tasks import env, finetune
 
 SCHEMA = 1
 
@@ -65,13 +67,49 @@ class Receipt:
     weights_digest: str = ""
 
 
+@dataclass(frozen=True)
+class TrainingReceipt:
+    """A run of fine-tuning that was published. Times are in seconds since the epoch, `price` in USD an hour, `usd` of the whole run.
+
+    `result` is the receipt that lies beside what was published: options, losses, the proof in vLLM, libraries.
+    """
+
+    schema: int
+    kind: str
+    name: str
+    cloud: str
+    region: str
+    machine: str
+    spot: bool
+    price: float | None
+    usd: float | None
+    model: str
+    out: str
+    up_at: float
+    down_at: float | None
+    phases: tuple[dict[str, Any], ...]
+    result: dict[str, Any]
+    task: dict[str, Any]
+
+
 def path(name: str) -> Path:
     """Where a deployment's receipt lies."""
     return state.folder(name) / "receipt.json"
 
 
-def _save(receipt: Receipt) -> None:
+def _save(receipt: Receipt | TrainingReceipt) -> None:
     state.write_private(path(receipt.name), json.dumps(asdict(receipt), indent=1) + "\n")
+
+
+def write_training(record: Record, result: dict[str, Any], run: Sequence[Phase], usd: float | None) -> None:
+    """Write the receipt of a run of fine-tuning that was published: `result` is what lies beside it."""
+    found = tuple(asdict(phase) for phase in run)
+    _save(
+        TrainingReceipt(
+            SCHEMA, record.kind, record.name, record.cloud, record.region, record.machine, record.spot, record.price, usd, record.model,
+            env(record.task, "out"), round(record.created_at, 1), None, found, result, record.task,
+        )
+    )  # fmt: skip
 
 
 def _version(package: str) -> str | None:
@@ -132,7 +170,10 @@ def _data(name: str) -> dict[str, Any] | None:
         raise UserError(f"{path(name)} is damaged ({error}); delete it", Exit.CONFLICT) from error
 
 
-def _read(name: str) -> Receipt | None:
+Kind = TypeVar("Kind", Receipt, TrainingReceipt)
+
+
+def _read(name: str, kind: type[Kind]) -> Kind | None:
     from pydantic import TypeAdapter
 
     if (data := _data(name)) is None:
@@ -143,18 +184,25 @@ def _read(name: str) -> Receipt | None:
             Exit.CONFLICT,
         )
     try:
-        known = {field.name: data[field.name] for field in fields(Receipt) if field.name in data}
-        found = TypeAdapter(Receipt).validate_json(json.dumps(known, allow_nan=False), strict=True)
-        node = None if found.node is None else reported.machine(found.node)
-        return replace(found, node=node, gate=reported.gate(found.gate), canary=reported.canary(found.canary))
+        known = {field.name: data[field.name] for field in fields(kind) if field.name in data}
+        return TypeAdapter(kind).validate_json(json.dumps(known, allow_nan=False), strict=True)
     except ValueError as error:
         raise UserError(f"{path(name)} is damaged ({state.first_problem(error)}); delete it", Exit.CONFLICT) from error
+
+
+def _serving(name: str) -> Receipt | None:
+    """The receipt of a server, with what its node said only as far as that is of the right types."""
+    found = _read(name, Receipt)
+    if found is None:
+        return None
+    node = None if found.node is None else reported.machine(found.node)
+    return replace(found, node=node, gate=reported.gate(found.gate), canary=reported.canary(found.canary))
 
 
 def canary(name: str) -> dict[str, Any]:
     """What the canary found when a deployment was brought up; empty if no receipt says so."""
     with suppress(UserError):
-        found = _read(name)
+        found = _serving(name)
         return (found.canary if found else None) or {}
     return {}
 
@@ -166,10 +214,23 @@ def close(name: str) -> None:
         state.write_private(path(name), json.dumps(data | {"down_at": round(time.time(), 1)}, indent=1) + "\n")
 
 
-def run(name: str) -> Receipt:
+def training(name: str) -> TrainingReceipt:
+    """The receipt of a run of fine-tuning."""
+    receipt = _read(name, TrainingReceipt)
+    if receipt is None:
+        raise UserError(
+            f"{name} has published nothing yet, so it has no receipt; mistralctl status {name} says how far it is", Exit.NOT_FOUND
+        )
+    return receipt
+
+
+def run(name: str) -> Receipt | TrainingReceipt:
     """The receipt of a deployment; it is kept after `down`, until the name is brought up again."""
-    tasks.kind(state.known(name).kind).require_endpoint(name)
-    receipt = _read(name)
+    kind = state.known(name).kind
+    if kind == finetune.KIND.name:
+        return training(name)
+    tasks.kind(kind).require_endpoint(name)
+    receipt = _serving(name)
     if receipt is None:
         raise UserError(f"{name} was never brought up to its end, so it has no receipt; run mistralctl up", Exit.NOT_FOUND)
     return receipt

@@ -13,6 +13,7 @@ from mistral_contract import untrusted
 from mistralctl import clouds, owners, processes, readiness, reported, runtime, state, sweep, tasks
 from mistralctl.clouds import GOING, STOPPED, listing
 from mistralctl.errors import Exit, UserError
+from mistralctl.phases import WORDS
 from mistralctl.runtime import local, rented
 from mistralctl.state import Record
 from mistralctl.tasks import env
@@ -55,6 +56,7 @@ class Status:
     """A deployment now. `state` is `up`, `starting`, `stopped`, `failed`, `down`, or `lost` (it ended without `down`); `damaged` or `newer` where
     its record cannot be read, `unknown` where neither cloud nor SkyPilot can be asked.
 
+    A run of fine-tuning is `running`, and `failed` if it ended otherwise than it should.
     `idle_left` and `ttl_left` are minutes; None where there is no limit or nothing runs. `launcher` is its status.json.
     `price` is in USD an hour, `cost` what the machine has cost so far by that price; None on this machine. Of a machine that is stopped `price` is
     what its disk costs, and nobody knows what it has cost. `budget` is what the machine may cost, USD; None without one.
@@ -100,10 +102,25 @@ def _ttl_left(record: Record, launcher: dict[str, Any] | None, since: float, ahe
     return min((minutes for minutes in left if minutes is not None), default=None)
 
 
+def _training(launcher: dict[str, Any] | None) -> str:
+    """How far a run of fine-tuning says that it is; empty if it says nothing."""
+    found = (launcher or {}).get("progress")
+    if found is None or (launcher or {}).get("state") != "train":
+        return WORDS.get(str((launcher or {}).get("state")), "")
+    left = found.get("left_seconds")
+    more = f", {left / 60:.0f} minutes left" if left is not None else ""
+    return f"step {found.get('step')} of {found.get('steps')}, loss {found.get('loss')}{more}"
+
+
 def _failure(record: Record) -> str:
     """Why the last `up` came to nothing, and where its log is."""
     log = state.folder(record.name) / "up.log"
     return record.failure if str(log) in record.failure or not log.exists() else f"{record.failure} (log: {log})"
+
+
+def _again(record: Record) -> str:
+    """What brings a deployment back, or goes on with a run."""
+    return "run up again" if tasks.kind(record.kind).serves else "the same command goes on"
 
 
 def _stranger(record: Record) -> str:
@@ -120,24 +137,28 @@ def _stranger(record: Record) -> str:
 
 
 def _here(record: Record) -> Status:
-    launcher = local.read_status(record.run_dir)
+    launcher, serves = local.read_status(record.run_dir), tasks.kind(record.kind).serves
     living = processes.alive(record) or bool(processes.servers(record))
     now: str = record.state
     why = ""
     if record.state != "down" and not living:
         error = (launcher or {}).get("error") or {}
-        now, why = "lost", str(error.get("message") or "its process is gone; run up again, or down to forget it")
+        now, why = "lost", str(error.get("message") or f"its process is gone; {_again(record)}, or down to forget it")
+        if not serves and error.get("message"):
+            now, why = "failed", f"{why}; {_again(record)}"
+    elif not serves and record.state != "down":
+        now, why = "running", _training(launcher)
     elif (launcher or {}).get("state") == "stuck":
         now, why = "stuck", STUCK
     elif record.state == "up" and not readiness.answers(record):
         now, why = "starting", _stranger(record) or "it does not answer"
     if now == "down" and record.failure:
         now, why = "failed", _failure(record)
-    up = now in ("up", "starting", "stuck")
+    up = now in ("up", "starting", "stuck", "running")
     launcher = launcher if up or now == "lost" else None
     last = ((launcher or {}).get("requests") or {}).get("last_at") or (launcher or {}).get("ready_at")
     return Status(
-        record.name, now, record.cloud, record.model, record.base_url if up else None,
+        record.name, now, record.cloud, record.model, record.base_url if up and serves else None,
         round((time.time() - record.created_at) / 60, 1) if up else None,
         _left(env(record.task, "idle_minutes"), last) if up else None,
         _ttl_left(record, launcher, record.created_at) if up else None,
@@ -230,14 +251,14 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         taken = (
             "the cloud took its spot machine away" if record.spot else "its machine is gone (idle, lifetime, or by other hands)"
         )
-        now, why = "lost", f"{taken}; run up again, or down to forget it"
+        now, why = "lost", f"{taken}; {_again(record)}, or down to forget it"
     elif machine.estranged:
         now, why = "lost", machine.estranged
     elif machine.stopped:
         stopped = "the cloud took its spot machine away; it" if record.spot else "its machine"
         price = _disk_price(record, machine)
         day = "" if price is None else f" {price * 24:.2f} USD a day"
-        now, why = "stopped", f"{stopped} is {machine.stopped} and its disk still costs{day}; run up again, or down"
+        now, why = "stopped", f"{stopped} is {machine.stopped} and its disk still costs{day}; {_again(record)}, or down"
     elif said in ("failed", "stopped"):
         error = (launcher or {}).get("error") or {}
         now = "failed" if said == "failed" else "lost"
@@ -252,6 +273,8 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         now, why = "stuck", STUCK
     elif said and said != "ready":
         now = "starting"
+    elif said in ("train", "prove", "publish", "published"):
+        now, why = "running", _training(launcher)
     elif not said and record.state == "starting" and not tasks.kind(record.kind).serves:
         why = f"{tasks.kind(record.kind).what}: mistralctl logs {record.name} says how far it is"
     elif not said and record.state == "starting":

@@ -22,12 +22,13 @@ from mistralctl.lifecycle import Observed
 from mistralctl.phases import PhaseEvent, Progress
 from mistralctl.runtime.protocol import Attempt, Server
 from mistralctl.state import Record
-from mistralctl.tasks import Task, env
+from mistralctl.tasks import Task, env, kind
 
 SETUP_SECONDS = 7200.0
 START_SECONDS = 1800.0
 BLOCK = 1 << 16
 DRAIN_SECONDS = 40.0
+SEAL_SECONDS = 240.0  # for a run of training that is asked to end: its step, and a checkpoint of that
 ENVIRONMENT_BYTES = 8 * GIB  # vLLM for the CPU: 3.1 GB unpacked, and as much for the downloads in uv's cache
 # What belongs to the laptop's own Python and would mislead the node's.
 NOT_FOR_THE_NODE = (
@@ -82,11 +83,15 @@ class Session:
         for line in block[:whole].decode("utf-8", "replace").splitlines():
             self._progress.line(line)
 
+    def _code(self) -> int | None:
+        """The exit code of the script; None while it runs."""
+        return self._process.poll()
+
     def _follow(self, until: Callable[[], bool], seconds: float) -> int | None:
         """Wait until `until` says so, None, or the script has ended, its exit code; UserError after so many seconds."""
         deadline = time.monotonic() + seconds
         while True:
-            code = self._process.poll()
+            code = self._code()
             self._hear()
             if until() or code is not None:
                 return None if until() else code
@@ -117,6 +122,16 @@ class Session:
         """Do nothing: a log here is read while somebody waits, and at no other time."""
 
 
+class Attached(Session):
+    """A session that another command started; its log is heard from its first line on."""
+
+    def __init__(self, record: Record, log: Path, progress: Progress) -> None:
+        self._log, self._progress, self._offset, self.record = log, progress, 0, record
+
+    def _code(self) -> int | None:
+        return None if processes.alive(self.record) else -1
+
+
 def _target(destination: str, node_dir: str) -> Path:
     path = Path(destination)
     if not path.is_relative_to(node_dir):
@@ -128,6 +143,10 @@ def place_files(task: Task) -> None:
     """Copies the task's file mounts into the node's folder."""
     for destination, source in task["file_mounts"].items():
         target = _target(destination, env(task, "node_dir"))
+        if Path(source).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            continue
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".venv", "*.egg-info"))
 
@@ -230,7 +249,8 @@ class Local:
 
     def _set_up(self, attempt: Attempt, keep: Callable[[Record], None]) -> Progress:
         """Bring environment and weights; `keep` is told the session as soon as it exists, so that whoever comes later can end it."""
-        log, progress, task = _log(attempt.record.name), Progress(attempt.on_phase), attempt.record.task
+        log, task = _log(attempt.record.name), attempt.record.task
+        progress = Progress(attempt.on_phase, attempt.on_line)
         own_files.folder(log.parent)
         log.write_bytes(b"")
         log.with_name(f"{log.name}.1").unlink(missing_ok=True)
@@ -252,6 +272,13 @@ class Local:
         attempt.keep(server.record)
         return server
 
+    def attach(self, attempt: Attempt) -> Attached | None:
+        """Follow what runs already; a set-up that somebody left alone is no run."""
+        old = attempt.old
+        if old is None or not processes.alive(old) or read_status(old.run_dir) is None:
+            return None
+        return Attached(old, _log(old.name), Progress(attempt.on_phase, attempt.on_line))
+
     def connect(self, attempt: Attempt, server: Server) -> Record:
         """Return the record: a server here is reached as it is."""
         return server.record
@@ -265,8 +292,10 @@ class Local:
         self.stop(record)
         return processes.forgotten(record)
 
-    def stop(self, record: Record, *, drain: float = DRAIN_SECONDS) -> None:
+    def stop(self, record: Record, *, drain: float | None = None) -> None:
         """End the server and all that it started; UserError if something of it stays."""
+        if drain is None:
+            drain = DRAIN_SECONDS if kind(record.kind).serves else SEAL_SECONDS
         there = processes.servers(record)
         left = processes.end(lambda: processes.servers(record), drain=drain)
         if left or (there and not endpoint.is_free(record.port)):

@@ -17,7 +17,7 @@ class Attempt:
     """One try to bring a deployment up: its record as it will be, its secrets, and what was there before.
 
     `keep` saves the record, at once where something exists from now on; `began` is in seconds since the epoch; `note` says what the user should
-    know meanwhile.
+    know meanwhile; `on_line` is told each line of the task's log.
     """
 
     record: Record
@@ -29,6 +29,7 @@ class Attempt:
     old: Record | None = None
     disk_bytes: int = 0
     note: Callable[[str], None] = lambda text: None
+    on_line: Callable[[str], None] = lambda line: None
 
 
 class Server(Protocol):
@@ -72,6 +73,9 @@ class Runtime(Protocol):
 
     def replace(self, attempt: Attempt) -> Server:
         """Start the server on a machine that is set up, in the place of one that runs; or go on with the one that is the same."""
+
+    def attach(self, attempt: Attempt) -> Server | None:
+        """Return the job of the attempt's task that runs already, its log from the first line on; None if none does."""
 
     def connect(self, attempt: Attempt, server: Server) -> Record:
         """Make the server reachable from here, and wait until it is."""

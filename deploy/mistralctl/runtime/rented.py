@@ -278,7 +278,15 @@ class Rented:
                 asked = attempt.old is not None and attempt.old.state != "down"  # else SkyPilot's own memory is all that says so
                 if sweep.tell_cloud(there, until, here=True) == 0 and asked and observed.machine != "half made":
                     raise UserError(f"{sweep.not_found(there)}; mistralctl down {record.name} takes it away", Exit.CLOUD)
-        return Progress(attempt.on_phase)
+        return Progress(attempt.on_phase, attempt.on_line)
+
+    def attach(self, attempt: Attempt) -> Job | None:
+        """Follow the job of this name that runs or waits on the machine; None if none does."""
+        job = (attempt.observed.jobs or {}).get(serving_name(attempt.record.task))
+        if job is None:
+            return None
+        ssh.verify(attempt.record.name)
+        return self._follow(learn(attempt.record), job, Progress(attempt.on_phase, attempt.on_line))
 
     def _follow(self, record: Record, job: int, progress: Progress) -> Job:
         log = _log(record.name).with_name("serve.log")

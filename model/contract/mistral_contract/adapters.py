@@ -41,10 +41,16 @@ class AdapterError(untrusted.Refusal):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that can be served. `rank` is the largest of all that its configuration names; `pairs` are A and B of each module."""
+    """An adapter that can be served. `rank` is the largest of all that its configuration names; `pairs` are A and B of each module.
+
+    `base` is the model that it was trained on, by its configuration: a repository of the hub, or any other name; `base_revision` its commit,
+    empty where that is not named.
+    """
 
     rank: int
     pairs: tuple[tuple[Tensor, Tensor], ...]
+    base: str = ""
+    base_revision: str = ""
 
 
 def served_rank(adapters: Iterable[Adapter]) -> int:
@@ -86,7 +92,8 @@ def judge(sizes: Mapping[str, int], read: Read, base: Sizes | None) -> Adapter:
         if any(name.startswith("adapter_model") and name.endswith((".bin", ".pt")) for name in sizes):
             raise AdapterError(f"its tensors are pickled, which can run code; save it as {TENSORS} (PEFT: save_pretrained)")
         raise AdapterError(f"it has no {TENSORS}; save it with PEFT's save_pretrained, in one file")
-    return Adapter(rank, _pairs(config, header(TENSORS, sizes[TENSORS], read), base))
+    named = [value if isinstance(value := config.get(name), str) else "" for name in ("base_model_name_or_path", "revision")]
+    return Adapter(rank, _pairs(config, header(TENSORS, sizes[TENSORS], read), base), *named)
 
 
 def _no_pointer(name: str, beginning: bytes) -> None:

@@ -427,7 +427,7 @@ class Finetune:
         TEXT, "commit of that repository; not set: not known", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "tune", default=""
     )  # fmt: skip
     weights: str = _env(TEXT, "as for a server", "hf://mistralai/Mistral-7B-Instruct-v0.1", "finetune laptop")
-    revision: str = _env(TEXT, "as for a server", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "finetune laptop", default="")
+    revision: str = _env(TEXT, "as for a server", "ec5deb64f2c6e6fa90c1abf74a91d5c93a9669ca", "finetune tune laptop", default="")
     weights_id: str = _env(
         IDENTIFIER, "as for a server", "mistral-7b-instruct-v0.1-0b1c2d3e", "finetune tune laptop", template="mistral-7b-instruct-v0.1"
     )  # fmt: skip
@@ -437,7 +437,7 @@ class Finetune:
     dtype: str = _env(_one_of("bfloat16", "float16", "float32"), "dtype of what is computed", "bfloat16", "tune")
     tokenizer_mode: str = _env(_one_of("mistral", "hf"), "as for a server", "mistral", "tune")
     data: str = _env(
-        TEXT, "the chats: a URI (`s3://`, `gs://`, `az://`, `file://`), or a file below `NODE_DIR/run/NAME/data` that came with the task",
+        TEXT, "the chats: a URI (`s3://`, `gs://`, `az://`), or a file in `NODE_DIR/run/NAME/data` that came with the task",
         "s3://bucket/chats.jsonl", "finetune",
     )  # fmt: skip
     eval_data: str = _env(
@@ -448,7 +448,7 @@ class Finetune:
         TEXT, "where adapter and checkpoints go: `s3://`, `gs://`, `az://`, `file://`. The result lies there; what is on its way lies below "
         "`checkpoints/`", "s3://bucket/adapter", "finetune tune laptop",
     )  # fmt: skip
-    method: str = _env(_one_of("lora", "qlora", "full"), "what is trained", "lora", "finetune tune")
+    method: str = _env(_one_of("lora", "qlora", "full"), "what is trained", "lora", "tune")
     epochs: int = _env(_number(1, 1000), "times that all chats are learnt", "3", "tune")
     max_length: int = _env(_number(16, 1 << 20), "longest example; packed rows are as long", "4096", "tune")
     rank: int = _env(_number(1, 512), "rank of the adapter", "16", "tune", default=16)
@@ -460,7 +460,7 @@ class Finetune:
     save_minutes: int = _env(MINUTES, "a checkpoint is sealed and uploaded after so many minutes", "10", "tune")
     merge: bool = _env(FLAG, "merged weights are published, too", "yes", "tune", default=False, template="")
     restart: bool = _env(
-        FLAG, "checkpoints of this run that lie at MISTRALCTL_OUT are not continued; they are removed", "yes", "finetune tune", default=False,
+        FLAG, "checkpoints of this run that lie at MISTRALCTL_OUT are not continued; they are removed", "yes", "tune", default=False,
         template="",
     )  # fmt: skip
     run_id: str = _env(
@@ -475,8 +475,8 @@ class Finetune:
         default=None,
     )  # fmt: skip
     setup_minutes: int | None = _env(MINUTES, "as for a server", "60", "finetune watch", default=None)
-    budget: float | None = _env(USD, "as for a server", "5.0000", "watch laptop", default=None, template="")
-    price: float | None = _env(USD, "as for a server", "0.8048", "watch tune laptop", default=None, template="")
+    budget: float | None = _env(USD, "as for a server", "5.0000", "finetune watch laptop", default=None, template="")
+    price: float | None = _env(USD, "as for a server", "0.8048", "finetune watch laptop", default=None, template="")
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.price is None:

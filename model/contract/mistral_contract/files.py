@@ -59,6 +59,8 @@ GATE = _entry("run/NAME/gate.json", "what the launcher's own walk found (below);
 LORA = _entry("run/NAME/lora/", "an adapter in each folder; replaced as a whole when the store has another version")
 ADAPTERS = _entry("run/NAME/adapters/", "adapters that came with the task, from folders of the laptop")
 UPLOAD = _entry("run/NAME/upload/", "weights that came with the task, from a folder of the laptop")
+DATA = _entry("run/NAME/data/", "of a run of training: chats that came with the task, or were fetched")
+TUNE = _entry("run/NAME/tune/", "of a run of training: its checkpoints and its result, sealed")
 PULLED = _entry(
     "run/NAME/pulled.json", "the result of the last pull that brought weights: bytes, seconds, what the disk wrote meanwhile"
 )

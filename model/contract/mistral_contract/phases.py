@@ -11,7 +11,10 @@ Kind = Literal["start", "end", "fail"]
 # The phases in whose course a node prints lines, in their order; `outside` is the laptop's own and in no log.
 PHASES = {
     "environment": "`setup` installs vLLM and our packages",
-    "weights": "`setup` pulls weights and adapters, beside `environment`; a mirror's only phase",
+    "weights": "`setup` pulls weights, adapters and chats, beside `environment`; a mirror's only phase",
+    "train": "a run of training learns, from its last checkpoint on",
+    "prove": "vLLM serves what was trained, and its figures are held against those of the training",
+    "publish": "what was trained goes to its place. The last phase of a run of training",
     "engine": "vLLM starts",
     "check": "the canary, and what each adapter changes",
     "gate": "the launcher walks every route of its server",

@@ -123,6 +123,7 @@ class Keeper(TrainerCallback):
             done = state.global_step - self.first_step
             seconds = time.monotonic() - self.began
             log.progress(
+                self.checkpoints.job.run_dir,
                 step=state.global_step, steps=state.max_steps, loss=round(entry["loss"], 4),
                 tokens_per_second=round(done * self.tokens / seconds, 1) if seconds else 0.0,
                 left_seconds=round((state.max_steps - state.global_step) * seconds / done) if done else None,

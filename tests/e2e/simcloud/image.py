@@ -58,12 +58,14 @@ def recipe() -> dict[str, str]:
     from importlib.metadata import version
 
     from mistralctl.tasks import NODE_PYTHON, environment_id
+    from mistralctl.tasks.finetune import tune_environment_id
 
     model = CHECKOUT / "model"
     sources = [
         HERE / "image.py", HERE / "linux.py", HERE / "packages.txt", model / "node" / "environment.sh", model / "node" / "once.sh",
         model / "node" / "byte_code.sh", model / "node" / "build-constraints.txt", model / "weights" / "constraints.txt",
-        *(model / part / "pyproject.toml" for part in ("contract", "plugin", "node", "weights")),
+        model / "tune" / "environment.sh", model / "tune" / "requirements.txt",
+        *(model / part / "pyproject.toml" for part in ("contract", "plugin", "node", "weights", "chats", "tune")),
     ]  # fmt: skip
     found = {str(path.relative_to(CHECKOUT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
     python = subprocess.run(["/usr/bin/python3", "--version"], capture_output=True, text=True, check=True).stdout
@@ -72,6 +74,7 @@ def recipe() -> dict[str, str]:
         "uv": version("uv"),
         "python": NODE_PYTHON,
         "environment": environment_id("cpu", NODE_PYTHON),
+        "training": tune_environment_id("cpu", NODE_PYTHON),
         "system": Path("/etc/os-release").read_text().splitlines()[0] + ", " + python.strip(),
     }
 
@@ -142,13 +145,14 @@ def _bake(folder: Path) -> None:
         '$uv pip install --quiet --python ~/skypilot-runtime/bin/python "$wheel[aws,gcp,azure,remote]"\n'
         "~/skypilot-runtime/bin/python -c 'import ray, sky'\n"
         "~/skypilot-runtime/bin/az version\n"
-        f"envs=~/{MISTRALCTL_ENVS} environment=$1 python=$2\n"
+        f"envs=~/{MISTRALCTL_ENVS} environment=$1 python=$2 tune=$3\n"
         'bash /mnt/model/node/environment.sh cpu "$python" "$envs/$environment" "$uv"\n'
+        'bash /mnt/model/tune/environment.sh "$envs/$environment" "$envs/$tune" "$uv"\n'
         "# What a node installs later comes from uv's cache: the build of our packages, what reads each store.\n"
         "export UV_BUILD_CONSTRAINT=/mnt/model/node/build-constraints.txt\n"
-        "cp -r /mnt/model/contract /mnt/model/plugin /mnt/model/node /mnt/model/weights /tmp/\n"
+        "cp -r /mnt/model/contract /mnt/model/plugin /mnt/model/node /mnt/model/weights /mnt/model/chats /mnt/model/tune /tmp/\n"
         '$uv pip install --quiet --python "$envs/$environment/bin/python" --no-deps --target /tmp/site'
-        " /tmp/contract /tmp/plugin /tmp/node /tmp/weights\n"
+        " /tmp/contract /tmp/plugin /tmp/node /tmp/weights /tmp/chats /tmp/tune\n"
         'PYTHONDONTWRITEBYTECODE= bash /mnt/model/node/byte_code.sh cpu "$envs/$environment" /tmp/site\n'
         "for extra in '' '--extra s3' '--extra gs' '--extra az'; do\n"
         '  $uv venv --quiet --clear --python "$python" /tmp/venv\n'
@@ -171,6 +175,7 @@ def _bake(folder: Path) -> None:
 def _inside(folder: Path, wheel: str) -> None:
     """The baking itself, in a mount namespace of its own."""
     from mistralctl.tasks import NODE_PYTHON, environment_id
+    from mistralctl.tasks.finetune import tune_environment_id
 
     root = folder / "root"
     linux.overlay(root, "/", folder / "upper", folder / "work")
@@ -219,7 +224,14 @@ def _inside(folder: Path, wheel: str) -> None:
     if links:
         environ["UV_FIND_LINKS"] = links
     as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
-    script = ["bash", "-ex", "/tmp/setup.sh", environment_id("cpu", NODE_PYTHON), NODE_PYTHON]
+    script = [
+        "bash",
+        "-ex",
+        "/tmp/setup.sh",
+        environment_id("cpu", NODE_PYTHON),
+        NODE_PYTHON,
+        tune_environment_id("cpu", NODE_PYTHON),
+    ]
     subprocess.run([*inside, *as_user, *script], env=environ, check=True)
 
     for folder in (found for pattern in ABSENT_FOLDERS for found in root.glob(pattern)):
