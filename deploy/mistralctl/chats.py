@@ -24,7 +24,7 @@ __all__ = [
     "Chat", "Chats", "Dataset", "Encoder", "Summary", "counted", "in_colour", "read_chats", "show",
 ]  # fmt: skip
 
-INSTALL = "install mistralctl[finetune]"
+INSTALL = "pip install 'mistralctl[finetune]'"
 
 
 @contextmanager

@@ -279,7 +279,7 @@ def test_a_library_that_is_not_installed_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     code, said = refusal(write(tmp_path, turn("Why?", "So.")), folder, mode)
-    assert (code, said) == (Exit.MACHINE, f"counting tokens needs the package {package}; install mistralctl[finetune]")
+    assert (code, said) == (Exit.MACHINE, f"counting tokens needs the package {package}; pip install 'mistralctl[finetune]'")
 
 
 def test_colour_is_for_terminals_unless_it_is_switched_off(tmp_path: Path) -> None:

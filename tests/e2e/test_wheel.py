@@ -42,7 +42,8 @@ def test_it_carries_what_a_node_needs_and_nothing_else(wheel: Path) -> None:
     for needed in (
         "docs/roles/aws.json", "task_templates/serve.yaml", "task_templates/mirror.yaml", "model/node/setup.sh", "model/node/mirror.sh",
         "model/plugin/vllm_mistral/model.py", "model/node/mistral_node/serve.py", "clouds/aws/vms.csv",
-        "model/weights/mistral_weights/pull.py", "model/node/vllm-cpu/shim/pyproject.toml", "mistralctl.schema.json",
+        "model/weights/mistral_weights/pull.py", "model/chats/mistral_chats/chats.py",
+        "model/node/vllm-cpu/shim/pyproject.toml", "mistralctl.schema.json",
     ):  # fmt: skip
         assert f"mistralctl/{needed}" in names
     assert not [name for name in names if "__pycache__" in name or "/.venv" in name or "tests/" in name]
@@ -72,6 +73,23 @@ def test_its_weights_tool_is_the_one_that_it_carries(installed: Cli, tmp_path: P
     assert digest.startswith("digest sha256:")
     error = installed("weights", "ls", "s3://bucket/x", code=6).stderr
     assert error == "mistralctl: s3:// needs the package botocore; pip install 'mistralctl[aws]'\n"
+
+
+def test_its_reader_of_chats_is_the_one_that_it_carries_and_tokens_need_an_extra(installed: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"instruction": "Why?", "output": "So."}')
+    code = (
+        "import sys; from mistralctl import chats; found = chats.read_chats(sys.argv[1])\n"
+        "print(found.format_name, sys.modules['mistral_chats'].__file__)\n"
+        "try: chats.counted(found, sys.argv[2], 'mistral')\n"
+        "except chats.UserError as error: print(error)\n"
+    )
+    python = Path(installed.command[0]).parent / "python"
+    done = subprocess.run([python, "-c", code, file, tmp_path], capture_output=True, text=True, check=True, timeout=60)
+    found, refused = done.stdout.splitlines()
+    assert found.startswith(f"Alpaca {python.parents[1]}/lib/")
+    assert found.endswith("/site-packages/mistralctl/model/chats/mistral_chats/__init__.py")
+    assert refused == "counting tokens needs the package mistral_common; pip install 'mistralctl[finetune]'"
 
 
 def test_it_serves_on_this_machine(installed: Cli) -> None:
