@@ -18,6 +18,7 @@ from mistral_contract.architecture import Architecture
 from mistral_node import adapters, contract
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
+from mistral_node.flags import lora_slots
 from nodes import KEY, variables
 from safetensors.torch import load_file, save_file
 from test_canary import over_http
@@ -151,6 +152,19 @@ class Asked:
 def asked(model: Path) -> Iterator[Asked]:
     with engine(model, enable_lora=True, max_loras=1, max_lora_rank=RANKS[-1]) as llm:
         yield Asked(llm)
+
+
+def test_log_probabilities_of_many_prompts_at_once_with_and_without_an_adapter(model: Path, tmp_path: Path) -> None:
+    request = LoRARequest("one", 1, str(adapter(tmp_path / "one", tuple(SIZES))))
+    ids = prompts([20 + 9 * number for number in range(24)])
+    requests = [request if number % 2 else None for number in range(24)]
+    with engine(model, enable_lora=True, max_loras=lora_slots(1, "cpu"), max_lora_rank=8) as llm:
+        together = prompt_logprobs(llm, ids, lora_request=requests)
+        alone = [prompt_logprobs(llm, [one], lora_request=[by])[0] for one, by in zip(ids, requests, strict=True)]
+        bare = prompt_logprobs(llm, ids)
+    assert max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)) < 1e-4
+    changed = [float((a - b).abs().max()) > 0.01 for a, b in zip(together, bare, strict=True)]
+    assert changed == [by is not None for by in requests]
 
 
 ALL = tuple(SIZES)

@@ -39,6 +39,15 @@ def runs_in_the_engine(contract: Contract) -> bool:
     return contract.device == "cpu" and not bound and len(list(MEMORY_NODES.glob("node[0-9]*"))) <= 1
 
 
+def lora_slots(adapters: int, device: str) -> int:
+    """Return for how many adapters vLLM has to hold room: on a CPU for one more than there are.
+
+    vLLM 0.32 gives a request without an adapter the slot -1, which its kernels for CPUs (`lora/ops/torch_ops`) take for the last one: beside a
+    request with an adapter, the model alone would answer with the adapter of that slot. The last slot stays empty, which is all zeros.
+    """
+    return adapters + (device == "cpu")
+
+
 def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[str]:
     """What follows `vllm serve`: only safetensors are loaded, no code that comes with weights is run. `lora_rank` takes every adapter."""
     formats = ("mistral", "mistral") if is_consolidated(model_dir) else ("safetensors", "hf")
@@ -85,7 +94,7 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
             "--max-lora-rank",
             str(lora_rank),
             "--max-loras",
-            str(len(contract.adapters)),
+            str(lora_slots(len(contract.adapters), contract.device)),
             "--lora-modules",
         ]
         found += [f"{adapter}={folder}" for adapter, folder in contract.adapters]

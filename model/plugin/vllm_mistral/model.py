@@ -211,6 +211,8 @@ class MistralDecoder(nn.Module, EagleModelMixin):
 class MistralSWAForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle, SupportsEagle3, SupportsQuant):
     """The decoder and its head; the class that vLLM runs for the architecture of this name."""
 
+    # No adapter has embeddings or a head. With lm_head here, log-probabilities of prompts with an adapter end a CPU's engine (vllm#16668).
+    embedding_modules: ClassVar[dict[str, str]] = {}
     packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
