@@ -365,3 +365,19 @@ def test_ordinary_requests_pass_over_tls(secure: tuple[int, ssl.SSLContext]) -> 
     old.maximum_version = ssl.TLSVersion.TLSv1_1
     with socket.create_connection(("127.0.0.1", port), 10) as plain, pytest.raises((ssl.SSLError, OSError)):
         old.wrap_socket(plain)
+
+
+def test_a_connection_that_is_gone_when_its_answer_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its transport has no socket any more."""
+
+    class Gone:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    loop = asyncio.new_event_loop()
+    one = front.BoundedProtocol(_loop=loop, app_state={})
+    one._raw, one._inner, one._begun = Gone(), Gone(), True  # type: ignore[assignment]
+    one.transport, one.flow = Gone(), Gone()  # type: ignore[assignment]
+    one._linger()
+    assert one._timer is not None
+    loop.close()

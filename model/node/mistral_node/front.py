@@ -347,8 +347,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """Reads on for a moment: a connection that is closed with unread bytes takes its answer back from the client."""
         if self._inner is self._raw:
             self._inner.write_eof()  # type: ignore[union-attr]
-        with suppress(OSError):
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LINGER_BYTES)
+        wire = self._raw.get_extra_info("socket")  # type: ignore[union-attr]
+        if wire is not None:  # the client may have gone by now
+            with suppress(OSError):
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LINGER_BYTES)
         self.flow.resume_reading()
         self._timer = self.loop.call_later(LINGER_SECONDS, self._end)
 
