@@ -101,12 +101,12 @@ class Run:
         assert process.exitcode == code, text
         return text
 
-    def train_together(self, count: int) -> None:
+    def train_together(self, count: int, before: Callable[[], None] = nothing) -> None:
         """Train in several processes that share the work."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        started = [self.start(**shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+        started = [self.start(before, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
         for process in started:
             process.join(600)
         assert [process.exitcode for process in started] == [0] * count, self.log()

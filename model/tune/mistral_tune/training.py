@@ -226,10 +226,14 @@ def _trainer(job: Job, place: Place, found: Learnt, packed: Packing, folder: Pat
         fp16=mixed and wanted.dtype == "float16", gradient_checkpointing=wanted.device == "cuda", report_to=_reports(),
         ddp_find_unused_parameters=False, dataloader_num_workers=0, **options,
     )  # fmt: skip
-    return Trainer(
+    trainer = Trainer(
         model=base, args=settings, processing_class=_no_tokenizer(), peft_config=adapter, train_dataset=_rows(found.rows),
         eval_dataset=_rows(found.held_out),
     )  # fmt: skip
+    for parameter in trainer.model.parameters():  # trl keeps a QLoRA adapter in bfloat16, in which small updates are lost
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 def _sharded() -> dict[str, Any]:
