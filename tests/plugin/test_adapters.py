@@ -334,6 +334,41 @@ def test_the_check_asks_every_adapter(tmp_path: Path, base: Architecture, asked:
     assert answers["fresh"] == adapters.Answer("changes nothing", 0.0)
 
 
+def published(folder: Path, asked: Asked, **changes: Any) -> Path:
+    """Write beside an adapter what the engine says with it of eight tokens, as training does; with changes."""
+    asked.number += 1
+    request = LoRARequest(folder.name, asked.number, str(folder))
+    [ids] = asked.ids
+    said = prompt_logprobs(asked.llm, asked.ids, lora_request=request)[0][-8:].tolist()
+    figures = {
+        "prompt_token_ids": ids[:-8],
+        "forced_token_ids": ids[-8:],
+        "logprobs": said,
+        "dtype": "float32",
+        "weights": "a-run",
+    }
+    (folder / "mistralctl-canary.json").write_text(json.dumps(figures | changes))
+    return folder
+
+
+def test_the_check_holds_an_adapter_to_the_canary_beside_it(
+    tmp_path: Path, base: Architecture, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published(adapter(tmp_path / "good"), asked)
+    judged = {"good": read(folder, base)}
+    checked(asked, {"good": folder}, judged)
+    assert "the adapter good computes what it did when it was published" in capsys.readouterr().out
+    for changes, why in (
+        ({"logprobs": [-0.01] * 8}, "the adapter good does not compute what it did when it was published"),
+        ({"logprobs": [-1.0] * 7}, "the adapter good: its mistralctl-canary.json is damaged"),
+    ):
+        with pytest.raises(LaunchError, match=why) as error:
+            checked(asked, {"good": published(folder, asked, **changes)}, judged)
+        assert error.value.code == Code.CANARY
+    published(folder, asked, logprobs=[-0.01] * 8, forced_token_ids=[5] * 8, prompt_token_ids=[5] * (1 << 16))
+    checked(asked, {"good": folder}, judged)  # longer than this deployment takes
+
+
 def test_the_check_fails_for_an_adapter_that_vllm_loads_and_ignores(tmp_path: Path, base: Architecture, asked: Asked) -> None:
     good, ignored = adapter(tmp_path / "good"), adapter(tmp_path / "ignored")
     renamed("model.model.layers", "model.layers")(ignored)

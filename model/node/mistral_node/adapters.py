@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mistral_contract import adapters, figures
+from mistral_contract import adapters, figures, untrusted
 from mistral_contract.adapters import Adapter
-from mistral_node import weights
+from mistral_node import log, weights
 from mistral_node.canary import NotFinite, forced_logprobs
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
@@ -61,6 +61,7 @@ def check(client: Client, wanted: Contract, found: dict[str, Adapter]) -> dict[s
             raise LaunchError(
                 Code.CANARY, f"the adapter {name} makes log-probabilities that are not finite; its tensors are damaged"
             ) from None
+        _as_proven(client, wanted, name, folder)
         if difference > noise:
             answers[name] = Answer("answers", round(difference, 6))
         elif adapters.changes_nothing(folder, found[name]):
@@ -72,3 +73,30 @@ def check(client: Client, wanted: Contract, found: dict[str, Adapter]) -> dict[s
                 "another model, or not at all",
             )
     return answers
+
+
+def _as_proven(client: Client, wanted: Contract, name: str, folder: Path) -> None:
+    """LaunchError if the engine computes something else with an adapter than what lies beside it says: a canary, as training publishes it.
+
+    Nothing is compared without one, where its prompt is longer than this deployment takes, and where weights are quantized while they are loaded.
+    """
+    try:
+        stored = figures.read(untrusted.contents(folder / figures.FILE, untrusted.MOST_BYTES))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            Code.CANARY, f"the adapter {name}: its {figures.FILE} is damaged ({error}); copy the adapter again"
+        ) from None
+    prompt, forced = stored["prompt_token_ids"], stored["forced_token_ids"]
+    if wanted.quantization or len(prompt) + len(forced) >= wanted.max_model_len:
+        return
+    difference = figures.difference(forced_logprobs(client, name, prompt, forced), stored["logprobs"])
+    allowed = figures.tolerance(stored, wanted.dtype)
+    if not difference <= allowed:
+        raise LaunchError(
+            Code.CANARY,
+            f"the adapter {name} does not compute what it did when it was published: a log-probability differs by {difference:.3f}, {allowed:g} "
+            f"is allowed ({stored.get('source') or 'without a source'}); it belongs to another base model or revision, or its files were mixed",
+        )
+    log.line(f"the adapter {name} computes what it did when it was published: {difference:.2g} ({allowed:g} is allowed)")
