@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mistral_contract import adapters, architecture, figures, gguf, quantization, safetensors, sets, untrusted
+from mistral_contract import adapters, architecture, figures, gguf, phases, quantization, routes, safetensors, sets, untrusted
 
 HOSTILE = {
     "nested lists": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -235,3 +236,32 @@ def test_a_manifest_that_names_no_files(tmp_path: Path, files: Any) -> None:
     (tmp_path / "mistral-weights.json").write_text(json.dumps({"files": files}))
     with pytest.raises(sets.Wrong, match="should list files"):
         sets.check(tmp_path)
+
+
+PHASE = '{"phase": "engine", "event": "start", "at": %s}'
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"phase": ' * 100_000, PHASE % ("1" + "0" * 400), PHASE % "NaN", PHASE % "[1]", PHASE.replace('"start"', "[1]") % 1,
+     "null"],
+    ids=lambda text: str(text[:60]),
+)  # fmt: skip
+def test_a_line_of_a_log_that_looks_like_a_phase_is_none(text: str) -> None:
+    assert phases.parse(f"{phases.MARK}{text}") is None
+
+
+def test_a_phase_says_nothing_that_a_terminal_obeys() -> None:
+    found = phases.parse(
+        phases.MARK + json.dumps({"phase": "a\x1b[2J", "event": "fail", "at": 1, "message": "b\x1b]0;c\x07" + "d" * 10_000})
+    )
+    assert found is not None
+    assert found.phase.isprintable()
+    assert found.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"rows": ' * 100_000, '{"routes": 1e999, "rows": []}', '{"routes": 1, "rows": {}}']
+)
+def test_a_report_of_a_gate_that_is_none(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert routes.read(text).rows == ()

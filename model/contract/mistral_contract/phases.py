@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mistral_contract import untrusted
+
 MARK = "mistralctl-phase "
 Kind = Literal["start", "end", "fail"]
 # The phases in whose course a node prints lines, in their order; `outside` is the laptop's own and in no log.
@@ -44,8 +46,9 @@ def parse(line: str) -> PhaseEvent | None:
     if start < 0:
         return None
     try:
-        data = json.loads(line[start + len(MARK) :])
-        event = PhaseEvent(str(data["phase"]), data["event"], float(data["at"]), str(data.get("message", "")))
+        data = untrusted.read(line[start + len(MARK) :])
+        phase, message = untrusted.printable(str(data["phase"])), untrusted.printable(str(data.get("message", "")))
+        event = PhaseEvent(phase, data["event"], float(data["at"]), message)
     except (ValueError, KeyError, TypeError):
         return None
     return event if event.event in get_args(Kind) else None
