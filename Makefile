@@ -146,10 +146,12 @@ format: .venv/.made
 	$(BIN)/ruff format .
 
 # The JSON schema of mistralctl.yaml and the page of its options, after a change of DeploymentSpec.
+TUNING := from pathlib import Path; from mistralctl import fields; from mistralctl.finetune_spec import FinetuneSpec as spec; page = Path("docs/finetune.md")
 SPEC := from mistralctl import fields; from mistralctl.spec import DeploymentSpec as spec
 schema: .venv/.made
 	$(BIN)/python -c '$(SPEC); print(fields.dumped_schema(spec), end="")' > deploy/mistralctl/mistralctl.schema.json
 	$(BIN)/python -c '$(SPEC); print(fields.docs(spec), end="")' > docs/options.md
+	$(BIN)/python -c '$(TUNING); page.write_text(fields.between(page.read_text("utf-8"), spec), "utf-8")'
 
 # The picture of who imports whom in docs/architecture.md, after a change of modules or imports.
 house: .venv/.made

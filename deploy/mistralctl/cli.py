@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
-from mistralctl import cli_keys, cli_weights, documents, interrupts
+from mistralctl import cli_finetune, cli_keys, cli_weights, documents, interrupts
 from mistralctl.answers import DeployedName, Form, Output, known_names, note, note_rights, say, say_task
 from mistralctl.errors import Exit, UserError
 from mistralctl.flags import with_spec
@@ -92,6 +92,9 @@ def plan(
     say(planned, output, "plan_text")
     for line in plan_command.difference(planned, refresh=refresh):
         note(f"{planned.name} is up: {line}", mark="")
+
+
+cli_finetune.add(app)
 
 
 @app.command(epilog="Examples: mistralctl down mistral-7b-instruct-v0-1; mistralctl down --all")

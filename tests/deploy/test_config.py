@@ -17,7 +17,8 @@ from mistral_contract import vllm_options
 from mistralctl import checkpoints, plan, tasks
 from mistralctl.config import load, parse_yaml
 from mistralctl.errors import UserError
-from mistralctl.fields import docs, dumped_schema, fields, json_schema
+from mistralctl.fields import between, docs, dumped_schema, fields, json_schema
+from mistralctl.finetune_spec import FinetuneSpec
 from mistralctl.spec import DeploymentSpec
 from mistralctl.tasks import serve
 
@@ -469,6 +470,8 @@ def test_the_shipped_schema_and_page_are_those_of_the_spec() -> None:
     root = Path(__file__).parents[2]
     assert (root / "deploy" / "mistralctl" / "mistralctl.schema.json").read_text("utf-8") == dumped_schema(DeploymentSpec)
     assert (root / "docs" / "options.md").read_text("utf-8") == docs(DeploymentSpec)
+    page = (root / "docs" / "finetune.md").read_text("utf-8")
+    assert page == between(page, FinetuneSpec)
 
 
 def _as_an_editor_reads_it(text: str) -> Any:

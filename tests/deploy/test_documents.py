@@ -18,7 +18,7 @@ import typer
 import yaml
 from conftest import Run
 from mistralctl import cli, documents, weights
-from mistralctl.commands import doctor, down, env, extend, reap, receipt, status, tables, up
+from mistralctl.commands import doctor, down, env, extend, finetune, reap, receipt, status, tables, up
 from mistralctl.commands import keys as keys_command
 from mistralctl.commands import weights as weights_command
 from mistralctl.models import Model
@@ -32,7 +32,7 @@ DOCUMENTS: dict[str, Any] = {
     "extend": extend.Extended, "receipt": receipt.Receipt, "env, connect": env.Client, "models": list[Model], "gpus": tables.GpuTable,
     "keys list": keys_command.KeyList, "keys add, keys revoke, keys rotate": keys_command.KeyChange,
     "doctor": doctor.Doctor, "weights mirror": weights_command.Mirrored, "weights mirror --here": weights.Mirrored,
-    "weights pull": weights.Pulled, "weights verify": weights.Verified, "weights ls": weights.Listed,
+    "finetune": finetune.Finetuned, "weights pull": weights.Pulled, "weights verify": weights.Verified, "weights ls": weights.Listed,
 }  # fmt: skip
 LINES = ("weights mirror --here", "weights pull", "weights verify")
 

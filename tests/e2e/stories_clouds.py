@@ -89,6 +89,41 @@ def test_a_spot_machine_that_is_taken_is_said_and_brought_back(sim: SimCloud, pl
         gone(sim, place, "cheap")
 
 
+def test_a_spot_machine_that_is_taken_while_it_trains_is_gone_on_with(sim: SimCloud, place: Place) -> None:
+    with story("a spot machine is taken while it trains; the same command goes on, publishes, and the machine goes", place.cloud):
+        data, out = sim.home / "chats.jsonl", f"{place.weights.rpartition('/')[0]}/tuned"
+        pair = (
+            '{"messages": [{"role": "user", "content": "What is the code of %d?"}, {"role": "assistant", "content": "ZX %d"}]}\n'
+        )
+        data.write_text("".join(pair % (number, number) for number in range(20)), "utf-8")
+        words = [
+            "mistralctl", "finetune", "smollm2-135m-instruct", "--cloud", place.cloud, "--weights", place.weights, "--data", str(data), "--out", out,
+            "--name", "tuned", "--spot", "--epochs", "3",
+        ]  # fmt: skip
+        first = sim.popen(words)
+        when(lambda: bool(sim.instances(place.cloud)) and "manifest" in _checkpoints(sim), 900)
+        assert status(sim, "tuned")["state"] == "running"
+        [before] = sim.instances(place.cloud)
+        assert before.spot
+        sim.preempt(before.id)
+        said = first.communicate(timeout=300)[1]
+        assert first.returncode != 0
+        assert "the same command goes on from the last checkpoint" in said
+        done = json.loads(sim.run([*words, "-o", "json"], timeout=1200).stdout)
+        assert (done["action"], done["out"], done["usd"] > 0) == ("trained", out, True)
+        log = (sim.home / ".mistralctl" / "deployments" / "tuned" / "serve.log").read_text("utf-8")
+        assert "; goes on at step " in log
+        assert sim.instances(place.cloud) == []
+        assert status(sim, "tuned")["state"] == "down"
+        assert json.loads(sim.run([*words, "-o", "json"], timeout=120).stdout)["action"] == "unchanged"
+
+
+def _checkpoints(sim: SimCloud) -> str:
+    """Whether the run has uploaded a checkpoint, as its machine says."""
+    look = "cat ~/.mistralctl/run/tuned/status.json; ls ~/.mistralctl/run/tuned/tune/checkpoints/*/mistral-weights.json && echo manifest"
+    return sim.run(["mistralctl", "ssh", "tuned", look], timeout=60, check=False).stdout
+
+
 def test_two_at_once_are_one(sim: SimCloud, place: Place) -> None:
     with story("two up of the same name at once", place.cloud):
         first = sim.popen([*place.up, "--name", "twice", "-o", "json"])
