@@ -14,7 +14,7 @@ import pytest
 import yaml
 from mistral_contract import envs
 from mistral_contract.envs import Finetune
-from mistralctl import lifecycle, package_dir, state, tasks, training
+from mistralctl import lifecycle, package_dir, reported, state, tasks, training
 from mistralctl.commands import finetune as command
 from mistralctl.commands.finetune import Planned, Step, Talk
 from mistralctl.errors import Exit, UserError
@@ -353,3 +353,52 @@ def test_sky_takes_the_template_of_a_base_that_is_named_by_the_hub() -> None:
     assert (envs_["MISTRALCTL_BASE"], envs_["MISTRALCTL_BASE_REVISION"]) == (
         "mistralai/Mistral-7B-Instruct-v0.1", SEVEN.revision,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "state_", "why"),
+    [
+        (
+            {"state": "train", "progress": {"step": 3, "steps": 9, "loss": 1.5, "left_seconds": 120}},
+            "running", "step 3 of 9, loss 1.5, 2 minutes left",
+        ),
+        ({"state": "train", "progress": {"step": 1, "steps": 9, "loss": 1.5, "left_seconds": None}}, "running", "step 1 of 9, loss 1.5"),
+        ({"state": "train", "progress": {"step": "\x1b[2J", "steps": 9, "loss": 1.5}}, "running", "training"),
+        ({"state": "prove"}, "running", "proof in vLLM"),
+        ({"state": "failed", "error": {"message": "the disk is full"}}, "failed", "the disk is full; the same command goes on"),
+    ],
+)  # fmt: skip
+def test_status_says_how_far_a_run_is(
+    said: dict[str, Any], state_: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mistralctl import processes
+    from mistralctl.commands import status
+
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path))
+    monkeypatch.setattr(processes, "alive", lambda record: state_ == "running")
+    record = Record(
+        "mine",
+        "local",
+        "starting",
+        TINY.name,
+        "",
+        0,
+        str(tmp_path / "node"),
+        "",
+        0.0,
+        task=rendered("finetune-local"),
+        kind="finetune",
+    )
+    record.run_dir.mkdir(parents=True)
+    (record.run_dir / "status.json").write_text(json.dumps(said), "utf-8")
+    state.save(record)
+    [one] = status.run("mine")
+    assert (one.state, one.why, one.base_url) == (state_, why, None)
+
+
+def test_what_a_node_says_of_a_result_is_taken_by_type() -> None:
+    assert reported.training('{"steps": 9, "loss": {"last": 0.5}, "libraries": {"trl": "1", "x": 2}}') == {
+        "steps": 9, "loss": {"last": 0.5}, "libraries": {"trl": "1", "x": None},
+    }  # fmt: skip
+    assert reported.training("[1]") == reported.training("{") == {}
+    assert reported.training('{"loss": 3}') == {"loss": None}
