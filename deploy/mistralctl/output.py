@@ -262,6 +262,11 @@ def fields_text(result: Any) -> str:
     return _rows([[name, str(value)] for name, value in plain(result).items()])
 
 
+def _figure(value: Any) -> str:
+    """A number of a receipt, short; ? where there is none."""
+    return f"{value:.3g}" if isinstance(value, int | float) else "?"
+
+
 def _training_text(result: TrainingReceipt) -> str:
     """What was trained, from what, and how it was proven."""
     told, where = (
@@ -277,8 +282,9 @@ def _training_text(result: TrainingReceipt) -> str:
         ["down", "not yet" if result.down_at is None else _moment(result.down_at)],
         ["out", result.out],
         ["phases", " + ".join(f"{phase['phase']} {phase['seconds']:.0f} s" for phase in result.phases)],
-        ["steps", f"{told.get('steps', '?')}, loss {loss.get('first', '?')} to {loss.get('last', '?')}, held out {loss.get('held_out', '?')}"],
-        ["proof", f"log-probabilities of vLLM and peft differ by {proof.get('difference', '?')}, {proof.get('tolerance', '?')} is allowed"],
+        ["steps", _figure(told.get("steps"))],
+        ["loss", f"{_figure(loss.get('first'))} to {_figure(loss.get('last'))}, of what was held out {_figure(loss.get('held_out'))}"],
+        ["proof", f"log-probabilities of vLLM and peft differ by {_figure(proof.get('difference'))}, {_figure(proof.get('tolerance'))} is allowed"],
         ["versions", ", ".join(f"{name} {version}" for name, version in (told.get("libraries") or {}).items() if version)],
     ]  # fmt: skip
     return _rows(rows)
