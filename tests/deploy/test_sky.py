@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mistralctl import checkpoints, images, package_dir, plan, prices, tasks
 from mistralctl.config import load
-from mistralctl.tasks import serve
+from mistralctl.tasks import finetune, serve
+from test_finetune_command import CASES as FINETUNES
+from test_finetune_command import planned
 from test_mirror import CASES as MIRRORS
 from test_mirror import rendered as mirror_rendered
 from test_task import CASES
 
 pytestmark = pytest.mark.slow  # SkyPilot takes its time to begin
+RUNS = [name for name in FINETUNES if name != "finetune-local"]
 CLOUD_CASES = [name for name in CASES if name != "local"]
 
 
@@ -49,7 +53,12 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     for name in MIRRORS:
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(tasks.dump(mirror_rendered(name)), "utf-8")
-    for name in ("serve.yaml", "mirror.yaml"):
+    (folder / "chats.jsonl").write_text("{}", "utf-8")
+    for name in RUNS:
+        files.append(folder / f"{name}.yaml")
+        run_of = replace(planned(name), data=str(folder / "chats.jsonl"), eval_data="")
+        files[-1].write_text(tasks.dump(finetune.render(run_of, owner="0123456789ab")), "utf-8")
+    for name in ("serve.yaml", "mirror.yaml", "finetune.yaml"):
         files.append(folder / name)
         files[-1].write_text((package_dir("task_templates") / name).read_text("utf-8"), "utf-8")
     (folder / "broken.yaml").write_text(files[0].read_text("utf-8").replace("resources:", "resorces:"), "utf-8")
@@ -75,6 +84,15 @@ def test_skypilot_accepts_the_task_and_chooses_what_the_plan_chose(name: str, ac
     if chosen.accelerator:
         assert got["accelerators"] == {chosen.accelerator: chosen.count}
         assert got["price"] == pytest.approx(chosen.spot_price if sourced.spec.spot else chosen.price, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_skypilot_accepts_a_run_of_training_and_takes_the_machine_by_which_it_costs_least(
+    name: str, accepted: dict[str, dict[str, Any]]
+) -> None:
+    got, chosen = accepted[name], planned(name).chosen
+    assert "error" not in got
+    assert (got["cloud"], got["instance_type"]) == (chosen.cloud, chosen.instance_type)
 
 
 @pytest.mark.parametrize("name", MIRRORS)
