@@ -6,11 +6,14 @@ The families v1 and v3 are compared by test_tokenizers.py, whose servers have th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write
+from mistral_chats.hf import described
 from nodes import launched
 from training import FAMILIES, MAKE, ROWS, TOOL_ROWS, compare, has_tools, mode_of
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
 
 ELSEWHERE = {"mistral v1", "mistral v3"}
 VOCABULARY = {"hf, byte pairs": 49152, "hf, sentencepiece": 32000}
@@ -18,6 +21,14 @@ VOCABULARY = {"hf, byte pairs": 49152, "hf, sentencepiece": 32000}
 
 def test_each_family_has_its_tokenizer_here() -> None:
     assert set(MAKE) == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "function", [{}, {"description": "Adds.", "strict": True}, {"parameters": {"type": "object"}, "x": 1, "strict": None}]
+)
+def test_a_chat_template_gets_the_tools_that_the_server_hands_to_it(function: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "add"} | function}
+    assert described(tool) == ChatCompletionToolsParam(**tool).model_dump()
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - ELSEWHERE))

@@ -52,6 +52,13 @@ def _zephyr(folder: Path) -> None:
     tokenizer.chat_template = ZEPHYR
     tokenizer.save_pretrained(folder)
     shutil.rmtree(folder / "sp")
+    # Files of its age put a blank before the text behind each special token, too.
+    described = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    blanks = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    described |= {"normalizer": {"type": "Sequence", "normalizers": blanks}, "pre_tokenizer": None}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer", "legacy": True}))
 
 
 MAKE: dict[str, Callable[[Path], None]] = {
