@@ -77,10 +77,10 @@ def held_out(chats: int, seed: int) -> list[int]:
 def _encoded(chats: Chats, encoder: Encoder, longest: int) -> list[list[Example]]:
     """Return the examples of each chat."""
     found = mistral_chats.dataset(chats, encoder, longest)
-    by_line: dict[int, list[Example]] = {}
-    for line, example in zip(found.lines, found.examples, strict=True):
-        by_line.setdefault(line, []).append(example)
-    return list(by_line.values())
+    by_chat: dict[int, list[Example]] = {}
+    for number, example in zip(found.rows, found.examples, strict=True):  # several chats of a JSON array may stand in one line
+        by_chat.setdefault(number, []).append(example)
+    return list(by_chat.values())
 
 
 def _flat(rows: list[list[Example]]) -> tuple[Example, ...]:
