@@ -17,8 +17,8 @@ TEMPLATE = (
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 
 
-def write(folder: Path, layers: int = 2) -> Path:
-    """Write a seeded model in float32 with its tokenizer."""
+def write(folder: Path, layers: int = 2, width: int = 64) -> Path:
+    """Write a seeded model in float32 with its tokenizer; `width` in steps of 64."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: number for number, word in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
@@ -31,7 +31,8 @@ def write(folder: Path, layers: int = 2) -> Path:
     wrapped.save_pretrained(folder)
     torch.manual_seed(5)
     config = MistralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 64,
+        head_dim=32,
         vocab_size=len(words), max_position_embeddings=4096, sliding_window=WINDOW, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
         pad_token_id=0, architectures=["MistralForCausalLM"],
     )  # fmt: skip
