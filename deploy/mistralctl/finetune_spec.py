@@ -98,7 +98,7 @@ class FinetuneSpec(BaseModel):
     save: Annotated[str, AfterValidator(spec.check_duration), About(TRAINING, "5m", "10m")] = Field(
         "10m", description="upload a checkpoint after so long"
     )
-    cloud: Annotated[CloudName | None, About(PLACE, "aws", otherwise="that of the bucket of --out")] = Field(
+    cloud: Annotated[CloudName | None, About(PLACE, clouds.names()[0], otherwise="that of the bucket of --out")] = Field(
         None, description="{}"
     )
     region: Annotated[spec.Region | None, About(PLACE, "us-east-1")] = Field(None, description="region of the cloud")
