@@ -16,6 +16,7 @@ from mistralctl import own_files, state
 from mistralctl.errors import Exit, UserError
 
 OWN = "own"  # the name of the key that `up` makes
+MOST_BYTES = 4096  # of a file with a key: more than the longest one has, and /dev/zero has no end
 HINT = "openssl rand -hex 32 > FILE; chmod 600 FILE"
 
 
@@ -53,7 +54,8 @@ def generate() -> str:
 def brought(path: Path, option: str = "--key-file") -> str:
     """The key in a user's own file; UserError if it is none, or one that could be guessed."""
     try:
-        return contract.check_secret(path.read_text("utf-8").strip())
+        with path.open("rb") as file:
+            return contract.check_secret(file.read(MOST_BYTES).decode("utf-8").strip())
     except OSError as error:
         raise UserError(f"{option}: {path}: {error.strerror}; make one with: {HINT}") from error
     except ValueError as error:  # also of bytes that are no text

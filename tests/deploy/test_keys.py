@@ -498,3 +498,8 @@ def test_the_command_line(mistralctl: Run, record: Record, tmp_path: Path) -> No
         assert done.returncode in (2, 4)
         assert done.stderr.startswith(line)
         assert done.stderr.count("\n") == 1
+
+
+def test_a_key_file_without_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match="one word of visible ASCII characters"):
+        keys.brought(Path("/dev/zero"))
