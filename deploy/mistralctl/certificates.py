@@ -21,6 +21,8 @@ SYSTEMS = (
     "/etc/ssl/cert.pem",
 )
 
+LARGEST_PEM = 1 << 20
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -32,13 +34,24 @@ class Certificate:
     id: str
 
 
+def _pem(path: Path) -> str:
+    """The text of a file; OSError or ValueError if it is none that can be PEM."""
+    if path.exists() and not path.is_file():  # a pipe or a device might never end
+        raise ValueError(f"{path} is no plain file")
+    with path.open("rb") as file:
+        data = file.read(LARGEST_PEM + 1)
+    if len(data) > LARGEST_PEM:
+        raise ValueError(f"{path} is larger than 1 MiB")
+    return data.decode("ascii")
+
+
 def own(spec: DeploymentSpec) -> Certificate:
     """What --cert and --key name; UserError if they cannot be read, do not belong together, or name no host."""
     from mistralctl.tasks import digest
 
     cert, key = Path(spec.cert or "").expanduser(), Path(spec.key or "").expanduser()
     try:
-        chain, private = cert.read_text("ascii"), key.read_text("ascii")
+        chain, private = _pem(cert), _pem(key)
     except (OSError, ValueError) as error:
         raise UserError(f"--cert, --key: {error}; both should be readable PEM files") from error
 

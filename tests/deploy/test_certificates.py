@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -52,10 +53,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     wild, wild_key = files(tmp_path / "wild", ["*.example.org"])
     (tmp_path / "noise").write_text("noise")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "large").write_bytes(bytes((1 << 20) + 1))
+    os.mkfifo(tmp_path / "pipe")
     for given, why in (
         ((cert, other), "are not a certificate and its private key"), ((tmp_path / "noise", key), "are not a certificate"),
         ((tmp_path / "missing", key), "No such file"), ((tmp_path / "binary", key), "both should be readable PEM files"),
         ((wild, wild_key), r"names no single host, only \*\.example\.org"),
+        ((Path("/dev/zero"), key), "/dev/zero is no plain file"), ((cert, tmp_path / "pipe"), "pipe is no plain file"),
+        ((tmp_path / "large", key), "is larger than 1 MiB"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             certificates.own(spec(*given))

@@ -332,16 +332,16 @@ class Local:
     def logs(self, record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
         """Return pieces of the log's text: the last `lines` lines (None: all); with `follow` also what comes."""
         path = _log(record.name)
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{record.name} has no log yet; run mistralctl up first", Exit.NOT_FOUND)
         older = path.with_name(f"{path.name}.1")  # the launcher moves there what is too long
         with path.open("rb") as file:
             if lines is None:
-                if older.exists():
+                if older.is_file():
                     yield older.read_text("utf-8", "replace")
             else:
                 found = _last(file, lines)
-                if len(found) < lines and older.exists():
+                if len(found) < lines and older.is_file():
                     with older.open("rb") as before:
                         found = _last(before, lines - len(found)) + found
                 yield b"".join(found).decode("utf-8", "replace")

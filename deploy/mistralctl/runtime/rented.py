@@ -394,16 +394,16 @@ class Rented:
     def logs(self, record: Record, *, follow: bool, lines: int | None) -> Iterator[str]:
         """Return what SkyPilot and set-up wrote, then the server's log from the machine; what is left here of it when that is gone."""
         up, served = _log(record.name), _log(record.name).with_name("serve.log")
-        if up.exists() and (lines is None or record.failure):
+        if up.is_file() and (lines is None or record.failure):
             told = up.read_text("utf-8", "replace").splitlines(keepends=True)
             yield "".join(told if lines is None else told[-lines:] if lines else [])
-        if record.state == "down" and record.failure and not served.exists():
+        if record.state == "down" and record.failure and not served.is_file():
             return
         ssh.verify(record.name, seconds=8)  # SkyPilot, which is asked next, would not
         try:
             yield from sky.job_log(record.cluster, follow=follow, lines=lines)
         except UserError:
-            if not served.exists():
+            if not served.is_file():
                 raise
             kept = served.read_text("utf-8", "replace").splitlines(keepends=True)
             yield "".join(kept[-lines:] if lines else kept)
