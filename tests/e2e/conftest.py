@@ -32,6 +32,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
     return Files(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a test of a simulated cloud the time to bake its image, which the first one does: 6 to 9 minutes on two cores."""
+    for item in items:
+        if "sim" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(2400))
+
+
 def _end(text: str, lines: int = 40) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
