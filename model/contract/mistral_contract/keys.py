@@ -145,7 +145,7 @@ def read(text: str) -> Keys:
     if not isinstance(data, dict) or set(data) != {"version", "serial", "keys"}:
         raise ValueError("should be an object with version, serial and keys")
     if data["version"] != VERSION:
-        raise ValueError(f"version {str(data['version'])[:40]!r} is not known here, only {VERSION}")
+        raise ValueError(f"version {json.dumps(data['version'])[:40]} is not known here, only {VERSION}")
     if not _is_whole(data["serial"]) or not 0 <= data["serial"] <= MOST:
         raise ValueError("serial should be a whole number from 0")
     if not isinstance(data["keys"], list) or len(data["keys"]) > MOST_KEYS:
