@@ -77,9 +77,9 @@ def test_the_dump_is_read_back_as_it_was() -> None:
 
 def test_the_contract_page_names_every_env_and_no_other() -> None:
     page = (package_dir("model").parent / "docs" / "contract.md").read_text("utf-8")
-    envs = set(rendered("local")["envs"]) | set(
-        yaml.safe_load((package_dir("task_templates") / "mirror.yaml").read_text())["envs"]
-    )
+    envs = set(rendered("local")["envs"])
+    for template in package_dir("task_templates").glob("*.yaml"):
+        envs |= set(yaml.safe_load(template.read_text("utf-8"))["envs"])
     rows = [line for line in page.splitlines() if line.startswith("| `MISTRALCTL_")]
     named = {word.strip("`") for row in rows for word in row.split("|")[1].replace(",", " ").split()}
     assert named == envs
