@@ -180,7 +180,6 @@ def test_a_retrained_adapter_at_the_same_uri_is_seen(
     hub: hubs.Hub, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setenv("MISTRALCTL_HOME", str(home))
     hub.add("test/a", files_of(adapter(tmp_path / "a")))
     plan = plan_command.run(load({"lora": {"a": "hf://test/a"}}, {}, None, tmp_path))
