@@ -480,7 +480,7 @@ def make(sourced: Sourced[FinetuneSpec], wanted: Wanted) -> Run:
 
 
 def _check_time(sourced: Sourced[FinetuneSpec], run: Run) -> None:
-    """UserError for a budget that buys less than a start, or less than the run is expected to take."""
+    """UserError for a budget that buys less than start and end take."""
     if run.price is None or run.budget_minutes is None:
         return
     least = START_MINUTES + END_MINUTES

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mistral_contract import files
 
 from mistralctl import node, state
+from mistralctl.adapters import folder_of
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.finetune_spec import FinetuneSpec
@@ -140,9 +141,8 @@ def _tokenizer(place: Place) -> Path | None:
     for folder in (here, *sorted(here.parent.glob(f"{here.name}.*"), reverse=True)):  # what a GGUF file became lies beside it
         if any(folder.glob("tokenizer*")) or any(folder.glob("tekken.json")):
             return folder
-    if place.weights.startswith("file://"):
-        folder = Path(place.weights.removeprefix("file://"))
-        return folder if folder.is_dir() and any(folder.glob("t*k*n*")) else None
+    if (own := folder_of(place.weights)) is not None:
+        return own if own.is_dir() and any(own.glob("t*k*n*")) else None
     if place.weights.startswith("pypi://"):
         return None
     return _brought(place)
@@ -158,12 +158,11 @@ def _brought(place: Place) -> Path | None:
     try:
         with weights.briefly(uri) as held:
             names = [name for name in (held.sizes if held else {}) if name.startswith(TOKENIZER) and "/" not in name]
-            if held is None or not names:
+            if held is None or not names or max(held.sizes[name] for name in names) > MOST_TOKENIZER_BYTES:
                 return None
             target.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name in names:
-                if held.sizes[name] <= MOST_TOKENIZER_BYTES:
-                    (target / name).write_bytes(held.read(name, 0, held.sizes[name]))
+                (target / name).write_bytes(held.read(name, 0, held.sizes[name]))
     except UserError as error:
         if error.code == Exit.NETWORK or (error.code in (Exit.CLOUD, Exit.MACHINE) and not uri.startswith("hf://")):
             return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from mistral_contract.quantization import Scheme
-from mistralctl import config, training
+from mistralctl import config, training, training_data
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
 from mistralctl.finetune_spec import FinetuneSpec
@@ -164,3 +166,12 @@ def test_a_quantized_model_is_not_trained() -> None:
     quantized = replace(SEVEN, stored=Stored(scheme=Scheme("awq", 4, ())))
     with pytest.raises(UserError, match=r"is quantized \(awq\); train on the weights that it was made from"):
         plan(quantized)
+
+
+def test_the_tokenizer_of_a_folder_is_found_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    uri = f"file://{quote(str(folder))}"
+    assert training_data._tokenizer(training_data.Place(uri, "", "none-of-these")) == folder

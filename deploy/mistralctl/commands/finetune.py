@@ -8,9 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from mistral_contract import files
 
@@ -28,6 +26,7 @@ from mistralctl import (
     training_data,
 )
 from mistralctl import plan as planning
+from mistralctl.adapters import folder_of
 from mistralctl.commands import down, receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -127,7 +126,8 @@ def plan(sourced: Sourced[FinetuneSpec], note: Callable[[str], None], *, show: i
     rights = _rights(spec.out or "", uris, cloud, endpoints)
     for one in rights:
         if one.has == "no":
-            raise UserError(f"{sourced.place('out') if one.uri == spec.out else sourced.place('data')}: {one.line}", Exit.CLOUD)
+            option = {spec.out: "out", place.weights: "weights", read.eval_data: "eval_data"}.get(one.uri, "data")
+            raise UserError(f"{sourced.place(option)}: {one.line}", Exit.CLOUD)
     wanted = training.Wanted(
         model, place.weights, place.revision, place.weights_id, read.data, read.eval_data, read.tokens, read.contents, endpoints,
         machine, rights,
@@ -179,8 +179,7 @@ def _published(run: Run, place: str, *, restart: bool) -> bool:
                 "--restart to remove them",
                 Exit.CONFLICT,
             )
-    if run.out.startswith("file://"):
-        folder = Path(unquote(run.out.removeprefix("file://")))
+    if (folder := folder_of(run.out)) is not None:
         others = [one.name for one in folder.iterdir() if one.name != "checkpoints"] if folder.is_dir() else []
         if folder.exists() and (others or not folder.is_dir()):
             raise UserError(

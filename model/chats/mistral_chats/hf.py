@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from mistral_chats.encoder import Messages, Tokenizer
 from mistral_chats.faults import NoTokenizer, Wrong
 
 
-class Templated:
+class Templated(ABC):
     """A chat template with the tokenizer that encodes what it renders."""
 
     def __init__(self, folder: Path) -> None:
@@ -30,17 +31,17 @@ class Templated:
         self.ends: frozenset[int] = frozenset()
         self.special: tuple[str, ...] = ()
 
+    @abstractmethod
     def rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         """Return the text of a chat; with `prompt` what begins an answer stands at its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a rendered text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of some tokens, special ones with their names."""
-        raise NotImplementedError
 
     def prompt(self, messages: Messages, tools: Messages) -> list[int]:
         """Return the tokens of a request, as the server makes them."""
