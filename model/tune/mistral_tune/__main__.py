@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mistral_tune import job as jobs
+from mistral_tune import processes
 from mistral_tune.errors import Interrupted, TuneError
 from mistral_tune.job import Job
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--eval-data", type=Path, metavar="FILE", help="chats that are held out; left out: a share is")
     options = parser.parse_args(arguments)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    processes.bound(os.environ)
     try:
         STEPS[options.verb](jobs.read(options.data, options.eval_data))
     except TuneError as error:
@@ -39,8 +41,6 @@ def _train(job: Job) -> None:
     from mistral_tune import figures
 
     if job.wanted.gpus > 1:
-        from mistral_tune import processes
-
         files = ["--data", str(job.chats), *(["--eval-data", str(job.held_out)] if job.held_out else [])]
         code = processes.run(job.wanted.gpus, files)
         if code == GOES_ON:

@@ -137,6 +137,9 @@ class Trainer(SFTTrainer):
         with torch.random.fork_rng():
             return super().evaluate(*arguments, **options)
 
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write no card beside a checkpoint: what is published has its own."""
+
 
 def train(job: Job) -> bool:
     """Train, from the newest whole checkpoint if there is one, until the sealed result is there; False if it was there before.
@@ -237,10 +240,10 @@ def _trainer(job: Job, place: Place, found: Learnt, packed: Packing, folder: Pat
 
 
 def _sharded() -> dict[str, Any]:
-    """Return how FSDP2 shards a model: each decoder layer by itself, checkpoints in shards."""
+    """Return how FSDP2 shards a model: each layer by itself of those that the model says are not to be split, checkpoints in shards."""
     return {
-        "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["MistralDecoderLayer"],
-        "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False, "reshard_after_forward": True,
+        "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT",
+        "cpu_ram_efficient_loading": False, "reshard_after_forward": True,
     }  # fmt: skip
 
 
