@@ -107,7 +107,7 @@ test-fast: .venv/.made
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not slow' tests/deploy
 	cd tests/weights && PYTHONPATH=../../model/weights:../../model/contract ../../$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses 2 -m 'not servers and not slow' .
 
-test-deploy: .venv/.made simcloud-packages  # for sshd
+test-deploy: .venv/.made azurite simcloud-packages  # for sshd
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/deploy
 
 test-weights: .venv-weights/.made

@@ -233,9 +233,11 @@ def _look(uri: str, place: str, ask: bool, revision: str = "") -> Described | No
 
 
 def check(uri: str, revision: str, place: str) -> None:
-    """UserError if a model lies at a URI that is not served; an adapter passes, and what cannot be looked at from here."""
+    """UserError if a model lies at a URI that is not served; an adapter passes, what cannot be looked at from here, and what the table pins."""
     from mistralctl import weights
 
+    if any((uri, revision) == (row.weights, row.revision) for row in MODELS.values() if row.checked != "described"):
+        return
     found = weights.described(uri, revision, place)
     if found is not None and ("adapter_config.json" not in found.files or "config.json" in found.files):
         _model(uri, found, place)

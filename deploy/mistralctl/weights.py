@@ -85,17 +85,17 @@ def _hub_is_off() -> bool:
 def described(uri: str, revision: str = "", place: str = "") -> Described | None:
     """What weights are, by a look at them; UserError, beginning with `place`, if they are damaged or nothing can serve them.
 
-    None where this machine cannot look, and that says nothing of the node, which has a role of its own: no SDK here, no right to the bucket, no
-    way to it, HF_HUB_OFFLINE. A wheel is not looked into.
+    None where this machine cannot look, and that says nothing of the node, which has a role of its own: no SDK or pip here, no right to the
+    bucket, no way to it or to pip's index, a wheel too large for LOOK_SECONDS, HF_HUB_OFFLINE.
     """
     scheme = uri.partition("://")[0]
-    if scheme == "pypi" or (scheme == "hf" and _hub_is_off()):
+    if scheme == "hf" and _hub_is_off():
         return None
     patience = BRIEFLY if scheme == "hf" else replace(BRIEFLY, tries=1)
     try:
         return describe(Describe(uri, revision, patience=patience, seconds=LOOK_SECONDS))
     except WeightsError as error:
-        if scheme in buckets() and error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
+        if scheme in (*buckets(), "pypi") and error.kind in (Kind.DENIED, Kind.MISSING, Kind.UNREACHABLE):
             return None
         theirs = error.kind in (Kind.DENIED, Kind.UNREACHABLE)  # not a fault of what was written there
         raise UserError(str(error) if theirs or not place else f"{place}: {error}", CODES[error.kind]) from error

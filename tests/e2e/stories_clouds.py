@@ -154,7 +154,7 @@ def test_a_laptop_that_is_killed_in_each_phase_goes_on(sim: SimCloud, place: Pla
 def test_a_server_that_dies_leaves_exactly_what_it_said(sim: SimCloud, place: Place) -> None:
     with story("vLLM dies on the node; its log is here and up starts it again", place.cloud):
         result = up(sim, place, "dies")
-        on_node(sim, "dies", "sudo pkill -9 -f '[v]llm_mistral.start'")
+        on_node(sim, "dies", "sudo pkill -9 -f '[m]istral_node.start'")
         deadline = time.monotonic() + 60
         while status(sim, "dies")["state"] == "up" and time.monotonic() < deadline:
             time.sleep(1)

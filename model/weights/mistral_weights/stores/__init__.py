@@ -71,11 +71,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a store is opened with: secrets, how patient to be, and a folder that it may fill."""
+    """What a store is opened with: secrets, how patient to be, and a folder that it may fill.
+
+    `seconds` are what a store may take that can only fetch all or nothing; None sets no limit.
+    """
 
     secrets: Secrets
     scratch: Path
     patience: Patience
+    seconds: float | None = None
 
 
 class Store(Protocol):

