@@ -67,6 +67,9 @@ def requests() -> dict[str, tuple[str, Any]]:
         "an enum of 60 kB, a new one each time": (CHAT, lambda: schema({"enum": [word() for _ in range(2500)]})),
         "100 strings with maxLength (5 kB)": (CHAT, lambda: schema(lengths())),
         "a schema 60 levels deep": (CHAT, lambda: schema(deep)),
+        "a multiple of 99,999,989": (CHAT, lambda: schema({"type": "integer", "multipleOf": 99_999_989, "title": word()})),
+        "patternProperties beside properties": (CHAT, lambda: schema(
+            lengths() | {"patternProperties": {"^a{1,99}b{1,99}$": {"pattern": "(.{1,99}){1,99}"}}})),
         "a regex of nested repeats": (COMPLETIONS, lambda: {"structured_outputs": {"regex": f"((.{{1,99}}){{1,99}}){{1,99}}{word(4)}"}}),
         "20 tools, one required": (CHAT, lambda: {"tools": [{"type": "function", "function": {"name": word(), "parameters": lengths()}}] * 20,
                                                   "tool_choice": "required"}),

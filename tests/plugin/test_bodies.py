@@ -18,6 +18,9 @@ for _ in range(100):
     DEEP = {"a": DEEP}
 
 
+STRICT = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object"}}}
+
+
 def ask(chat: bool = False, **fields: Any) -> Asked:
     data = ({"messages": USER} if chat else {"prompt": "a"}) | fields
     return check((CHAT if chat else COMPLETIONS)[1], json.dumps(data).encode(), SMALL)
@@ -198,6 +201,9 @@ def test_a_flag_is_what_vllm_takes_it_for(on: Any) -> None:
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string"}}}}, True, "json"),
     ({"response_format": {"type": "structural_tag", "structures": [], "triggers": []}}, True, "structural_tag"),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, True, "tools"),
+    ({"tools": [{"type": "function"}, STRICT], "tool_choice": "auto"}, True, "strict tools"),
+    ({"tools": [STRICT]}, True, "strict tools"),
+    ({"tools": [STRICT], "tool_choice": "required"}, True, "tools"),
 ])  # fmt: skip
 def test_the_grammar_that_a_request_needs_is_named(fields: dict[str, Any], chat: bool, kind: str) -> None:
     assert [kind for kind, _ in ask(chat, **fields).grammars] == [kind]
@@ -208,6 +214,8 @@ def test_no_grammar_is_needed_for_text_or_any_object_or_tools_that_may_be_used()
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "text"}},
         {"tools": [{}], "tool_choice": "auto"},
+        {"tools": [STRICT | {"function": {"name": "f", "strict": False}}], "tool_choice": "auto"},
+        {"tools": [STRICT], "tool_choice": "none"},
         {"tools": [{}]},
     ):
         assert ask(True, **fields).grammars == ()

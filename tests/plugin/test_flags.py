@@ -186,13 +186,20 @@ def test_libraries_of_the_images_toolkit_do_not_reach_the_engine(tmp_path: Path)
     assert "LD_LIBRARY_PATH" not in apart.environment(environ)
 
 
-def test_before_tekken_xgrammar_is_the_one_backend_of_grammars(tmp_path: Path) -> None:
-    """vLLM would fall back to outlines, whose time the guard cannot try, and keep that for later requests."""
+@pytest.mark.parametrize(
+    ("tokenizer", "parser", "version", "backend"),
+    [("hf", "", "", "xgrammar"), ("mistral", "", "", "xgrammar"), ("mistral", "", "v13", "xgrammar"), ("mistral", "mistral", "", "xgrammar"),
+     ("mistral", "mistral", "v3", "xgrammar"), ("mistral", "mistral", "v7", "xgrammar"), ("mistral", "mistral", "v11", "guidance"),
+     ("mistral", "mistral", "v13", "guidance"), ("mistral", "mistral", "no version", "xgrammar")],
+)  # fmt: skip
+def test_grammars_have_one_backend(tmp_path: Path, tokenizer: str, parser: str, version: str, backend: str) -> None:
+    """vLLM would fall back to one whose time the guard does not try, and keep that for every later request."""
     (tmp_path / "model.safetensors").touch()
-    wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", "MISTRALCTL_TOKENIZER_MODE": "mistral"})
-    assert parsed(flags.arguments(wanted, tmp_path)).structured_outputs_config.backend == "xgrammar"
-    (tmp_path / "tekken.json").touch()
-    assert parsed(flags.arguments(wanted, tmp_path)).structured_outputs_config.backend == "auto"
+    if version:
+        (tmp_path / "tekken.json").write_text(json.dumps({"config": {"version": version}, "vocab": []}))
+    named = {"MISTRALCTL_LORA": "{}", "MISTRALCTL_TOKENIZER_MODE": tokenizer, "MISTRALCTL_TOOL_PARSER": parser}
+    found = parsed(flags.arguments(contract.read({**GOOD, **named}), tmp_path))
+    assert found.structured_outputs_config.backend == backend
 
 
 def test_vllms_own_bounds_are_those_of_the_guard() -> None:

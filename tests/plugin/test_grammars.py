@@ -42,6 +42,26 @@ def vocabulary() -> str:
         return grammars.vocabulary(SimpleNamespace())
 
 
+def vocabulary_of_v11() -> str:
+    """That of tekken in version 11, for llguidance."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    folder = tekken(
+        Path(tempfile.mkdtemp()), [*(one["token_str"] for one in Tekkenizer.DEPRECATED_SPECIAL_TOKENS), "[ARGS]", "[CALL_ID]"]
+    )
+    return grammars.vocabulary(SimpleNamespace(tokenizer=str(folder)), grammars.GUIDANCE)
+
+
+def tekken(folder: Path, special: list[str]) -> Path:
+    import mistral_common
+
+    found = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text("utf-8"))
+    found["config"]["version"] = "v11"
+    found["special_tokens"] = [{"rank": rank, "token_str": str(token), "is_control": True} for rank, token in enumerate(special)]
+    (folder / "tekken.json").write_text(json.dumps(found))
+    return folder
+
+
 def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def run() -> None:
         asyncio.run(test())
@@ -64,6 +84,37 @@ async def test_what_takes_too_long_is_told_from_what_does_not() -> None:
     assert process.children() == []
     judge.end()
     process.wait(10)
+
+
+# One number of these takes llguidance minutes, and gigabytes; xgrammar does not know it, and vLLM says so at once.
+MULTIPLES = {
+    "type": "object",
+    "properties": {f"a{number}": {"type": "integer", "multipleOf": 99_999_989 + number} for number in range(9)},
+}
+STRICT = {"type": "function", "function": {"name": "f", "strict": True, "parameters": MULTIPLES}}
+OF_GUIDANCE = {
+    Verdict.GOOD: GOOD | {"grammar": 'start: "a" | "b" start'},
+    Verdict.SLOW: {
+        "json": json.dumps(MULTIPLES),
+        "tools": json.dumps([TOOL, STRICT]),
+        "grammar": f"start: %json {json.dumps(MULTIPLES)}",
+    },
+    Verdict.WRONG: {"json": '{"type": 5}', "regex": "(", "grammar": "start: (", "structural_tag": "{}"},
+}
+
+
+@in_a_loop
+async def test_llguidance_is_tried_where_vllm_makes_a_grammar_of_every_chat() -> None:
+    judge = Grammars(vocabulary_of_v11, lambda: False)
+    found = {
+        verdict: {kind: await judge.verdict("key", kind, text) for kind, text in given.items()}
+        for verdict, given in OF_GUIDANCE.items()
+    }
+    assert found == {verdict: dict.fromkeys(given, verdict) for verdict, given in OF_GUIDANCE.items()}
+    process = judge._process
+    assert process is not None
+    judge.end()
+    await process.wait()
 
 
 class Slow(Grammars):

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -469,3 +470,22 @@ def test_a_grammar_is_tried_before_the_engine_sees_it(verdict: Any, status: int,
         assert answer["error"]["message"].startswith("a grammar of this regex of 5 characters takes more than ")
     assert ask(guard, "POST", "/v1/completions", BEARER)[0] == 200
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize(("backend", "tried"), [("xgrammar", []), ("guidance", ["tools"])])
+def test_tools_that_may_be_called_are_tried_where_vllm_makes_a_grammar_of_them(
+    backend: str, tried: list[str], guard: Guard, behind: Behind
+) -> None:
+    found: list[str] = []
+
+    async def judge(key: str, kind: str, text: str) -> Verdict:
+        found.append(kind)
+        return Verdict.SLOW
+
+    guard.grammars.verdict = judge  # type: ignore[method-assign]
+    guard._application = SimpleNamespace(
+        state=SimpleNamespace(vllm_config=SimpleNamespace(structured_outputs_config=SimpleNamespace(backend=backend)))
+    )
+    body = {"messages": [], "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}
+    status = ask(guard, "POST", "/v1/chat/completions", BEARER, body=[json.dumps(body).encode()])[0]
+    assert (status, found) == (400 if tried else 200, tried)

@@ -36,6 +36,7 @@ BIASES, TOKEN_IDS, STOP_TOKEN_IDS = 300, 1024, 128
 TOOLS, CHOICES = 128, 1000
 # Bytes of what vLLM makes a grammar of. The time that it takes is bounded by another module, which tries.
 GRAMMAR_BYTES = {"json": 64 << 10, "regex": 4 << 10, "choice": 32 << 10, "grammar": 32 << 10, "structural_tag": 64 << 10}
+STRICT_TOOLS = "strict tools"  # that may be called or not: of some tokenizers vLLM makes a grammar of these, too
 # What pydantic, and so vLLM, reads as a flag.
 TRUE, FALSE = (True, "true", "t", "yes", "y", "on", "1"), (False, "false", "f", "no", "n", "off", "0")
 NESTED = {dict, list}
@@ -513,5 +514,13 @@ def _grammars(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "json", json.dumps(form["json_schema"].get("schema"))
     if form.get("type") == "structural_tag":
         yield "structural_tag", json.dumps(form)
-    if data.get("tools") and data.get("tool_choice") not in (None, "none", "auto"):
-        yield "tools", json.dumps(data["tools"])
+    tools, choice = data.get("tools"), data.get("tool_choice")
+    if tools and choice != "none":
+        free = choice in (None, "auto")
+        if not free or any(_is_strict(tool) for tool in tools):
+            yield STRICT_TOOLS if free else "tools", json.dumps(tools)
+
+
+def _is_strict(tool: dict[str, Any]) -> bool:
+    function = tool.get("function")
+    return isinstance(function, dict) and function.get("strict") not in (None, False)

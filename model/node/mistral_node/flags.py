@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_contract import envs
+from mistral_contract import envs, untrusted
 from mistral_node.bodies import Bounds
 from mistral_node.contract import Contract
+from mistral_node.grammars import GUIDANCE, TEKKEN
 from mistral_node.weights import is_consolidated, quantization
 from vllm_mistral import ARCHITECTURE
 
@@ -48,6 +50,18 @@ def lora_slots(adapters: int, device: str) -> int:
     return adapters + (device == "cpu")
 
 
+def _makes_grammars_of_chats(contract: Contract, model_dir: Path) -> bool:
+    """Whether vLLM makes a grammar of every chat, in llguidance's language: with Mistral's tools of tekken from version 11 on."""
+    if contract.tokenizer_mode != "mistral" or not contract.tool_parser:
+        return False
+    try:
+        config = untrusted.read_file(model_dir / TEKKEN, untrusted.MOST_TOKENIZER_BYTES).get("config")
+    except (OSError, ValueError):  # vLLM says what is wrong with it
+        return False
+    version = re.fullmatch(r"v([0-9]{1,4})(m[0-9]+)?", str(config.get("version"))) if isinstance(config, dict) else None
+    return version is not None and int(version[1]) >= 11
+
+
 def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[str]:
     """What follows `vllm serve`: only safetensors are loaded, no code that comes with weights is run. `lora_rank` takes every adapter."""
     formats = ("mistral", "mistral") if is_consolidated(model_dir) else ("safetensors", "hf")
@@ -82,10 +96,9 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
     found += ["--enforce-eager"] if contract.device == "cpu" else NOTHING_BUILT_FLAGS
     if runs_in_the_engine(contract):
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
-    if contract.tokenizer_mode == "mistral" and not list(model_dir.glob("tekken.json")):
-        # The one backend whose time the guard can try (mistral_node.grammars). vLLM would fall back to outlines for what xgrammar does not know, and
-        # stay with that for every later request.
-        found += ["--structured-outputs-config.backend", "xgrammar"]
+    # The one backend whose time the guard tries (mistral_node.grammars). vLLM would fall back to llguidance or outlines for what xgrammar does not
+    # know (`multipleOf`, for which llguidance took minutes; `patternProperties`), and stay with that for every later request.
+    found += ["--structured-outputs-config.backend", GUIDANCE if _makes_grammars_of_chats(contract, model_dir) else "xgrammar"]
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
     if contract.adapters:

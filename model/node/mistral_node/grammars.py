@@ -1,9 +1,10 @@
 """Whether vLLM could make a grammar of a constraint in time: tried before vLLM sees it, where it can be ended.
 
-vLLM turns a schema, a regular expression or a grammar into tables over its whole vocabulary with xgrammar, in threads of the engine that nothing
-ends: a schema of 1 kB took 9 s of a core, one of 1.2 MB nine minutes, also when its client had left. How long cannot be told from its size, so
-it is tried: `python -m mistral_node.grammars` is a process of low priority with xgrammar and the vocabulary in it. It forks for each constraint a
-child that the kernel ends after CONVERT_SECONDS and COMPILE_SECONDS of its own processor time. What passes takes the engine no longer than that.
+vLLM turns a schema, a regular expression or a grammar into tables over its whole vocabulary with xgrammar (for some tokenizers with llguidance),
+in threads of the engine that nothing ends: a schema of 1 kB took 9 s of a core, one of 1.2 MB nine minutes, also when its client had left. How long
+cannot be told from its size, so it is tried: `python -m mistral_node.grammars` is a process of low priority with the same library and the
+vocabulary in it. It forks for each constraint a child that the kernel ends after CONVERT_SECONDS and COMPILE_SECONDS of its own processor time.
+What passes takes the engine no longer than that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import psutil
 
@@ -33,6 +35,7 @@ NICE = 10  # a tenth of what the engine gets of a core that both want
 MEMORY = 1 << 30  # bytes, beside what the process has already
 ANSWER_SECONDS = 60.0  # the process starts in 3 s, and waits for its share of a busy machine
 KNOWN = 512  # constraints whose verdict is kept
+GUIDANCE, TEKKEN = "guidance", "tekken.json"
 COMMENT = re.compile(r"(#|//).*$")
 WAITING, OF_ONE_KEY = 16, 2  # requests that wait for a verdict; of one key among several
 
@@ -113,8 +116,10 @@ class Grammars:
             self._process = None
 
 
-def vocabulary(config: Any) -> str:
-    """What xgrammar keeps of the tokenizer that an engine with this configuration has, as its own backend in vLLM makes it."""
+def vocabulary(config: Any, backend: str = "xgrammar") -> str:
+    """What a backend of grammars has to know of the tokenizer that an engine with this configuration has, as vLLM makes it."""
+    if backend == GUIDANCE:
+        return json.dumps({GUIDANCE: str(Path(config.tokenizer) / TEKKEN)})
     import xgrammar
     from vllm.tokenizers import cached_tokenizer_from_config
     from vllm.utils.mistral import is_mistral_tokenizer
@@ -134,9 +139,12 @@ def vocabulary(config: Any) -> str:
     return json.dumps({"xgrammar": found.serialize_json()})
 
 
+def _functions(tools: list[Any]) -> list[dict[str, Any]]:
+    return [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+
+
 def tools_schema(tools: list[Any]) -> dict[str, Any]:
     """The schema of calls of these tools, one of which must be made."""
-    functions = [tool.get("function") for tool in tools if isinstance(tool.get("function"), dict)]
     each = [
         {
             "type": "object",
@@ -146,13 +154,27 @@ def tools_schema(tools: list[Any]) -> dict[str, Any]:
             },
             "required": ["name", "parameters"],
         }
-        for one in functions
+        for one in _functions(tools)
     ]
     return {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": each}}
 
 
-class _Maker:
-    """Makes a grammar as vLLM's backend does, of one thread."""
+class _Maker(Protocol):
+    """Makes a grammar as a backend of vLLM does, of one thread; the processor time that this may take is `seconds`."""
+
+    seconds: float
+
+    def convert(self, kind: str, text: str) -> Any:
+        """Into rules, which says what is wrong with it."""
+
+    def generate(self, grammar: Any) -> bool:
+        """Compiles it, and generates some tokens by it; whether there were any."""
+
+
+class _Xgrammar:
+    """The backend xgrammar."""
+
+    seconds = COMPILE_SECONDS
 
     def __init__(self, vocabulary: str) -> None:
         import xgrammar
@@ -161,7 +183,6 @@ class _Maker:
         self._info = xgrammar.TokenizerInfo.deserialize_json(json.loads(vocabulary)["xgrammar"])
 
     def convert(self, kind: str, text: str) -> Any:
-        """Into rules, which says what is wrong with it."""
         from_ = self._xgrammar.Grammar
         if kind == "tools":
             return from_.from_json_schema(json.dumps(tools_schema(json.loads(text))))
@@ -187,20 +208,83 @@ class _Maker:
         return self._xgrammar.Grammar.from_structural_tag(items, tag["triggers"])
 
     def generate(self, grammar: Any) -> bool:
-        """Compiles it, and generates some tokens by it; whether there were any."""
-        import torch
-
         compiled = self._xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False).compile_grammar(grammar)
         matcher, mask = self._xgrammar.GrammarMatcher(compiled), self._xgrammar.allocate_token_bitmask(1, self._info.vocab_size)
         for step in range(STEPS):
             if matcher.is_terminated():
                 break
             matcher.fill_next_token_bitmask(mask, 0)
-            bits = (mask[0].unsqueeze(1) >> torch.arange(32, dtype=torch.int32)) & 1
-            allowed = bits.flatten()[: self._info.vocab_size].nonzero().flatten()
+            allowed = _allowed(mask, self._info.vocab_size)
             if not len(allowed) or not matcher.accept_token(int(allowed[step * 7919 % len(allowed)])):
                 return False
         return True
+
+
+class _Guidance:
+    """The backend llguidance, which vLLM needs where it makes a grammar of every chat: Mistral's tools of tekken from version 11 on."""
+
+    seconds = 1.0  # of the one thread that it has
+
+    def __init__(self, vocabulary: str) -> None:
+        import llguidance
+        import llguidance.torch
+        from mistral_common.guidance.tokenizer import from_mistral_tokenizer
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        self._llguidance = llguidance
+        self._tokenizer = from_mistral_tokenizer(MistralTokenizer.from_file(json.loads(vocabulary)[GUIDANCE]))
+
+    def convert(self, kind: str, text: str) -> str:
+        grammar = self._grammar(kind, text)
+        if why := self._llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
+            raise ValueError(why)
+        return grammar
+
+    def _grammar(self, kind: str, text: str) -> str:
+        from_schema = self._llguidance.LLMatcher.grammar_from_json_schema
+        if kind == "json":
+            return str(from_schema(text, defaults={"whitespace_flexible": True}))
+        if kind == "tools":
+            schemas = [json.dumps(one.get("parameters") or {"type": "object"}) for one in _functions(json.loads(text))]
+            rules = [f"t{number}: %json {schema}" for number, schema in enumerate(schemas)]
+            return str(
+                self._llguidance.grammar_from(
+                    "lark", "\n".join(["start: " + " | ".join(f"t{n}" for n in range(len(rules))), *rules])
+                )
+            )
+        if kind == "choice":
+            text = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+        if kind == "structural_tag":
+            tag = json.loads(text)
+            return str(self._llguidance.StructTag.to_grammar([
+                self._llguidance.StructTag(
+                    trigger=next(trigger for trigger in tag["triggers"] if one["begin"].startswith(trigger)),
+                    begin=one["begin"], grammar=from_schema(one["schema"], defaults={"whitespace_flexible": True}), end=one["end"],
+                )
+                for one in tag["structures"]
+            ]))  # fmt: skip
+        return str(self._llguidance.grammar_from("regex" if kind == "regex" else "grammar", text))
+
+    def generate(self, grammar: str) -> bool:
+        bits = self._llguidance.torch
+        matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        mask = bits.allocate_token_bitmask(1, self._tokenizer.vocab_size)
+        for step in range(STEPS):
+            if matcher.is_stopped():
+                break
+            bits.fill_next_token_bitmask(matcher, mask, 0)
+            allowed = _allowed(mask, self._tokenizer.vocab_size)
+            if matcher.get_error() or not len(allowed) or not matcher.consume_tokens([int(allowed[step * 7919 % len(allowed)])]):
+                return False
+        return True
+
+
+def _allowed(mask: Any, size: int) -> Any:
+    """The tokens that a mask of one row lets pass."""
+    import torch
+
+    bits = (mask[0].unsqueeze(1) >> torch.arange(32, dtype=torch.int32)) & 1
+    return bits.flatten()[:size].nonzero().flatten()
 
 
 def _in_a_child(maker: _Maker, kind: str, text: str) -> None:
@@ -210,7 +294,7 @@ def _in_a_child(maker: _Maker, kind: str, text: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
         signal.setitimer(signal.ITIMER_PROF, CONVERT_SECONDS)
         grammar = maker.convert(kind, text)
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, maker.seconds)
         code = 0 if maker.generate(grammar) else 2
     except MemoryError:  # ended, as by too much time
         os.kill(os.getpid(), signal.SIGKILL)
@@ -241,7 +325,8 @@ def _judge(maker: _Maker, kind: str, text: str) -> Verdict:
 def main() -> None:
     """Judges one constraint for each line of standard input, until that ends."""
     os.nice(NICE)
-    maker = _Maker(sys.stdin.readline())
+    known = sys.stdin.readline()
+    maker: _Maker = _Guidance(known) if GUIDANCE in json.loads(known) else _Xgrammar(known)
     os.dup2(2, 1)  # what xgrammar prints is no answer
     for line in sys.stdin:
         os.write(ANSWERS, f"{_judge(maker, *json.loads(line)).value}\n".encode())

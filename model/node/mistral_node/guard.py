@@ -164,7 +164,15 @@ class Guard:
             self.grammars.end()
 
     def _vocabulary(self) -> str:
-        return grammars.vocabulary(self._application.state.vllm_config.model_config)
+        config = self._application.state.vllm_config
+        return grammars.vocabulary(config.model_config, config.structured_outputs_config.backend)
+
+    def _tried(self, kind: str) -> str:
+        """What a constraint is tried as; empty where vLLM makes no grammar of it."""
+        if kind != bodies.STRICT_TOOLS:
+            return kind
+        backend = self._application.state.vllm_config.structured_outputs_config.backend
+        return "tools" if backend == grammars.GUIDANCE else ""
 
     async def _watched(self) -> None:
         while True:
@@ -368,7 +376,7 @@ class Guard:
             else:
                 asked = bodies.check(scope["path"], body, self.bounds)
             for kind, text in asked.grammars:
-                if refusal := await self._grammar(turn.key, kind, text):
+                if (tried := self._tried(kind)) and (refusal := await self._grammar(turn.key, tried, text)):
                     return await self._refuse(send, *refusal)
             place = self.admission.enter(turn.key.id, asked.sequences, len(body))
         except Refused as error:
