@@ -29,7 +29,7 @@ def known(name: str) -> Keys:
     """The keys as this laptop last knew them; UserError if the file is damaged."""
     try:
         return contract.read(own_files.read(file(name)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Keys()
     except ValueError as error:
         raise UserError(f"{file(name)} is damaged ({error}); delete it", Exit.CONFLICT) from error

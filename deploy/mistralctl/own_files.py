@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -80,15 +81,30 @@ def _below(root: Path, depth: int, *, shut: bool) -> Iterator[str]:
 def folder(path: Path) -> Path:
     """Make a folder that only the user can enter, with those above it; UserError if it is there and another user may write it."""
     for one in reversed((path, *path.parents)):
-        if not one.exists():
-            with suppress(FileExistsError):
+        if not one.is_dir():
+            try:
                 one.mkdir(mode=0o700)
+            except FileExistsError:
+                if not one.is_dir():  # another command may have been faster
+                    raise UserError(f"{one} is no folder; remove it", Exit.CONFLICT) from None
     require(path)
     return path
 
 
 def read(path: Path) -> str:
     """The text of a file; FileNotFoundError if there is none, UserError if it is none of our own, or no regular file of text."""
+    try:
+        return _contents(path, LARGEST, whole=True).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged (it is no text); remove it", Exit.CONFLICT) from None
+
+
+def head(path: Path, size: int) -> bytes:
+    """The first bytes of a file of our own, however long it is; as `read` otherwise."""
+    return _contents(path, size, whole=False)
+
+
+def _contents(path: Path, size: int, *, whole: bool) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -102,13 +118,12 @@ def read(path: Path) -> str:
         if why := problem(path, found):
             raise UserError(why, Exit.MACHINE)
         require(path.parent)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            what = f"is larger than {LARGEST >> 20} MiB" if stat.S_ISREG(found.st_mode) else "is no file"
-            raise UserError(f"{path} {what}; remove it", Exit.CONFLICT)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is no file; remove it", Exit.CONFLICT)
+        if whole and found.st_size > size:
+            raise UserError(f"{path} is larger than {size >> 20} MiB; remove it", Exit.CONFLICT)
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read().decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged (it is no text); remove it", Exit.CONFLICT) from None
+            return file.read(size)
     finally:
         os.close(handle)
 
@@ -123,6 +138,9 @@ def write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(handle)
         Path(temporary).replace(path)
+    except IsADirectoryError:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"{path} is a folder where a file should be; remove it", Exit.CONFLICT) from None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -132,3 +150,20 @@ def write(path: Path, text: str) -> None:
             os.fsync(entry)
         finally:
             os.close(entry)
+
+
+def remove(path: Path) -> None:
+    """Remove what is there: a folder with all that is in it, a link and not where it leads. Nothing there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:  # rmtree would open a pipe, and wait
+        with suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
+
+
+def begin_log(path: Path) -> None:
+    """Empty a log, or make one that nobody else can read; what is no file is replaced: a pipe would never take a line."""
+    folder(path.parent)
+    if not stat.S_ISREG(path.lstat().st_mode if os.path.lexists(path) else 0):
+        remove(path)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))

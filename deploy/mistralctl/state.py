@@ -17,7 +17,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
-from mistral_contract import files
+from mistral_contract import files, untrusted
 from mistral_contract.envs import MINUTES, USD, Env, Serve
 from mistral_contract.envs import of as envs_of
 from mistral_contract.suggest import suggest
@@ -322,14 +322,20 @@ def locked(name: str, doing: str, *, seconds: float = 0) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         by = "another command"
-        with suppress(OSError, ValueError):
-            by = " ".join(holder.read_text("utf-8").split())[:100] or by
+        with suppress(OSError, UserError):
+            by = untrusted.printable(own_files.head(holder, 200).decode("utf-8", "replace"))[:100] or by
         raise UserError(f"{name} is being brought up or down already, by {by}; wait for that to end", Exit.CONFLICT) from None
+    except OSError as error:
+        raise UserError(
+            f"{place / 'lock'} cannot be locked ({error.strerror}); remove it, and try again", Exit.CONFLICT
+        ) from None
     try:
-        holder.write_text(f"mistralctl {doing} (process {os.getpid()}, since {time.strftime('%H:%M:%S')})\n", "utf-8")
+        with suppress(OSError, UserError):  # a full disk keeps nobody from `down`
+            write_private(holder, f"mistralctl {doing} (process {os.getpid()}, since {time.strftime('%H:%M:%S')})\n")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            holder.unlink()
         lock.release()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from conftest import Run
 from mistralctl import own_files, processes, state
 from mistralctl.errors import Exit, UserError
+from mistralctl.runtime import leftovers
 from mistralctl.state import Record, Unreadable
 
 SLEEP = "print('there', flush=True); import time; time.sleep(100)"
@@ -295,3 +297,64 @@ def test_twenty_deployments_of_two_homes_at_once(tmp_path: Path, monkeypatch: py
         records, unreadable = state.every()
         assert (len(records), unreadable) == (22, {})
         assert processes.servers(records[0]) == []
+
+
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("gone/x"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("file", ["lock", "lock.by"])
+def test_a_strange_lock_holds_nobody_up(ours: Path, mistralctl: Run, file: str, strange: str) -> None:
+    STRANGE[strange](state.folder("good") / file)
+    done = mistralctl("keys", "good", "add")
+    assert done.returncode in (0, Exit.CONFLICT)
+    if done.returncode:
+        assert f"{state.folder('good')}/lock cannot be locked (" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_down_removes_whatever_is_in_the_place_of_a_nodes_folder(ours: Path, mistralctl: Run, strange: str) -> None:
+    node = ours / "node"
+    state.save(record(node_dir=str(node)))
+    (node / "run").mkdir(parents=True)
+    STRANGE[strange](node / "run" / "good")
+    assert mistralctl("down", "good").returncode == 0
+    assert not os.path.lexists(node / "run" / "good")
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_log_is_begun_as_a_file_of_ones_own(tmp_path: Path, strange: str) -> None:
+    log = tmp_path / "up.log"
+    STRANGE[strange](log)
+    own_files.begin_log(log)
+    assert (log.is_symlink(), log.read_bytes(), log.stat().st_mode & 0o777) == (False, b"", 0o600)
+    log.write_text("a line")
+    own_files.begin_log(log)
+    assert log.read_bytes() == b""
+
+
+@pytest.mark.parametrize("place", ["deployments", "deployments/good"])
+def test_a_file_in_the_place_of_a_folder_is_named(ours: Path, mistralctl: Run, place: str) -> None:
+    shutil.rmtree(ours / place)
+    (ours / place).touch()
+    with pytest.raises(UserError, match=rf"^{ours / place} is no folder; remove it$"):
+        own_files.folder(state.folder("good"))
+    done = mistralctl("up", "smollm2-135m-instruct", "--cloud", "local", "--name", "good", "--dry-run")
+    assert "free some space" not in done.stderr
+
+
+def test_of_a_record_without_end_the_beginning_is_read(ours: Path) -> None:
+    path = state.folder("good") / "record.json"
+    with path.open("a") as file:
+        file.truncate(1 << 40)
+    assert own_files.head(path, 9) == b'{\n "name"'
+    assert leftovers._said("good", "cloud") == "local"
+    with pytest.raises(Unreadable, match="is larger than 64 MiB"):
+        state.read("good")

@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import replace
 
-from mistralctl import clouds, node, state
+from mistralctl import clouds, node, own_files, state
 from mistralctl.errors import UserError
 from mistralctl.runtime import sky
 from mistralctl.runtime.local import Local
@@ -21,8 +21,8 @@ def _said(name: str, field: str) -> str:
     """A text of a record that cannot be read as a whole: those wanted come early in it."""
     path = state.folder(name) / "record.json"
     try:
-        head = path.read_bytes()[:HEAD].decode("utf-8", "replace") if path.is_file() else ""
-    except OSError:
+        head = own_files.head(path, HEAD).decode("utf-8", "replace")
+    except (OSError, UserError):
         return ""
     found = re.search(rf'"{field}":\s*"([a-z0-9_-]+)"', head)
     return found[1] if found else ""

@@ -147,7 +147,7 @@ def place_files(task: Task) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
             continue
-        shutil.rmtree(target, ignore_errors=True)
+        own_files.remove(target)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".venv", "*.egg-info"))
 
 
@@ -185,7 +185,7 @@ def _run_dir(task: Task) -> Path:
 
 def remove_run(run_dir: Path) -> None:
     """Removes a deployment's folder on the node: sources, secrets, adapters. Environments and weights stay for the next."""
-    shutil.rmtree(run_dir, ignore_errors=True)
+    own_files.remove(run_dir)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
@@ -251,8 +251,7 @@ class Local:
         """Bring environment and weights; `keep` is told the session as soon as it exists, so that whoever comes later can end it."""
         log, task = _log(attempt.record.name), attempt.record.task
         progress = Progress(attempt.on_phase, attempt.on_line)
-        own_files.folder(log.parent)
-        log.write_bytes(b"")
+        own_files.begin_log(log)
         log.with_name(f"{log.name}.1").unlink(missing_ok=True)
         place_files(task)
         file = _run_dir(task) / files.SECRETS.name
@@ -338,7 +337,9 @@ class Local:
         with path.open("rb") as file:
             if lines is None:
                 if older.is_file():
-                    yield older.read_text("utf-8", "replace")
+                    with older.open("rb") as before:
+                        while block := before.read(BLOCK):
+                            yield block.decode("utf-8", "replace")
             else:
                 found = _last(file, lines)
                 if len(found) < lines and older.is_file():

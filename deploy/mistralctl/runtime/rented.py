@@ -12,7 +12,7 @@ from pathlib import Path
 from mistral_contract import files, keys
 from mistral_contract.envs import Serve, value
 
-from mistralctl import certificates, endpoint, owners, processes, readiness, state, sweep
+from mistralctl import certificates, endpoint, own_files, owners, processes, readiness, state, sweep
 from mistralctl.clouds import Lacking, NotUsed, firewall, identity
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Machine, Observed, places, serves
@@ -227,7 +227,7 @@ class Rented:
         progress, observed = self._begin(attempt), attempt.observed
         record = replace(attempt.record, setup_id="")
         log = _log(record.name)
-        log.write_bytes(b"")
+        own_files.begin_log(log)
         sender = SecretsSender(record, attempt.secrets, attempt.note)
 
         def line(text: str) -> None:
@@ -264,7 +264,8 @@ class Rented:
         if attempt.old is not None:
             ssh.end_tunnel(record.name)
         served = _log(record.name).with_name("serve.log")
-        served.touch()
+        if not served.is_file():
+            own_files.begin_log(served)
         attempt.keep(record)
         if observed.jobs == {}:  # its server has ended: what it said last stays beside the next one's log
             keep_log(record)
@@ -290,7 +291,7 @@ class Rented:
 
     def _follow(self, record: Record, job: int, progress: Progress) -> Job:
         log = _log(record.name).with_name("serve.log")
-        log.write_bytes(b"")
+        own_files.begin_log(log)
         return Job(record, progress, Following(record.name, record.cluster, job, log, progress.line), log)
 
     def connect(self, attempt: Attempt, server: Server) -> Record:

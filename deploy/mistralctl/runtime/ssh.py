@@ -95,7 +95,7 @@ def remember(name: str, address: Address) -> None:
 def _alias(name: str) -> str:
     """The name under which the host key of a deployment's machine is remembered; empty if none is."""
     try:
-        found = re.search(r"^  HostKeyAlias (.*)$", config_file(name).read_text("utf-8"), re.MULTILINE)
+        found = re.search(r"^  HostKeyAlias (.*)$", own_files.read(config_file(name)), re.MULTILINE)
     except FileNotFoundError:
         return ""
     return found[1] if found else ""
@@ -104,7 +104,7 @@ def _alias(name: str) -> str:
 def _is_known(name: str) -> bool:
     """Whether a host key of a deployment's machine is remembered."""
     try:
-        lines = known_hosts(name).read_text("utf-8").splitlines()
+        lines = own_files.read(known_hosts(name)).splitlines()
     except FileNotFoundError:
         return False
     return _alias(name) in {line.partition(" ")[0] for line in lines}
@@ -120,9 +120,8 @@ def command(name: str, *arguments: str) -> list[str]:
     """`ssh` to the node of a deployment; UserError if none is known. It takes a new host key only from a machine of which none is remembered."""
     if not config_file(name).exists():
         raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
-    for file in (config_file(name), known_hosts(name)):  # it may name a command to run
-        own_files.require(file)
-    text = config_file(name).read_text("utf-8")
+    own_files.require(known_hosts(name))
+    text = own_files.read(config_file(name))  # it may name a command to run
     if FIRST in text and _is_known(name):
         state.write_private(config_file(name), text.replace(FIRST, STRICT))
     return ["ssh", "-F", str(config_file(name)), *arguments]
@@ -227,6 +226,8 @@ def tunnel_command(name: str, port: int, node_port: int, *, share: bool = True) 
 def start_tunnel(name: str) -> int:
     """Starts the tunnel of a deployment in the background; its process id."""
     log = state.folder(name) / "tunnel.log"
+    if not log.is_file():
+        own_files.begin_log(log)
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", processes.TUNNEL, name], stdin=subprocess.DEVNULL, stdout=output,
