@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -40,17 +41,45 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Callable[..., int]]:
+    """Runs `mistralctl` in a process of its own that need not import it (forks.py); its exit code."""
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+
+        def run(**asked: object) -> int:
+            assert server.stdin
+            assert server.stdout
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield run
+        server.communicate()
+
+
 @pytest.fixture
 def mistralctl(home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Run:
-    """Runs `mistralctl ARGUMENT...` in an empty folder; keyword arguments are further variables."""
+    """Runs `mistralctl ARGUMENT...` in an empty folder; keyword arguments are further variables.
+
+    By a new interpreter where a test is marked `interpreter`, where the interpreter's own variables are given, and on macOS.
+    """
     folder = tmp_path / "cwd"
     folder.mkdir()
     program = PROGRAM if sys.platform == "linux" or request.node.path.stem == "test_system" else ("-c", AS_LINUX)
+    new = sys.platform != "linux" or request.node.get_closest_marker("interpreter") is not None
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("MISTRALCTL_", "HF_"))}
         env = kept | {"HOME": str(home), "MISTRALCTL_OWNER": "tests", "COLUMNS": "120", **variables}
-        command = [sys.executable, *program, *arguments]
-        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        if new or any(name.startswith("PYTHON") for name in variables):
+            command = [sys.executable, *program, *arguments]
+            return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        out, err = tmp_path / "mistralctl.out", tmp_path / "mistralctl.err"
+        for file in (out, err):
+            file.write_text("")
+        code = request.getfixturevalue("forked")(arguments=arguments, env=env, cwd=str(folder), out=str(out), err=str(err))
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
     return run

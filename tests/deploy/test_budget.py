@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,12 +87,13 @@ def test_a_machine_without_a_price_needs_max_price() -> None:
     assert plan_command.run(load(L4 | {"budget": 5, "region": "sa-east-1", "max_price": 2}, {}, None)).price == 2
 
 
-def test_never_is_asked_for_where_nothing_bounds_the_price(mistralctl: Run) -> None:
+def test_never_is_asked_for_where_nothing_bounds_the_price(mistralctl: Run, home: Path) -> None:
     never = ("up", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--ttl", "never", "--offline")
     refused = mistralctl(*never)
     assert refused.returncode == Exit.USAGE
     end = "mistral-7b-instruct-v0-1 has no end (--ttl never) and no --budget: its machine may cost for ever"
     assert refused.stderr.splitlines()[-1] == f"mistralctl: {end}; add --budget USD or a --ttl, or say --yes"
+    assert not (home / ".sky").exists()  # before SkyPilot is asked
     shown = mistralctl("plan", "mistral-7b-instruct-v0.1", "--cloud", "aws", "--ttl", "never")
     assert (shown.returncode, end in shown.stdout) == (0, True)
     assert planned(ttl="never").endless

@@ -516,7 +516,7 @@ _keys = st.sampled_from(list(DeploymentSpec.model_fields))
 _mappings = st.fixed_dictionaries({}, optional=_good) | st.dictionaries(_keys | _words, _values, max_size=5)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=_mappings)
 def test_any_mapping_gives_a_clear_error_or_a_valid_task(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -526,7 +526,7 @@ def test_any_mapping_gives_a_clear_error_or_a_valid_task(data: dict[str, Any], t
     _error_or_task({key: value for key, value in data.items() if key in DeploymentSpec.model_fields}, None, folder)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=_words | st.text(max_size=60))
 def test_any_text_gives_a_clear_error_or_a_mapping(text: str) -> None:
     try:

@@ -200,7 +200,7 @@ def broken(folder: Path, how: str) -> list[str]:
         ("no config", "config.json: cannot be read (No such file or directory)"),
         ("config not JSON", "config.json: not a JSON object"),
         ("config lacks a key", "config.json: hidden_size is missing"),
-        ("another model", "model_type is 'qwen2', not 'mistral'"),
+        ("another model", "model type 'qwen2'"),
         ("a wrong type", "config.json: "),
         ("quantized", "quantization_config: the reference has no quantization"),
         ("another shape", "expected [128, 64] of F32, BF16, F16"),

@@ -171,6 +171,14 @@ def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Call
     return check
 
 
+def _endless_is_accepted(plan: Plan, steps: Sequence[Step], talk: Talk) -> bool:
+    """Whether steps start a server, and the user was asked if it may cost for ever; UserError on a no."""
+    starts = steps[0].do is not Do.KEEP
+    if starts and plan.endless and not talk.confirm(plan.endless):
+        raise UserError(f"{plan.endless}; add --budget USD or a --ttl, or say --yes", Exit.USAGE)
+    return starts
+
+
 def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpResult:
     """Observe, decide, apply, until the steps end with a server that answers."""
     where = runtime.of(plan.chosen.cloud)
@@ -183,6 +191,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
         steps = lifecycle.decide(old, record.task, lifecycle.remembered(old, record.task))
         if steps[0].do is Do.REFUSE:
             raise UserError(steps[0].text, Exit.CONFLICT)
+        accepted = accepted or _endless_is_accepted(plan, steps, talk)
         observed = where.observe(old, record)
         steps = lifecycle.decide(old, record.task, observed)
         if steps[0].do is Do.KEEP and old is not None:
@@ -190,9 +199,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
         for question in (step.ask for step in steps if step.ask):
             if not talk.confirm(question):
                 raise UserError(f"{question}; say --yes to do that, or give the new one another --name", Exit.CONFLICT)
-        if plan.endless and not accepted and not talk.confirm(plan.endless):
-            raise UserError(f"{plan.endless}; add --budget USD or a --ttl, or say --yes", Exit.USAGE)
-        accepted = True
+        accepted = accepted or _endless_is_accepted(plan, steps, talk)
         attempt = Attempt(
             record,
             secrets,

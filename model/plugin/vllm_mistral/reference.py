@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mistral_contract import untrusted
+from mistral_contract import architecture, untrusted
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
@@ -49,17 +49,7 @@ class BadInput(Exception):
 
 # --- weights on disk ---------------------------------------------------------------------------------------------------
 
-PARAMS_KEYS = {  # params.json, Mistral's own format, in the words of config.json
-    "dim": "hidden_size",
-    "hidden_dim": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "norm_eps": "rms_norm_eps",
-    "tied_embeddings": "tie_word_embeddings",
-    "max_seq_len": "max_position_embeddings",
-}
-CONSOLIDATED_NAMES = {
+CONSOLIDATED_NAMES = {  # of Mistral's own format, in the words of Hugging Face
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
     "output": "lm_head",
@@ -121,39 +111,31 @@ class ModelConfig:
 
 
 def parse_config(raw: dict[str, Any], consolidated: bool) -> ModelConfig:
-    """config.json, where a missing `sliding_window` means 4096, as in transformers. Or params.json, where it means none, a list
-    is a pattern that repeats over the layers, and a missing `rope_theta` is 10000 with a window and 1000000 without, as in
-    mistral-src.
+    """config.json, or params.json, where a missing `rope_theta` is 10000 with a window and 1000000 without, as in mistral-src.
+
+    What is read, and what is refused for any engine, `mistral_contract.architecture` decides.
     """
     if consolidated:
-        raw = {"model_type": "mistral", "sliding_window": None} | {PARAMS_KEYS.get(key, key): raw[key] for key in raw}
-        raw["rope_theta"] = raw.get("rope_theta") or (1e4 if raw["sliding_window"] else 1e6)
-    if raw.get("model_type") not in ("mistral", "ministral"):
-        raise BadInput(f"model_type is {raw.get('model_type')!r}, not 'mistral'")
-    rope = {"rope_theta": raw.get("rope_theta", 1e4)} | (raw.get("rope_parameters") or {})
-    beyond = [key for key in ("quantization_config", "quantization", "moe", "yarn", "rope_scaling") if raw.get(key)]
-    if beyond or rope.get("rope_type", "default") != "default":
-        raise BadInput(f"{(*beyond, 'rope_type')[0]}: the reference has no quantization, no experts, no scaled rotary embedding")
-    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    window = raw.get("sliding_window", 4096) or None
-    pattern = window if isinstance(window, list) else [window]
-    windows = [pattern[i % len(pattern)] or None for i in range(layers)]
-    if raw.get("layer_types"):
-        windows = [w if kind == "sliding_attention" else None for w, kind in zip(windows, raw["layer_types"], strict=True)]
+        raw = {"rope_theta": 1e4 if raw.get("sliding_window") else 1e6} | raw
+    model = architecture.read_params(raw) if consolidated else architecture.read(raw)
+    beyond = [key for key in ("quantization_config", "quantization", "rope_scaling") if raw.get(key)]
+    if beyond or model.rope_type != "default":
+        raise BadInput(f"{(*beyond, 'rope_type')[0]}: the reference has no quantization and no scaled rotary embedding")
+    rope = raw.get("rope_parameters") or {}
     eos = raw.get("eos_token_id", 2)
     return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope["rope_theta"]),
-        max_position_embeddings=raw.get("max_position_embeddings") or 131072,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        windows=tuple(windows),
+        vocab_size=model.vocabulary,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=raw.get("norm_eps") or raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+        max_position_embeddings=model.context,
+        tie_word_embeddings=model.tied,
+        windows=model.windows,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
 
@@ -189,14 +171,9 @@ def read_config(folder: Path) -> ModelConfig:
     consolidated = weight_files(folder)[1]
     path = folder / ("params.json" if consolidated else "config.json")
     try:
-        config = parse_config(read_json(path), consolidated)
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise BadInput("head_dim must be even, and the query heads a multiple of the key-value heads")
-    except KeyError as error:
-        raise BadInput(f"{path}: {error.args[0]} is missing") from error
+        return parse_config(read_json(path), consolidated)
     except (BadInput, TypeError, ValueError) as error:
         raise BadInput(f"{path}: {error}") from error
-    return config
 
 
 def hugging_face_name(name: str) -> str:
