@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deployments import simulated
 from mistralctl import package_dir
+from roles import exceeded
 from running import Cli, down, share_node
 from simcloud import SimCloud
 from xdist.scheduler import LoadFileScheduling
@@ -17,26 +20,62 @@ from xdist.scheduler import LoadFileScheduling
 sys.path.append(str(package_dir("model") / "node"))  # its certificates need nothing of vLLM
 
 
-LOCAL = ("test_local", "test_store", "test_wheel")  # all take the first port that is free, seconds before they listen on it
+# Files whose tests run one after the other: of a cloud they share a simulated one, with its SkyPilot; those that serve on this machine all
+# take the first port that is free, seconds before they listen on it.
+LANES = {
+    "this machine": ("test_local", "test_store", "test_wheel", "test_finetune"),
+    "aws": ("test_simcloud", "test_aws", "test_public"),
+    "azure": ("test_simcloud_azure", "test_azure"),
+    "gcp": ("test_simcloud_gcp", "test_gcp"),
+}
 
 
-class Files(LoadFileScheduling):
-    """Gives each worker one file after the other, and those above as if they were one."""
+class Lanes(LoadFileScheduling):
+    """Gives each worker one lane after the other; a file of none is its own."""
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "this machine" if Path(file).stem in LOCAL else file
+        return next((lane for lane, files in LANES.items() if Path(file).stem in files), file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
-    return Files(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a test of a simulated cloud the time to bake its image, which the first one does: 6 to 9 minutes on two cores."""
+    """Begin each cloud with what is simulated of it; give a test of one the time to bake its image, as the first one does: 6 to 9 minutes."""
+    order = [file for files in LANES.values() for file in files]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
     for item in items:
         if "sim" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(2400))
+
+
+@pytest.fixture(scope="session")
+def simulations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimCloud]]:
+    """A simulated cloud by its name: the one that is open if nothing of an earlier file runs there, with the small model's weights."""
+    with ExitStack() as stack:
+        held: dict[str, SimCloud] = {}
+
+        def one(cloud: str) -> SimCloud:
+            if cloud not in held or held[cloud].instances(cloud):
+                held.clear()
+                stack.close()
+                held[cloud] = stack.enter_context(simulated(tmp_path_factory.mktemp(cloud), [cloud]))
+            held[cloud].clear_faults()
+            return held[cloud]
+
+        yield one
+
+
+@pytest.fixture(scope="module")
+def sim(request: pytest.FixtureRequest, simulations: Callable[[str], SimCloud]) -> Iterator[SimCloud]:
+    """The simulated cloud that a module names as `CLOUD`; what the module did there, the role in docs/roles allows."""
+    cloud: str = request.module.CLOUD
+    sim = simulations(cloud)
+    begun = len(sim.journal(cloud))
+    yield sim
+    assert exceeded(sim, cloud, begun) == set()
 
 
 def _end(text: str, lines: int = 40) -> str:

@@ -21,9 +21,9 @@ from deployments import AUTOSTOP_SECONDS, PLACES, gone, on_node, status, story, 
 from mistralctl import package_dir
 from running import launchers, stopped
 from simcloud import SimCloud
-from test_aws import UP, sim, up
+from test_aws import CLOUD, UP, killed_in, up
 
-__all__ = ["sim", "story"]  # the fixture is found by its name
+__all__ = ["CLOUD", "story"]
 AWS = PLACES["aws"]
 IDLE, TTL = 1, 4  # minutes
 
@@ -84,6 +84,26 @@ def test_a_node_with_a_full_disk_is_named(sim: SimCloud, mib: int, full: str) ->
         assert "the disk " in ended.stderr
         assert full in ended.stderr
         gone(sim, AWS, "full")
+
+
+def test_a_machine_that_is_gone_is_said_plainly_and_brought_back(sim: SimCloud) -> None:
+    with story("the hardware dies and the machine is terminated while it serves; up brings it back"):
+        up(sim, "--name", "taken")
+        [before] = sim.instances("aws")
+        sim.kill_node(before.id)
+        sim.run(["aws", "ec2", "terminate-instances", "--instance-ids", before.id])
+        one = status(sim, "taken")
+        assert one["state"] == "lost"
+        assert "its machine is gone" in one["why"]
+        assert up(sim, "--name", "taken")["action"] == "started"
+        [after] = sim.instances("aws")
+        assert after.id != before.id
+        gone(sim, AWS, "taken")
+
+
+def test_a_laptop_that_is_killed_while_files_go_there_leaves_what_down_takes_away(sim: SimCloud) -> None:
+    with story("kill -9 while the files are sent; down takes all away"):
+        killed_in(sim, "files ...")
 
 
 def kill_the_api_server(sim: SimCloud) -> None:

@@ -12,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, simulated, tells_of_its_machine
+from deployments import ASK, CLASS, PLACES, comes_to_the_command_line, gone, mirrors, tells_of_its_machine
 from planted import are_where_they_belong, key_file, plant, went_with_the_node
-from roles import exceeded
 from running import MODEL
 from secrets_search import Processes
 from simcloud import SimCloud
 
+CLOUD = "aws"
 WEIGHTS = "s3://models/smollm2"
 UP = ["mistralctl", "up", MODEL, "--cloud", "aws", "--weights", WEIGHTS]
 TUNNEL = "ssh -F .*deployments/served/ssh_config -N"
 OUTSIDE = Path(__file__).parent / "outside.py"
-
-
-@pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with simulated(tmp_path_factory.mktemp("aws"), ["aws"]) as sim:
-        yield sim
-        assert exceeded(sim, "aws") == set()
 
 
 def up(sim: SimCloud, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
@@ -187,19 +180,6 @@ def test_logs_of_set_up_and_server(sim: SimCloud, served: dict[str, Any]) -> Non
     assert len(sim.run(["mistralctl", "logs", "served", "-n", "2"], timeout=60).stdout.splitlines()) <= 4
 
 
-def test_a_machine_that_is_taken_is_said_plainly_and_brought_back(sim: SimCloud, served: dict[str, Any]) -> None:
-    [before] = sim.instances("aws")
-    sim.kill_node(before.id)
-    sim.run(["aws", "ec2", "terminate-instances", "--instance-ids", before.id])
-    [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"], timeout=120).stdout)["items"]
-    assert one["state"] == "lost"
-    assert "its machine is gone" in one["why"]
-    back = up(sim, "--name", "served")
-    assert back["action"] == "started"
-    [after] = sim.instances("aws")
-    assert after.id != before.id
-
-
 def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any], planted: dict[str, str]) -> None:
     before = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
     assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
@@ -262,8 +242,12 @@ def test_a_quota_that_is_too_small_stops_before_a_launch(sim: SimCloud) -> None:
     assert sim.run(["mistralctl", "status", "quota"], check=False).returncode == 4
 
 
-@pytest.mark.parametrize("phase", ["machine ...", "files ..."])
-def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: SimCloud, phase: str) -> None:
+def test_a_laptop_that_is_killed_in_the_middle_leaves_what_down_takes_away(sim: SimCloud) -> None:
+    killed_in(sim, "machine ...")
+
+
+def killed_in(sim: SimCloud, phase: str) -> None:
+    """The command is killed in a phase of `up`; `down` takes away what is there by then."""
     process = sim.popen([*UP, "--name", "killed"])
     assert process.stderr
     for line in process.stderr:

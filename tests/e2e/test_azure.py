@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,14 @@ from deployments import (
     answers_through_the_tunnel,
     on_node,
     secrets_on_node,
-    simulated,
     status,
     up,
 )
-from roles import exceeded
 from simcloud import SimCloud
 from simcloud.arm.identity import LAPTOP
 
-AZURE = PLACES["azure"]
-
-
-@pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with simulated(tmp_path_factory.mktemp("azure"), ["azure"]) as sim:
-        yield sim
-        assert exceeded(sim, "azure") == set()
+CLOUD = "azure"
+AZURE = PLACES[CLOUD]
 
 
 @pytest.fixture(scope="module")

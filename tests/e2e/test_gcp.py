@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,15 @@ from deployments import (
     answers_through_the_tunnel,
     on_node,
     secrets_on_node,
-    simulated,
     status,
     up,
 )
-from roles import exceeded
 from simcloud import SimCloud
 from test_simcloud_gcp import by_hand, call
 
-GCP = PLACES["gcp"]
+CLOUD = "gcp"
+GCP = PLACES[CLOUD]
 NODE_ACCOUNT = "skypilot-v1@simulated-project.iam.gserviceaccount.com"
-
-
-@pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with simulated(tmp_path_factory.mktemp("gcp"), ["gcp"]) as sim:
-        yield sim
-        assert exceeded(sim, "gcp") == set()
 
 
 @pytest.fixture(scope="module")

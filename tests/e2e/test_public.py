@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from deployments import ASK, on_node
 from simcloud import SimCloud
-from test_aws import outside, sim, up  # noqa: F401 - sim is a fixture
+from test_aws import CLOUD, outside, up
 
+__all__ = ["CLOUD"]
 SERVE_USER = "mistralctl-serve"
 CURL = ["env", "-u", "CURL_CA_BUNDLE", "curl", "-sS"]  # the simulated laptop has a bundle of its own there
 LET_IN = {
@@ -20,24 +21,24 @@ LET_IN = {
 
 
 @pytest.fixture(scope="module")
-def public(sim: SimCloud) -> dict[str, Any]:  # noqa: F811
+def public(sim: SimCloud) -> dict[str, Any]:
     return up(sim, "--name", "public", "--public", "--allow", "127.0.0.0/24")
 
 
 @pytest.fixture(scope="module")
-def variables(sim: SimCloud, public: dict[str, Any]) -> dict[str, str]:  # noqa: F811
+def variables(sim: SimCloud, public: dict[str, Any]) -> dict[str, str]:
     """What `mistralctl env` tells a shell."""
     lines = sim.run(["mistralctl", "env", "public"]).stdout
     return dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
 
 
-def address(sim: SimCloud) -> str:  # noqa: F811
+def address(sim: SimCloud) -> str:
     [instance] = sim.instances("aws")
     assert instance.address
     return instance.address
 
 
-def rules(sim: SimCloud) -> list[Any]:  # noqa: F811
+def rules(sim: SimCloud) -> list[Any]:
     """From where the firewall lets in who asks for the server's port."""
     said = sim.run(["aws", "ec2", "describe-security-groups", "--region", "us-east-1"]).stdout
     every = [rule for group in json.loads(said)["SecurityGroups"] for rule in group["IpPermissions"]]
@@ -45,7 +46,7 @@ def rules(sim: SimCloud) -> list[Any]:  # noqa: F811
 
 
 def test_clients_reach_it_with_what_env_says_and_nothing_else(
-    sim: SimCloud, public: dict[str, Any], variables: dict[str, str]  # noqa: F811
+    sim: SimCloud, public: dict[str, Any], variables: dict[str, str]
 ) -> None:  # fmt: skip
     assert public["base_url"] == variables["OPENAI_BASE_URL"] == f"https://{address(sim)}:8000/v1"
     assert "Paris" in sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
@@ -66,7 +67,7 @@ def test_clients_reach_it_with_what_env_says_and_nothing_else(
     assert up(sim, "--name", "public", "--public", "--allow", "127.0.0.0/24")["action"] == "unchanged"
 
 
-def test_every_route_is_shut_but_the_short_list(sim: SimCloud, public: dict[str, Any], variables: dict[str, str]) -> None:  # noqa: F811
+def test_every_route_is_shut_but_the_short_list(sim: SimCloud, public: dict[str, Any], variables: dict[str, str]) -> None:
     routes = on_node(sim, "public", "cat ~/.mistralctl/run/public/shared/routes.json")
     url = variables["OPENAI_BASE_URL"].removesuffix("/v1")
     found = outside(sim, "routes", url, variables["SSL_CERT_FILE"], variables["OPENAI_API_KEY"], given=routes)
@@ -76,7 +77,7 @@ def test_every_route_is_shut_but_the_short_list(sim: SimCloud, public: dict[str,
     print(f"\n{(sim.home / '.mistralctl' / 'deployments' / 'public' / 'gate.txt').read_text()}{public['gate']}")
 
 
-def test_only_two_ports_are_open_and_the_one_speaks_tls_alone(sim: SimCloud, public: dict[str, Any]) -> None:  # noqa: F811
+def test_only_two_ports_are_open_and_the_one_speaks_tls_alone(sim: SimCloud, public: dict[str, Any]) -> None:
     there = address(sim)
     assert outside(sim, "ports", there) == [22, 8000]
     assert sim.run(["curl", "-sS", "-m", "5", f"http://{there}:8000/health"], check=False).returncode in (1, 52, 56)
@@ -87,7 +88,7 @@ def test_only_two_ports_are_open_and_the_one_speaks_tls_alone(sim: SimCloud, pub
     assert (versions["TLSv1_2"], versions["TLSv1_3"]) == ("TLSv1.2", "TLSv1.3")
 
 
-def test_only_who_is_allowed_may_ask(sim: SimCloud, public: dict[str, Any], variables: dict[str, str]) -> None:  # noqa: F811
+def test_only_who_is_allowed_may_ask(sim: SimCloud, public: dict[str, Any], variables: dict[str, str]) -> None:
     for route in ("/health", "/v1/models"):
         asked = [*CURL, "--interface", "127.9.9.9", "-H", f"Authorization: Bearer {variables['OPENAI_API_KEY']}"]
         answer = sim.run([*asked, f"https://{address(sim)}:8000{route}"], env=variables).stdout
@@ -96,7 +97,7 @@ def test_only_who_is_allowed_may_ask(sim: SimCloud, public: dict[str, Any], vari
 
 
 def test_vllm_is_a_user_of_its_own_who_reaches_neither_the_metadata_service_nor_others_files(
-    sim: SimCloud, public: dict[str, Any]  # noqa: F811
+    sim: SimCloud, public: dict[str, Any]
 ) -> None:  # fmt: skip
     [one] = json.loads(sim.run(["mistralctl", "status", "public", "-o", "json"]).stdout)["items"]
     assert one["launcher"]["isolation"] == {"user": SERVE_USER, "why": ""}
@@ -122,7 +123,7 @@ def test_vllm_is_a_user_of_its_own_who_reaches_neither_the_metadata_service_nor_
     assert on_node(sim, "public", f"sudo stat -c '%U %a' {tls_key}").split() == [SERVE_USER, "600"]
 
 
-def test_down_takes_its_firewall_rule_away_too(sim: SimCloud, public: dict[str, Any]) -> None:  # noqa: F811
+def test_down_takes_its_firewall_rule_away_too(sim: SimCloud, public: dict[str, Any]) -> None:
     assert sim.run(["mistralctl", "down", "public"], timeout=300).stdout == "public is down\n"
     assert sim.instances("aws") == []
     assert rules(sim) == []

@@ -1,107 +1,28 @@
-"""The simulated clouds themselves: the real SkyPilot launches on them, and nothing stays behind."""
+"""The simulated AWS itself: refusals, what becomes of machines, and nothing stays behind. SkyPilot launches there in stories_simulated.py."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from simcloud import SimCloud, SimUnavailable, s3
+from simcloud import SimCloud, SimUnavailable
 from simcloud.sim import check
 
 E2E = Path(__file__).parent
-NODE_SSH = [
-    "ssh",
-    "-o",
-    "StrictHostKeyChecking=no",
-    "-o",
-    "UserKnownHostsFile=/dev/null",
-    "-o",
-    "LogLevel=ERROR",
-    "-o",
-    "ConnectTimeout=5",
-]
-TASK = """
-resources:
-  infra: aws/us-east-1
-  instance_type: m6i.large
-  ports: 8080
-run: |
-  echo "ran as $(whoami)"
-  exec python3 -m http.server 8080
-"""
 
 
 @pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with SimCloud(clouds=["aws"], root=tmp_path_factory.mktemp("sim") / "root") as sim:
-        yield sim
-
-
-def on_node(sim: SimCloud, *command: str) -> subprocess.CompletedProcess[str]:
-    [instance] = sim.instances("aws")
-    [key] = sim.home.glob(".sky/clients/*/ssh/sky-key")
-    return sim.run([*NODE_SSH, "-i", key, f"ubuntu@{instance.address}", *command], timeout=60, check=False)
-
-
-def fetch(sim: SimCloud, port: int) -> int:
-    """The exit status of an HTTP request to the node from outside: 0 answered, 7 refused."""
-    [instance] = sim.instances("aws")
-    return sim.run(["curl", "-sf", "-m", "5", f"http://{instance.address}:{port}/"], check=False).returncode
-
-
-def test_a_launch_avoids_the_zone_without_capacity_and_down_leaves_nothing(sim: SimCloud, tmp_path: Path) -> None:
-    sim.fault("aws", "capacity", zone="us-east-1[a-c]")
-    (tmp_path / "task.yaml").write_text(TASK)
-    sim.run(["sky", "launch", "-y", "-d", "-c", "one", tmp_path / "task.yaml"], timeout=240)
-
-    [instance] = sim.instances("aws")
-    assert (instance.type, instance.region, instance.state, instance.spot) == ("m6i.large", "us-east-1", "running", False)
-    assert instance.zone not in ("us-east-1a", "us-east-1b", "us-east-1c")
-    refused = {event["zone"] for event in sim.journal("aws") if event.get("error") == "InsufficientInstanceCapacity"}
-    assert refused <= {"us-east-1a", "us-east-1b", "us-east-1c"}
-    assert refused
-    [volume] = sim.volumes("aws")
-    assert volume["instance"] == instance.id
-
-    assert on_node(sim, "whoami; hostname").stdout.split() == ["ubuntu", f"ip-{str(instance.address).replace('.', '-')}"]
-    deadline = time.monotonic() + 30
-    while fetch(sim, 8080) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert fetch(sim, 8080) == 0
-
-    # Only what a security group opens is open; nothing can leave.
-    on_node(
-        sim, "nohup python3 -m http.server 8081 > /dev/null 2>&1 & sleep 1; curl -sf -o /dev/null http://$(hostname -i):8081/"
-    )
-    assert fetch(sim, 8081) == 7
-    assert on_node(sim, "ip -o link | wc -l; ip route | wc -l").stdout.split() == ["1", "0"]  # loopback, and no way out
-
-    # The role's credentials come from the metadata service and open the store.
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "config.json").write_text("{}")
-    sim.put_weights(tmp_path / "weights", "s3://models/tiny")
-    program = (
-        f"import boto3; s3 = boto3.client('s3', endpoint_url='{s3.ENDPOINT}');"
-        "print(s3.get_object(Bucket='models', Key='tiny/config.json')['Body'].read().decode())"
-    )
-    read = on_node(sim, f'mv ~/.aws ~/.not-aws; ~/skypilot-runtime/bin/python -c "{program}"')
-    assert read.stdout == "{}\n", read.stderr
-
-    sim.run(["sky", "down", "-y", "one"], timeout=120)
-    assert sim.instances("aws") == []
-    assert sim.volumes("aws") == []
-    [gone] = sim.instances("aws", gone=True)
-    assert (gone.id, gone.state) == (instance.id, "terminated")
-    assert json.loads(sim.run(["sky", "status", "-o", "json"], timeout=60).stdout) == []
+def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+    """What is called here by hand needs no role."""
+    return simulations("aws")
 
 
 def test_the_node_has_the_environment_that_the_task_names(sim: SimCloud) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,9 @@ BY_HAND = Path(__file__).parent / "azure_by_hand.py"
 
 
 @pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with SimCloud(clouds=["azure"], root=tmp_path_factory.mktemp("sim") / "root") as sim:
-        yield sim
+def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+    """What is called here by hand needs no role."""
+    return simulations("azure")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ BODY = """{
 
 
 @pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
-    with SimCloud(clouds=["gcp"], root=tmp_path_factory.mktemp("sim") / "root") as sim:
-        yield sim
+def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+    """What is called here by hand needs no role."""
+    return simulations("gcp")
 
 
 def call(sim: SimCloud, expression: str) -> dict[str, Any]:
