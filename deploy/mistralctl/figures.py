@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mistral_contract import figures, files
 
 from mistralctl import own_files, runtime, state
-from mistralctl.errors import Exit, UserError
+from mistralctl.errors import UserError
 from mistralctl.state import Record
 
 
@@ -18,14 +19,24 @@ def _folder() -> Path:
     return state.home() / files.CANARIES.name
 
 
-def known(model: str) -> list[dict[str, Any]]:
-    """The figures of all weights of a model that were ever served from here; UserError if a file is damaged."""
+def known(model: str, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The figures of all weights of a model that were ever served from here.
+
+    Those that are damaged are set aside, of which `note` is told: the next engine is compared with what its node has kept, or makes them anew.
+    UserError if another user may have written them.
+    """
     found = []
     for path in sorted(_folder().glob("*.json")):
         try:
             one = figures.read(own_files.read(path), path.stem)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it", Exit.CONFLICT) from error
+            kept = path.with_name(f"{path.name}.damaged")
+            path.replace(kept)
+            note(
+                f"the canary's figures {path} are damaged ({error}) and now lie in {kept.name}; if this machine is to be held to them, restore "
+                "them before the next up: without them an engine is compared with what its node has kept, or with itself"
+            )
+            continue
         if one.get("model") == model:
             found.append(one)
     return found
@@ -36,6 +47,6 @@ def keep(record: Record, canary: dict[str, Any] | None) -> None:
     key = (canary or {}).get("weights")
     if not figures.is_key(key) or (path := _folder() / f"{key}.json").exists():
         return
-    with suppress(UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
+    with suppress(OSError, UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
         text = runtime.of(record.cloud).read(record, f"{files.CANARIES.name}/{key}.json")
         state.write_private(path, json.dumps(figures.read(text, str(key))) + "\n")

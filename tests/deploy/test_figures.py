@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
 from mistral_contract import figures as judged
 from mistral_contract import files
 from mistralctl import figures
-from mistralctl.errors import UserError
 from mistralctl.state import Record
 
 KEY = judged.key([("model.safetensors", "a" * 64), ("config.json", "b" * 64)])
@@ -35,23 +33,27 @@ def record(home: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     return Record("mine", "local", "up", "mistral-7b-instruct-v0.1", "m", 8000, str(node_dir), "1", 0.0)
 
 
+def unsaid(text: str) -> None:
+    raise AssertionError(text)
+
+
 def copy_of(home: Path) -> Path:
     return home / files.CANARIES.name / f"{KEY}.json"
 
 
 def test_the_first_figures_are_kept_and_sent_for_their_model_only(record: Record, home: Path) -> None:
-    assert figures.known(record.model) == []
+    assert figures.known(record.model, unsaid) == []
     figures.keep(record, CANARY)
     assert stat.S_IMODE(copy_of(home).stat().st_mode) == 0o600
-    assert figures.known(record.model) == [MADE]
-    assert figures.known("another") == []
+    assert figures.known(record.model, unsaid) == [MADE]
+    assert figures.known("another", unsaid) == []
 
 
 def test_the_first_figures_stay_the_first(record: Record, home: Path) -> None:
     figures.keep(record, CANARY)
     (Path(record.node_dir) / files.CANARIES.name / f"{KEY}.json").write_text(json.dumps(MADE | {"logprobs": [-9.0, -9.0]}))
     figures.keep(record, CANARY | {"state": "verified"})
-    assert figures.known(record.model) == [MADE]
+    assert figures.known(record.model, unsaid) == [MADE]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +71,26 @@ def test_what_names_no_figures_keeps_none(record: Record, home: Path, canary: di
     assert not (home / files.CANARIES.name).exists()
 
 
-def test_a_damaged_copy_is_named_before_anything_starts(record: Record, home: Path, mistralctl: Run) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "[]", json.dumps(MADE | {"logprobs": [-0.5, math.nan]}), json.dumps(MADE | {"weights": "c" * 64})]
+)
+def test_a_damaged_copy_is_named_and_set_aside(record: Record, home: Path, text: str) -> None:
+    """Also one of another model, which nobody can tell: it stops no `up`, and what was in it is kept."""
     figures.keep(record, CANARY)
-    copy_of(home).write_text(json.dumps(MADE | {"logprobs": [-0.5, math.nan]}))
-    with pytest.raises(UserError, match=r"is damaged .a log-probability is not a finite number of at most 0.; delete it"):
-        figures.known(record.model)
+    copy_of(home).write_text(text)
+    said: list[str] = []
+    assert figures.known(record.model, said.append) == []
+    assert len(said) == 1
+    assert said[0].startswith(f"the canary's figures {copy_of(home)} are damaged (")
+    assert copy_of(home).with_name(f"{KEY}.json.damaged").read_text() == text
+    figures.keep(record, CANARY)
+    assert figures.known(record.model, said.append) == [MADE]
+    assert len(said) == 1
+
+
+def test_a_copy_that_cannot_be_kept_fails_no_up(record: Record, home: Path) -> None:
+    (home / files.CANARIES.name).touch()
+    figures.keep(record, CANARY)
 
 
 def test_a_key_is_of_weights_configuration_and_quantization_alone() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import hub as hubs
 import pytest
 import sets
+from mistral_weights import manifest as manifests
 from mistral_weights import names
 from mistral_weights.address import Address, parse
 from mistral_weights.cli import main
@@ -204,6 +205,22 @@ def test_the_names_of_shards_count_those_that_are_absent() -> None:
         "model-00002-of-00003.safetensors",
     )
     assert names.absent_shards(["model.safetensors", "model-00001-of-00001.safetensors", "consolidated.00.safetensors"]) == ()
+
+
+def test_of_a_name_that_counts_very_many_shards_the_first_absent_ones_are_named() -> None:
+    many = [f"m{number}-00001-of-99999.safetensors" for number in range(500)]
+    found = names.absent_shards(many)
+    assert len(found) < 500 * 1000
+    assert names.listed(found).startswith("m0-00002-of-99999.safetensors, ")
+
+
+@pytest.mark.parametrize("name", [[], {}, 5, None])
+def test_a_manifest_whose_names_are_no_texts_is_damaged(name: object) -> None:
+    file = manifests.ManifestFile("config.json", 0, "0" * 64, "0" * 64, (), "size")
+    found = manifests.Manifest("s3://b/m", "", "", "", 4096, (replace(file, name=name),))  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match="damaged") as caught:
+        manifests.read(manifests.render(found), "here")
+    assert caught.value.kind is Kind.DAMAGED
 
 
 def a_wheel(path: Path, files: dict[str, bytes], record: str = "") -> Path:

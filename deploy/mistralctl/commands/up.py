@@ -73,11 +73,11 @@ def _from_hub(plan: Plan) -> bool:
     return any(uri.startswith("hf://") for uri, _ in plan.sources)
 
 
-def _secrets(plan: Plan) -> dict[str, str]:
+def _secrets(plan: Plan, note: Callable[[str], None]) -> dict[str, str]:
     """What goes to the node beside the task: the hub's token where the hub is asked, the user's own certificate with its key, and what is no
     secret, but came from a node: figures for the canary."""
     found = {}
-    if known := figures.known(plan.model.name if plan.model.shape else "custom"):
+    if known := figures.known(plan.model.name if plan.model.shape else "custom", note):
         found["figures"] = json.dumps(known)
     if plan.spec.cert:
         certificate = certificates.own(plan.spec)
@@ -184,7 +184,7 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
     where = runtime.of(plan.chosen.cloud)
     if where.rents:
         owners.make(os.environ)
-    began, shape, secrets, accepted = time.time(), plan.model.shape, _secrets(plan), False
+    began, shape, secrets, accepted = time.time(), plan.model.shape, _secrets(plan, talk.note), False
     while True:
         old = state.read(plan.name)
         record = _wanted(plan, _port(sourced, plan, old), old, secrets)

@@ -30,6 +30,7 @@ FEATURES = {
     "use_dora": "DoRA", "lora_bias": "a LoRA bias", "alora_invocation_tokens": "activated LoRA", "use_qalora": "QALoRA",
     "layer_replication": "replicated layers", "use_bdlora": "block-diagonal LoRA",
 }  # fmt: skip
+MOST_PATTERNS, MOST_REPEATING = 4096, 32  # of ranks for single modules: each is tried on each module
 MERGE = "merge it into the weights (PEFT: merge_and_unload) and serve those"
 
 Read = Callable[[str, int, int], bytes]
@@ -183,13 +184,14 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Tensor], base: Sizes |
         sides[match[2]] = tensor
     if lost:
         raise AdapterError(_lost(lost, len(found)))
+    patterns = ranks(config)
     if not halves:
         raise AdapterError(f"its {TENSORS} has no tensor; save the adapter again")
     pairs = []
     for module, sides in halves.items():
         if len(sides) < 2:
             raise AdapterError(f"it has only lora_{next(iter(sides))} of {module}; save the adapter again")
-        _fits(module, sides["A"], sides["B"], rank_of(config, module), base)
+        _fits(module, sides["A"], sides["B"], rank_of(patterns, module), base)
         pairs.append((sides["A"], sides["B"]))
     return tuple(pairs)
 
@@ -212,16 +214,28 @@ def _lost(names: list[str], count: int) -> str:
     )
 
 
-def rank_of(config: Mapping[str, Any], module: str) -> int:
-    """The rank of a module: the first pattern that matches the end of its name, as in PEFT's get_pattern_key, else r."""
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
-        if not harmless(pattern):
+def ranks(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], int]]:
+    """The patterns of a configuration with their ranks, the last of which is r's and matches all; AdapterError if they could take for ever."""
+    given = config.get("rank_pattern") or {}
+    if len(given) > MOST_PATTERNS or sum(bool(re.search(r"[*+{]", pattern)) for pattern in given) > MOST_REPEATING:
+        raise AdapterError(
+            f"its rank_pattern has {len(given)} patterns; at most {MOST_PATTERNS}, {MOST_REPEATING} of them with repetitions, are tried: save "
+            "the adapter again"
+        )
+    found = []
+    for pattern, rank in given.items():
+        try:
+            found.append((re.compile(rf"(.*\.)?({pattern})$" if harmless(pattern) else "("), int(rank)))
+        except re.error:
             raise AdapterError(
                 f"{pattern!r} in its rank_pattern is no pattern, or one that could take for ever; save the adapter again"
-            )
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return int(rank)
-    return int(config["r"])
+            ) from None
+    return [*found, (re.compile(""), int(config["r"]))]
+
+
+def rank_of(patterns: Iterable[tuple[re.Pattern[str], int]], module: str) -> int:
+    """The rank of a module: the first pattern that matches the end of its name, as in PEFT's get_pattern_key."""
+    return next(rank for pattern, rank in patterns if pattern.match(module))
 
 
 def _fits(module: str, a: Tensor, b: Tensor, rank: int, base: Sizes | None) -> None:

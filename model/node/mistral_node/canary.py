@@ -90,7 +90,8 @@ def stored_figures(folder: Path) -> dict[str, Any] | None:
         if path.exists():
             return figures.read(untrusted.contents(path, untrusted.MOST_BYTES))
     except (OSError, ValueError) as error:
-        raise LaunchError(Code.CANARY, f"{path} is damaged ({error}); pull the weights again") from error
+        again = "pull the weights again, or, if it is so where they come from, publish them without that file"
+        raise LaunchError(Code.CANARY, f"{path} is damaged ({error}); {again}") from error
     hashes = {sha256 for _, sha256 in _manifest(folder)}
     shipped = (figures.read(path.read_text("utf-8")) for path in sorted(SHIPPED.glob("*.json")))
     return next((one for one in shipped if one["weights_sha256"] in hashes), None)

@@ -86,9 +86,11 @@ def read(data: bytes, where: str) -> Manifest:
         raise broken(f"cannot be read ({error})") from None
     except (KeyError, TypeError, AttributeError):
         raise broken("cannot be read") from None
+    if not all(isinstance(file.name, str) for file in manifest.files):
+        raise broken("is damaged")
     for file in manifest.files:
-        check(str(file.name))
-    no_twins(str(file.name) for file in manifest.files)
+        check(file.name)
+    no_twins(file.name for file in manifest.files)
     if not _well_formed(manifest) or render(manifest) != data:
         raise broken("is damaged")
     return manifest

@@ -116,10 +116,16 @@ def listed(names: Iterable[str]) -> str:
 
 
 def absent_shards(names: Iterable[str]) -> tuple[str, ...]:
-    """The shards that the names of the others count (NAME-00001-of-00002.safetensors) and that are not among `names`."""
+    """The shards that the names of the others count (NAME-00001-of-00002.safetensors) and that are not among `names`.
+
+    Of many that are absent the first: a name may count 99,999 of them.
+    """
     there = set(names)
     sets = {(found[1], found[2]) for found in map(_SHARD.fullmatch, there) if found}
-    every = (f"{stem}-{number:05d}-of-{count}.safetensors" for stem, count in sets for number in range(1, int(count) + 1))
+    most = len(there) + MOST_LISTED + 1  # of so many numbers, some more than are listed are absent
+    every = (
+        f"{stem}-{number:05d}-of-{count}.safetensors" for stem, count in sets for number in range(1, min(int(count), most) + 1)
+    )
     return tuple(sorted(set(every) - there))
 
 
