@@ -19,7 +19,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NODE_PYTHON = $(shell $(BIN)/mistralctl doctor -o json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["node"]["python"])')
 PYTEST_OPTIONS ?= -q
-# Files of tests/e2e that run at a time: each waits for others' work half of its time.
+# Lanes of tests/e2e (conftest.py) that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
 .PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-tune test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean

@@ -19,6 +19,7 @@ PARTS = (
     ("model/contract/", "mistral_contract"),
     ("model/weights/", "mistral_weights"),
     ("model/chats/", "mistral_chats"),
+    ("model/tune/", "mistral_tune"),
     ("model/plugin/", "vllm_mistral (plugin)"),
     ("model/node/", "mistral_node and the set-up"),
     ("task_templates/", "task templates"),
@@ -26,6 +27,7 @@ PARTS = (
     ("tests/plugin/", "tests/plugin"),
     ("tests/node/", "tests/node"),
     ("tests/weights/", "tests/weights"),
+    ("tests/tune/", "tests/tune"),
     ("tests/e2e/", "tests/e2e"),
     ("benchmarks/", "benchmarks"),
 )

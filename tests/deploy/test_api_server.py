@@ -53,7 +53,7 @@ def test_only_a_killed_servers_processes_are_ended_and_only_if_none_answers(left
         assert api_server.orphans() == [left["killed"]]
         closed = f"http://127.0.0.1:{another.getsockname()[1]}"
     api_server.clear_the_way(closed, [])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 300
     while left["killed"].is_running() and left["killed"].status() != "zombie" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert api_server.orphans() == []
@@ -74,7 +74,7 @@ def test_a_stranger_in_a_killed_servers_session_is_let_be(tmp_path: Path, monkey
         marked, executor, stranger = (psutil.Process(int(leader.stdout.readline())) for _ in range(3))
         leader.wait()
         try:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 300
             while executor.cmdline()[:1] != ["SkyPilot:executor:long:1"] and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert {one.pid for one in api_server.orphans()} == {marked.pid, executor.pid}

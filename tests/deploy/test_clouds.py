@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Run:
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
         env = {"PATH": os.environ["PATH"], "HOME": str(home), "MISTRALCTL_OWNER": "tests", "COLUMNS": "200"}
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / "more"), *arguments]
-        return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=600, check=False)
 
     return program
 

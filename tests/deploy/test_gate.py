@@ -83,11 +83,10 @@ def serve(run_dir: Path) -> Iterator[Callable[[FastAPI], Record]]:
 
     def start(app: FastAPI) -> Record:
         app.add_middleware(Guard, run_dir=run_dir)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-        thread = threading.Thread(target=server.run)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = int(listening.getsockname()[1])
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         servers.append((server, thread))
         while not server.started:
@@ -97,7 +96,7 @@ def serve(run_dir: Path) -> Iterator[Callable[[FastAPI], Record]]:
     yield start
     for server, thread in servers:
         server.should_exit = True
-        thread.join(10)
+        thread.join(300)
 
 
 def on_the_node(record: Record, run_dir: Path) -> routes.Report:
@@ -289,7 +288,7 @@ def test_a_connection_belongs_to_one_thread_and_may_be_closed_at_any_time() -> N
         threading.Thread(target=server.serve_forever).start()
 
         def connect() -> Noted:
-            kept.append(Noted("127.0.0.1", server.server_address[1], timeout=10))
+            kept.append(Noted("127.0.0.1", server.server_address[1], timeout=300))
             return kept[-1]
 
         asked = [("GET", f"/{number}") for number in range(50)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mistralctl import readiness, state
+from mistralctl import endpoint, readiness, state
 from mistralctl.errors import Exit, UserError
 from mistralctl.lifecycle import Observed
 from mistralctl.runtime import following, rented, sky, ssh
@@ -27,9 +28,10 @@ CHANGED = r"^mine: its machine shows another host key than at the first connecti
 
 
 def free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
+    """A port that is free, and stays so until a server has it: connections take theirs from 32768 on."""
+    while not endpoint.is_free(port := 22000 + secrets.randbelow(10000)):
+        pass
+    return port
 
 
 class Machine:
@@ -60,7 +62,7 @@ class Machine:
             self.process = subprocess.Popen(
                 ["/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             with socket.socket() as tried:
                 if tried.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -183,7 +185,7 @@ def test_the_log_is_not_followed_there(changed: Machine, monkeypatch: pytest.Mon
 def test_the_tunnel_ends_and_says_why(changed: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = changed.sessions
     done = subprocess.run(
-        [sys.executable, "-m", "mistralctl.runtime.tunnel", "mine"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "mistralctl.runtime.tunnel", "mine"], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("mine: its machine shows another host key than at the first connection")
@@ -196,7 +198,7 @@ def test_the_tunnel_ends_and_says_why(changed: Machine, monkeypatch: pytest.Monk
 
 def test_mistralctl_ssh_says_it_in_one_line(changed: Machine) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mistralctl", "ssh", "mine", "true"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "mistralctl", "ssh", "mine", "true"], capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.returncode, done.stderr.count("\n")) == (Exit.NETWORK, 1)
     assert "its machine shows another host key" in done.stderr

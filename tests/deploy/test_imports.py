@@ -201,7 +201,7 @@ def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...], tmp_path:
     )
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "USER": "someone"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "loaded: "

@@ -101,7 +101,7 @@ def _run(tmp_path: Path, smi: str | None) -> dict[str, object]:
     pulled = {"uri": "s3://b/m", "fetched": 14_500_000_000, "seconds": 50.0, "disk_written": 9_000_000_000, "disk_seconds": 45.0}
     (tmp_path / "node" / "run" / "mine" / "pulled.json").write_text(json.dumps(pulled))
     env = {"PATH": str(programs), "MISTRALCTL_NODE_DIR": str(tmp_path / "node")}
-    done = subprocess.run([sys.executable, SCRIPT, "", "mine"], env=env, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, SCRIPT, "", "mine"], env=env, capture_output=True, text=True, check=True, timeout=600)
     return dict(json.loads(done.stdout))
 
 

@@ -43,7 +43,7 @@ class Copy:
             "PYTHONPATH": os.pathsep.join([f"{self.folder}/deploy", f"{self.folder}/model/contract"]),
         }
         command = [sys.executable, *arguments]
-        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=600, check=True).stdout
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the copy's `mistralctl ARGUMENT...`."""
@@ -55,7 +55,7 @@ class Copy:
             "COLUMNS": "120",
         }
         command = [sys.executable, "-m", "mistralctl", *arguments]
-        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture

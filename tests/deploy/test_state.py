@@ -146,7 +146,7 @@ def test_the_server_of_a_damaged_record_is_ended(ours: Path, mistralctl: Run) ->
         done = mistralctl("down", "bad")
         assert done.returncode == 0, done.stderr
         assert done.stdout == "bad is down; its damaged record is kept as record.damaged\n"
-        assert server.wait(5) is not None
+        assert server.wait(300) is not None
         assert not (ours / "node" / "run" / "bad").exists()
     finally:
         server.kill()

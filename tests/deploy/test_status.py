@@ -143,7 +143,7 @@ def test_skypilot_is_asked_where_the_cloud_cannot_be_listed_or_the_place_is_not_
 
 
 def test_fifty_nodes_that_never_answer_take_as_long_as_one(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "SSH_SECONDS", 1.0)
+    monkeypatch.setattr(status, "SSH_SECONDS", 2.0)
     import socket
 
     with socket.socket() as silent:  # takes connections and says nothing
@@ -156,7 +156,7 @@ def test_fifty_nodes_that_never_answer_take_as_long_as_one(ec2: Any, monkeypatch
         began = time.monotonic()
         found = status.run(None)
     assert {(one.state, "did not answer over SSH" in one.why) for one in found} == {("lost", True)}
-    assert time.monotonic() - began < 15  # one after the other they would take 50
+    assert time.monotonic() - began < 60  # one after the other they would take 100
 
 
 def test_what_nobody_can_be_asked_of_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

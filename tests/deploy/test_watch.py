@@ -81,7 +81,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             psutil.Process(pid).kill()
 
 
-def until(happened: Callable[[], object], seconds: float = 30) -> None:
+def until(happened: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
@@ -102,7 +102,7 @@ def ended(machine: Machine) -> bool:
 
 def test_a_set_up_that_hangs_is_ended_and_then_its_machine_and_at_last_it_is_powered_off(machine: Machine) -> None:
     job = machine.start(SETUP)
-    assert job.wait(30) == -signal.SIGTERM
+    assert job.wait(300) == -signal.SIGTERM
     until(lambda: ended(machine))
     log = (machine.run_dir / "watch.log").read_text()
     assert "after 3 minutes no server was started; all is ended" in log
@@ -117,7 +117,7 @@ def test_the_real_set_up_starts_it_before_all_else(machine: Machine) -> None:
         "exec bash setup.sh", MISTRALCTL_ENV_ID="cpu-0", MISTRALCTL_DEVICE="cpu", MISTRALCTL_PYTHON="3.11",
         MISTRALCTL_WEIGHTS="pypi://nothing", MISTRALCTL_WEIGHTS_ID="w",
     )  # fmt: skip
-    assert job.wait(30) != 0
+    assert job.wait(300) != 0
     until(lambda: ended(machine))
     until(lambda: ["sleep", "1000"] not in machine.processes().values())
 
@@ -152,7 +152,7 @@ def test_a_server_that_outlives_its_lifetime_is_ended_and_a_machine_that_outlive
     job = machine.start(
         "set -m; (trap '' TERM; exec sleep 1000) & bash watch.sh start run $!; wait $!", MISTRALCTL_TTL_MINUTES="2"
     )
-    assert job.wait(30) == 128 + signal.SIGKILL
+    assert job.wait(300) == 128 + signal.SIGKILL
     until(lambda: ended(machine))
     log = (machine.run_dir / "watch.log").read_text()
     assert log.index("the launcher outlived its lifetime") < log.index("its server has ended and the machine is still there")
@@ -169,7 +169,7 @@ def test_a_budget_bounds_set_up_and_life_together(machine: Machine, script: str)
         MISTRALCTL_BUDGET="0.8048",
         MISTRALCTL_PRICE="0.8048",
     )
-    assert job.wait(30) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert job.wait(300) in (-signal.SIGTERM, 128 + signal.SIGTERM)
     until(lambda: ended(machine))
 
 
@@ -188,7 +188,9 @@ def test_on_a_machine_that_stays_no_set_up_is_watched_and_no_machine_ended(machi
     job = machine.start(
         "bash watch.sh start setup; sleep 1000 & bash watch.sh start run $!; bash watch.sh run $!; echo end", **here
     )
-    assert job.communicate(timeout=30)[0].decode().endswith("the launcher outlived its lifetime; it is ended from outside\nend\n")
+    assert (
+        job.communicate(timeout=600)[0].decode().endswith("the launcher outlived its lifetime; it is ended from outside\nend\n")
+    )
     time.sleep(4)
     assert not machine.asked.exists()
 
@@ -201,7 +203,7 @@ def test_the_real_run_ends_a_launcher_that_hangs(machine: Machine, rented: bool)
     python.chmod(0o755)
     here = {} if rented else {"SKYPILOT_CLUSTER_INFO": ""}
     job = machine.start("exec bash run.sh", MISTRALCTL_ENV_ID="cpu-0", MISTRALCTL_TTL_MINUTES="2", **here)
-    said = job.communicate(timeout=30)[0].decode()
+    said = job.communicate(timeout=600)[0].decode()
     assert job.returncode == 128 + signal.SIGKILL
     log = (machine.run_dir / "watch.log").read_text() if rented else said
     assert "the launcher outlived its lifetime; it is ended from outside\n" in log

@@ -272,6 +272,7 @@ def test_hf_hub_offline_is_obeyed(hub: hubs.Hub, mistralctl: Run) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.slow  # SkyPilot's API server starts
 def test_a_hub_that_cannot_be_reached_is_one_line(mistralctl: Run) -> None:
     done = mistralctl("up", "--cloud", "aws", HF_ENDPOINT="http://127.0.0.1:9")
     assert (done.returncode, done.stderr.count("\n")) == (7, 1)

@@ -21,7 +21,7 @@ def make(group: str, region: str, size: str, words: list[str], labels: dict[str,
     from azure.mgmt.resource import ResourceManagementClient
     from mistralctl.clouds.azure.quotas import subscription
 
-    credential, account = AzureCliCredential(process_timeout=30), subscription()
+    credential, account = AzureCliCredential(process_timeout=300), subscription()
 
     def body(properties: dict[str, Any], **more: Any) -> io.BytesIO:
         return io.BytesIO(json.dumps({"location": region, "properties": properties} | more).encode())

@@ -114,26 +114,26 @@ def simulated(folder: Path, clouds: Sequence[str]) -> Iterator[SimCloud]:
 
 def up(sim: SimCloud, place: Place, name: str, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     """The JSON result of an `up` that works."""
-    done: dict[str, Any] = json.loads(sim.run([*place.up, "--name", name, *options, "-o", "json"], timeout=600, env=env).stdout)
+    done: dict[str, Any] = json.loads(sim.run([*place.up, "--name", name, *options, "-o", "json"], env=env).stdout)
     return done
 
 
 def status(sim: SimCloud, name: str) -> dict[str, Any]:
     """What `status` says of one deployment."""
-    [one] = json.loads(sim.run(["mistralctl", "status", name, "-o", "json"], timeout=120).stdout)["items"]
+    [one] = json.loads(sim.run(["mistralctl", "status", name, "-o", "json"]).stdout)["items"]
     return dict(one)
 
 
 def on_node(sim: SimCloud, name: str, command: str) -> str:
     """What a command on a deployment's node writes."""
-    return sim.run(["mistralctl", "ssh", name, command], timeout=60).stdout
+    return sim.run(["mistralctl", "ssh", name, command]).stdout
 
 
 def ask(sim: SimCloud, name: str) -> str:
     """The answer to a question, through the tunnel, by the openai client with the variables that `env` gives."""
     lines = sim.run(["mistralctl", "env", name]).stdout
     variables = dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
-    return sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
+    return sim.run([sys.executable, "-c", ASK], env=variables).stdout
 
 
 def answers_through_the_tunnel(sim: SimCloud, place: Place, served: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def answers_through_the_tunnel(sim: SimCloud, place: Place, served: dict[str, An
 def tells_of_its_machine(sim: SimCloud, name: str) -> None:
     """The receipt and `doctor --node` say what the machine is, and how its weights came."""
     noted = json.loads(sim.run(["mistralctl", "receipt", name, "-o", "json"]).stdout)["node"]
-    now = json.loads(sim.run(["mistralctl", "doctor", "--node", name, "-o", "json"], timeout=60).stdout)
+    now = json.loads(sim.run(["mistralctl", "doctor", "--node", name, "-o", "json"]).stdout)
     print("machine:", json.dumps(now))
     same = ("image", "system", "kernel", "cpus", "memory_bytes", "pull")
     assert {key: noted[key] for key in same} == {key: now[key] for key in same}
@@ -177,10 +177,10 @@ def replaces_the_job(sim: SimCloud, place: Place, served: dict[str, Any]) -> Non
 
 def mirrors(sim: SimCloud, place: Place, copy: str) -> None:
     """Weights are copied by a machine of the cloud, which is gone afterwards."""
-    done = json.loads(sim.run(["mistralctl", "weights", "mirror", place.weights, copy, "-o", "json"], timeout=400).stdout)
+    done = json.loads(sim.run(["mistralctl", "weights", "mirror", place.weights, copy, "-o", "json"]).stdout)
     assert (done["source"], done["target"], done["cloud"]) == (place.weights, copy, place.cloud)
     assert sim.instances(place.cloud) == []
-    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy], timeout=120).stdout
+    assert "1 files" in sim.run(["mistralctl", "weights", "verify", copy]).stdout
 
 
 def gpu(place: Place) -> list[str]:
@@ -194,7 +194,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     (folder / "tokenizer").mkdir()
     sim.put_weights(tiny.write(folder / "tiny", folder / "tokenizer"), tiny_weights)
     # The laptop would see that these are not Mistral 7B's.
-    ended = sim.run([*gpu(place), "--weights", tiny_weights, "--offline"], check=False, timeout=600)
+    ended = sim.run([*gpu(place), "--weights", tiny_weights, "--offline"], check=False)
     print(ended.stderr)
     assert ended.returncode == 9
     assert "vLLM ended with code 1: RuntimeError: Failed to infer device type" in ended.stderr  # its words where no GPU is
@@ -203,7 +203,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
     assert default
     assert on_node(sim, "gpu", "nvidia-smi --query-gpu=driver_version --format=csv,noheader").startswith(default.driver)
     asks_for_nothing_that_is_not_there(sim, "gpu")
-    log = sim.run(["mistralctl", "logs", "gpu"], timeout=60).stdout
+    log = sim.run(["mistralctl", "logs", "gpu"]).stdout
     [line] = [line.partition("starts ")[2] for line in log.splitlines() if " starts /" in line]
     python, *arguments = shlex.split(line)
     assert python == f"/home/{place.user}/.mistralctl/envs/{environment_id('cuda', NODE_PYTHON)}/bin/python"
@@ -247,7 +247,7 @@ def asks_for_nothing_that_is_not_there(sim: SimCloud, name: str) -> None:
 
 def gone(sim: SimCloud, place: Place, name: str) -> None:
     """Takes it down, and the cloud's own listing is empty."""
-    sim.run(["mistralctl", "down", name], timeout=300)
+    sim.run(["mistralctl", "down", name])
     assert sim.instances(place.cloud) == []
     assert sim.volumes(place.cloud) == []
 

@@ -40,7 +40,7 @@ def are_where_they_belong(sim: SimCloud, place: Place, name: str, planted: dict[
     sim.fault(place.cloud, "capacity", region=place.region)
     try:
         words = [again[0], "--debug", *again[1:], "refused", "--region", place.region]
-        debug = sim.run(words, check=False, timeout=300, env=token)
+        debug = sim.run(words, check=False, env=token)
     finally:
         sim.clear_faults()
     assert "Traceback" in debug.stderr

@@ -105,4 +105,4 @@ def share_node(home: Path) -> Path:
 
 def down(cli: Cli) -> None:
     """Ends whatever a test left."""
-    cli.start("down", "--all").communicate(timeout=120)
+    cli.start("down", "--all").communicate(timeout=600)

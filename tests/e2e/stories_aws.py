@@ -37,13 +37,13 @@ def no_faults(sim: SimCloud) -> Iterator[None]:
 def test_wrong_credentials_are_named(sim: SimCloud) -> None:
     with story("credentials that AWS refuses"):
         named = "AWS refused GetCallerIdentity (InvalidClientTokenId); sign in again: aws configure"
-        sim.run(["sky", "check", "aws"], timeout=120)
+        sim.run(["sky", "check", "aws"])
         sim.fault("aws", "credentials")
         for _ in range(2):  # SkyPilot takes the cloud for enabled, and then it does not
-            refused = sim.run([*UP, "--name", "wrong"], check=False, timeout=300)
+            refused = sim.run([*UP, "--name", "wrong"], check=False)
             assert (refused.returncode, refused.stderr.splitlines()[-1]) == (8, f"mistralctl: {named}")
-            sim.run(["sky", "check", "aws"], check=False, timeout=120)
-        doctor = sim.run(["mistralctl", "doctor", "--cloud", "aws"], timeout=120).stdout
+            sim.run(["sky", "check", "aws"], check=False)
+        doctor = sim.run(["mistralctl", "doctor", "--cloud", "aws"]).stdout
         assert f"\n--  identity on aws        {named} " in doctor  # what SkyPilot thinks of its access is older at times
         sim.clear_faults()
         gone(sim, AWS, "wrong")
@@ -59,12 +59,12 @@ def test_a_price_of_today_above_the_limit_is_said_in_exactly_one_line(sim: SimCl
                 [head, *([f"{float(cell) * 10}" if name == "Price" and cell else cell for name, cell in zip(head, row, strict=True)]
                          for row in rows)]
             )  # fmt: skip
-        sim.run(["sky", "api", "stop"], timeout=60)  # it has read the old one
+        sim.run(["sky", "api", "stop"])  # it has read the old one
         try:
-            refused = sim.run([*UP, "--name", "dear", "--max-price", "0.2"], check=False, timeout=300)
+            refused = sim.run([*UP, "--name", "dear", "--max-price", "0.2"], check=False)
         finally:
             catalog.write_text(before)
-            sim.run(["sky", "api", "stop"], timeout=60)
+            sim.run(["sky", "api", "stop"])
         print(refused.stderr)
         assert refused.returncode == 8
         [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
@@ -78,7 +78,7 @@ def test_a_price_of_today_above_the_limit_is_said_in_exactly_one_line(sim: SimCl
 def test_a_node_with_a_full_disk_is_named(sim: SimCloud, mib: int, full: str) -> None:
     with story(f"a node on whose disk {mib} MiB can be written"):
         sim.fault("aws", "small_disk", mib=mib)
-        ended = sim.run([*UP, "--name", "full"], check=False, timeout=600)
+        ended = sim.run([*UP, "--name", "full"], check=False)
         print(ended.stderr)
         assert ended.returncode == 9
         assert "the disk " in ended.stderr
@@ -118,7 +118,7 @@ def test_an_api_server_that_is_killed_is_started_again(sim: SimCloud) -> None:
             if line.startswith("SkyPilot's runtime"):
                 break
         kill_the_api_server(sim)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
         assert process.returncode == 8
         [line] = [line for line in said.splitlines() if line.startswith("mistralctl: ")]
         assert line.startswith(
@@ -140,7 +140,7 @@ def test_a_log_that_is_cut_off_goes_on(sim: SimCloud) -> None:
             said.append(line)
             if line.startswith("engine ..."):
                 sim.run(["pkill", "-f", "ssh -F .*deployments/cut/ssh_config node .*tail -n"])
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=600) == 0
         assert [line for line in said if line.startswith("engine: done")]
         log = (sim.home / ".mistralctl" / "deployments" / "cut" / "serve.log").read_text()
         assert log.count('"phase": "engine", "event": "start"') == 1  # no line twice
@@ -160,19 +160,19 @@ LISTENING = "import socket, time; server = socket.create_server(('127.0.0.1', 50
 def test_a_port_of_the_api_server_that_another_program_has(sim: SimCloud) -> None:
     sim.fault("aws", "capacity")
     with story("a finished connection has the API server's port for a minute: it is waited for"):
-        sim.run(["sky", "api", "stop"], timeout=60)
+        sim.run(["sky", "api", "stop"])
         sim.run([sys.executable, "-c", FINISHED])
-        refused = sim.run([*UP, "--name", "held"], check=False, timeout=300)
+        refused = sim.run([*UP, "--name", "held"], check=False)
         assert "InsufficientInstanceCapacity" in refused.stderr
     with story("another program listens on a port of the API server: it is named"):
-        sim.run(["sky", "api", "stop"], timeout=60)
+        sim.run(["sky", "api", "stop"])
         program = sim.popen([sys.executable, "-c", LISTENING])
         assert program.stdout
         program.stdout.readline()
-        refused = sim.run([*UP, "--name", "held"], check=False, timeout=120)
+        refused = sim.run([*UP, "--name", "held"], check=False)
         print(refused.stderr)
         program.terminate()
-        program.communicate(timeout=30)
+        program.communicate(timeout=600)
         assert refused.returncode == 8
         [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
         assert line.startswith("mistralctl: SkyPilot's API server does not start: port 50011 is held by python")
@@ -191,7 +191,7 @@ runpy.run_module("sky.server.server", run_name="__main__")
 
 def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: SimCloud) -> None:
     with story("SkyPilot's API server is of another version"):
-        sim.run(["sky", "api", "stop"], timeout=60)
+        sim.run(["sky", "api", "stop"])
         server = sim.popen([sys.executable, "-c", OLD_SERVER, "-m", "sky.server.server", "--port=46580"])
         refused = subprocess.CompletedProcess[str]([], 0, "", "")
         for _ in range(60):
@@ -199,14 +199,14 @@ def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: Si
             if refused.returncode == 0:
                 break
             time.sleep(1)
-        refused = sim.run([*UP, "--name", "old"], check=False, timeout=120)
+        refused = sim.run([*UP, "--name", "old"], check=False)
         print(refused.stderr)
         assert refused.returncode == 8
         [line] = [line for line in refused.stderr.splitlines() if line.startswith("mistralctl: ")]
         assert line.endswith("is of another version; run: sky api stop; sky api start")
-        sim.run(["bash", "-c", "sky api stop; sky api start"], timeout=120)
-        server.communicate(timeout=60)
-        assert "enabled" in sim.run(["mistralctl", "doctor", "--cloud", "aws"], timeout=120).stdout
+        sim.run(["bash", "-c", "sky api stop; sky api start"])
+        server.communicate(timeout=600)
+        assert "enabled" in sim.run(["mistralctl", "doctor", "--cloud", "aws"]).stdout
 
 
 def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCloud) -> None:
@@ -218,7 +218,7 @@ def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCl
 
         def traffic() -> None:
             while not off.wait(15):
-                sim.run(["mistralctl", "chat", "quiet", "-m", "Hello"], timeout=120)
+                sim.run(["mistralctl", "chat", "quiet", "-m", "Hello"])
                 last[0] = time.time()
 
         asking = threading.Thread(target=traffic)
@@ -254,7 +254,7 @@ def test_idle_and_hung_machines_end_by_themselves_with_the_laptop_off(sim: SimCl
         assert 90 <= killed - ends_at < 120
         assert sim.instances("aws") == []
         assert sim.volumes("aws") == []
-        left = sim.run(["mistralctl", "reap", "--cloud", "aws", "--all-owners", "--dry-run", "-o", "json"], timeout=120).stdout
+        left = sim.run(["mistralctl", "reap", "--cloud", "aws", "--all-owners", "--dry-run", "-o", "json"]).stdout
         assert json.loads(left)["parts"] == []
 
 
@@ -276,7 +276,7 @@ def test_a_set_up_that_hangs_ends_its_machine_with_the_laptop_off(sim: SimCloud,
         [machine] = sim.instances("aws")
         began, held = time.time(), stopped(sim.root, "hangs", "setup.sh")
         sim.kill_laptop()
-        said += (process.communicate(timeout=30)[1] or "").splitlines(keepends=True)
+        said += (process.communicate(timeout=600)[1] or "").splitlines(keepends=True)
         assert held
         gone_at = when(lambda: machine.id not in [one.id for one in sim.instances("aws")], 60 + 10 + 180)
         print(f"\nset-up hung: {gone_at - began:.0f} s later its machine was gone")

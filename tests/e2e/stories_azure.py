@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployments import AUTOSTOP_SECONDS, PLACES, gone, gpu, mirrors, replaces_the_job, simulated, status, story, up
+from deployments import AUTOSTOP_SECONDS, PLACES, gone, gpu, simulated, status, story, up
 from running import MODEL
 from simcloud import SimCloud
 
@@ -31,18 +31,10 @@ def no_faults(sim: SimCloud) -> Iterator[None]:
     sim.clear_faults()
 
 
-def test_a_changed_option_replaces_the_job_and_a_mirror_runs_on_a_machine_of_its_own(sim: SimCloud) -> None:
-    """What tests/e2e/test_aws.py shows on AWS, here as well."""
-    with story("a changed option replaces the job on its machine; a mirror runs on one of its own", "azure"):
-        replaces_the_job(sim, AZURE, up(sim, AZURE, "served"))
-        gone(sim, AZURE, "served")
-        mirrors(sim, AZURE, "az://simulated/models/copy")
-
-
 def test_a_driver_that_does_not_reach_an_a10_is_told_in_its_own_words(sim: SimCloud) -> None:
     with story("an A10 with an image of one's own, whose driver is no GRID driver: nvidia-smi's complaint", "azure"):
         refused = sim.run(
-            [*gpu(AZURE), "--accelerators", "A10", "--weights", AZURE.weights, *AZURE.old, "--offline"], check=False, timeout=600
+            [*gpu(AZURE), "--accelerators", "A10", "--weights", AZURE.weights, *AZURE.old, "--offline"], check=False
         )
         print(refused.stderr)
         assert refused.returncode == 9
@@ -54,7 +46,7 @@ def test_a_locked_group_is_named_and_taken_away_once_it_is_open(sim: SimCloud) -
     with story("a lock on the resource group; down names it, and takes all away without it", "azure"):
         up(sim, AZURE, "locked")
         sim.fault("azure", "locked")
-        refused = sim.run(["mistralctl", "down", "locked"], check=False, timeout=300)
+        refused = sim.run(["mistralctl", "down", "locked"], check=False)
         print(refused.stderr)
         assert (refused.returncode, "ScopeLocked" in refused.stderr, "Traceback" in refused.stderr) == (8, True, False)
         assert len(sim.instances("azure")) == 1
@@ -66,13 +58,13 @@ def test_a_locked_group_is_named_and_taken_away_once_it_is_open(sim: SimCloud) -
 def test_the_identity_that_skypilot_makes_ends_its_machine_and_reads_no_blobs(sim: SimCloud, folder: Path) -> None:
     with story("SkyPilot's own identity: blobs are refused and the role is named; an idle machine takes itself away", "azure"):
         (sim.home / ".sky" / "config.yaml").unlink()
-        refused = sim.run([*AZURE.up, "--name", "plain"], check=False, timeout=600)
+        refused = sim.run([*AZURE.up, "--name", "plain"], check=False)
         print(refused.stderr)
         assert (refused.returncode, "Storage Blob Data Reader" in refused.stderr.splitlines()[-1]) == (9, True)
         gone(sim, AZURE, "plain")
         command = ["mistralctl", "up", MODEL, "--cloud", "azure", "--weights", f"file://{folder}/weights", "--name", "plain"]
-        sim.run([*command, "--idle", "1m"], timeout=600)
-        deadline = time.monotonic() + 60 + AUTOSTOP_SECONDS
+        sim.run([*command, "--idle", "1m"])
+        deadline = time.monotonic() + 300 + AUTOSTOP_SECONDS
         while sim.groups("azure") and time.monotonic() < deadline:
             time.sleep(1)
         assert (sim.groups("azure"), sim.instances("azure"), sim.volumes("azure")) == ([], [], [])

@@ -117,7 +117,7 @@ def of(cloud: str) -> pytest.MarkDecorator:
 def on_node(sim: SimCloud, bare: Bare, *command: str) -> subprocess.CompletedProcess[str]:
     [instance] = sim.instances(bare.cloud)
     [key] = sim.home.glob(".sky/clients/*/ssh/sky-key")
-    return sim.run([*NODE_SSH, "-i", key, f"{bare.place.user}@{instance.address}", *command], timeout=60, check=False)
+    return sim.run([*NODE_SSH, "-i", key, f"{bare.place.user}@{instance.address}", *command], check=False)
 
 
 def fetch(sim: SimCloud, instance: Instance, port: int) -> int:
@@ -127,12 +127,12 @@ def fetch(sim: SimCloud, instance: Instance, port: int) -> int:
 
 def launch(sim: SimCloud, bare: Bare, folder: Path, name: str, *options: str) -> str:
     (folder / "task.yaml").write_text(TASK % (bare.infra, bare.machine))
-    done = sim.run(["sky", "launch", "-y", "-d", "-c", name, *(options or bare.options), folder / "task.yaml"], timeout=240)
+    done = sim.run(["sky", "launch", "-y", "-d", "-c", name, *(options or bare.options), folder / "task.yaml"])
     return done.stdout + done.stderr
 
 
 def down(sim: SimCloud, bare: Bare, name: str) -> None:
-    sim.run(["sky", "down", "-y", name], timeout=120)
+    sim.run(["sky", "down", "-y", name])
     if bare.cloud == "azure":
         wait_until_empty(sim)
     assert sim.instances(bare.cloud) == []
@@ -152,7 +152,7 @@ def test_a_launch_avoids_where_there_is_no_capacity_and_down_leaves_nothing(sim:
 
     hostname = f"ip-{str(instance.address).replace('.', '-')}" if bare.cloud == "aws" else instance.id
     assert on_node(sim, bare, "whoami; hostname").stdout.split() == [bare.place.user, hostname]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while fetch(sim, instance, 8080) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert fetch(sim, instance, 8080) == 0
@@ -180,7 +180,7 @@ def test_a_launch_avoids_where_there_is_no_capacity_and_down_leaves_nothing(sim:
         [ended] = sim.instances("aws", gone=True)
         assert (ended.id, ended.state) == (instance.id, "terminated")
     assert [rule["name"] for rule in sim.firewalls(bare.cloud) if rule["name"].startswith("sky-ports-")] == []
-    assert json.loads(sim.run(["sky", "status", "-o", "json"], timeout=60).stdout) == []
+    assert json.loads(sim.run(["sky", "status", "-o", "json"]).stdout) == []
 
 
 @of("azure")

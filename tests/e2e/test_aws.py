@@ -27,17 +27,17 @@ OUTSIDE = Path(__file__).parent / "outside.py"
 
 def up(sim: SimCloud, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     """The JSON result of an `up` that works."""
-    done: dict[str, Any] = json.loads(sim.run([*UP, *options, "-o", "json"], timeout=600, env=env).stdout)
+    done: dict[str, Any] = json.loads(sim.run([*UP, *options, "-o", "json"], env=env).stdout)
     return done
 
 
 def on_node(sim: SimCloud, name: str, command: str) -> str:
-    return sim.run(["mistralctl", "ssh", name, command], timeout=60).stdout
+    return sim.run(["mistralctl", "ssh", name, command]).stdout
 
 
 def outside(sim: SimCloud, *words: str, given: str | None = None) -> Any:
     """What a stranger on the internet sees (outside.py)."""
-    return json.loads(sim.run([sys.executable, OUTSIDE, *words], timeout=120, input=given).stdout)
+    return json.loads(sim.run([sys.executable, OUTSIDE, *words], input=given).stdout)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_it_answers_through_the_tunnel_and_only_there(sim: SimCloud, served: dic
     print("phases:", ", ".join(f"{phase['phase']} {phase['seconds']:.1f} s" for phase in served["phases"]))
     lines = sim.run(["mistralctl", "env", "served"]).stdout
     variables = dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
-    answer = sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
+    answer = sim.run([sys.executable, "-c", ASK], env=variables).stdout
     assert "Paris" in answer
     [instance] = sim.instances("aws")
     assert outside(sim, "ports", str(instance.address)) == [22]
@@ -94,7 +94,7 @@ def test_the_same_again_asks_no_cloud(sim: SimCloud, served: dict[str, Any]) -> 
 
 def test_a_longer_life_is_in_the_label_and_on_the_node(sim: SimCloud, served: dict[str, Any]) -> None:
     [before] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
-    longer = json.loads(sim.run(["mistralctl", "extend", "served", "2h", "-o", "json"], timeout=60).stdout)
+    longer = json.loads(sim.run(["mistralctl", "extend", "served", "2h", "-o", "json"]).stdout)
     [after] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert after["launcher"]["ends_at"] == longer["ends_at"] == before["launcher"]["ends_at"] + 7200
     assert after["ttl_left"] == pytest.approx(before["ttl_left"] + 120, abs=1)
@@ -137,16 +137,16 @@ def test_commands_go_over_the_tunnels_connection_and_over_their_own_where_that_h
 
 def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: dict[str, Any]) -> None:
     sim.run(["pkill", "-f", TUNNEL])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while "8000" not in sim.run(["ss", "-ltn"]).stdout and time.monotonic() < deadline:
         time.sleep(0.3)
-    sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
+    sim.run(["mistralctl", "chat", "served", "-m", "Hello"])
     sim.run(["pkill", "-f", "mistralctl.runtime.tunnel"])
     time.sleep(1)
     [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert "mistralctl connect served" in one["why"]
     assert served["base_url"] in sim.run(["mistralctl", "connect", "served"]).stdout
-    sim.run(["mistralctl", "chat", "served", "-m", "Hello"], timeout=120)
+    sim.run(["mistralctl", "chat", "served", "-m", "Hello"])
 
 
 def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, served: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ def test_a_changed_option_replaces_the_job_on_the_same_machine(sim: SimCloud, se
 
 def test_another_machine_is_only_made_after_a_yes(sim: SimCloud, served: dict[str, Any]) -> None:
     [before] = sim.instances("aws")
-    refused = sim.run([*UP, "--name", "served", "--region", "us-east-2"], check=False, timeout=120)
+    refused = sim.run([*UP, "--name", "served", "--region", "us-east-2"], check=False)
     assert refused.returncode == 5
     assert "needs another machine; m6i.large in us-east-1" in refused.stderr
     assert "--yes" in refused.stderr
@@ -174,15 +174,15 @@ def test_another_machine_is_only_made_after_a_yes(sim: SimCloud, served: dict[st
 
 
 def test_logs_of_set_up_and_server(sim: SimCloud, served: dict[str, Any]) -> None:
-    every = sim.run(["mistralctl", "logs", "served"], timeout=60).stdout
+    every = sim.run(["mistralctl", "logs", "served"]).stdout
     assert "Launching on AWS" in every
     assert '"phase": "ready"' in every
-    assert len(sim.run(["mistralctl", "logs", "served", "-n", "2"], timeout=60).stdout.splitlines()) <= 4
+    assert len(sim.run(["mistralctl", "logs", "served", "-n", "2"]).stdout.splitlines()) <= 4
 
 
 def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any], planted: dict[str, str]) -> None:
     before = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
-    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served is down\n"
+    assert sim.run(["mistralctl", "down", "served"]).stdout == "served is down\n"
     [instance] = [one for one in sim.instances("aws", gone=True) if one.tags["mistralctl-name"] == "served"][-1:]
     receipt = json.loads(sim.run(["mistralctl", "receipt", "served", "-o", "json"]).stdout)
     assert receipt == before | {"down_at": receipt["down_at"]}
@@ -197,7 +197,7 @@ def test_down_takes_all_away(sim: SimCloud, served: dict[str, Any], planted: dic
     assert sim.volumes("aws") == []
     assert sim.run(["pgrep", "-f", "mistralctl.runtime.tunnel"], check=False).stdout == ""
     went_with_the_node(sim, PLACES["aws"], "served", planted)
-    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
+    assert sim.run(["mistralctl", "down", "served"]).stdout == "served was down already\n"
 
 
 def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
@@ -206,7 +206,7 @@ def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     sim.fault("aws", "permission", region="us-west-1")
     sim.fault("aws", "capacity", region="[a-tv-z]*")
     try:
-        refused = sim.run([*UP, "--name", "refused"], check=False, timeout=600)
+        refused = sim.run([*UP, "--name", "refused"], check=False)
     finally:
         sim.clear_faults()
     assert refused.returncode == 8
@@ -226,7 +226,7 @@ def test_a_quota_that_is_too_small_stops_before_a_launch(sim: SimCloud) -> None:
     sim.quota("aws", "L-1216C47A", 1)
     began = time.monotonic()
     try:
-        refused = sim.run([*UP, "--name", "quota", "--region", "us-east-1"], check=False, timeout=120)
+        refused = sim.run([*UP, "--name", "quota", "--region", "us-east-1"], check=False)
         table = sim.run(["mistralctl", "plan", MODEL, "--cloud", "aws", "--region", "us-east-1", "--quota"]).stdout
     finally:
         sim.clear_faults()
@@ -254,8 +254,8 @@ def killed_in(sim: SimCloud, phase: str) -> None:
         if line.startswith(phase):
             break
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    done = sim.run(["mistralctl", "down", "killed"], timeout=300)
+    process.communicate(timeout=600)
+    done = sim.run(["mistralctl", "down", "killed"])
     assert done.stdout.startswith("killed ")
     assert sim.instances("aws") == []
     assert sim.volumes("aws") == []

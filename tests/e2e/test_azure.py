@@ -45,22 +45,22 @@ def test_the_nodes_identity_reads_the_weights_and_no_key_is_there(sim: SimCloud,
 
 def test_down_sees_a_deletion_through_that_fails_after_it_was_accepted(sim: SimCloud, served: dict[str, Any]) -> None:
     sim.fault("azure", "late_failure")
-    refused = sim.run(["mistralctl", "down", "served"], check=False, timeout=300)
+    refused = sim.run(["mistralctl", "down", "served"], check=False)
     assert refused.returncode == 8
     print(refused.stderr)
     assert "ResourceGroupDeletionBlocked" in refused.stderr
     assert sim.instances("azure")[0].id in refused.stderr
     sim.clear_faults()
-    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout.startswith("served ")
+    assert sim.run(["mistralctl", "down", "served"]).stdout.startswith("served ")
     assert (sim.groups("azure"), sim.instances("azure"), sim.volumes("azure")) == ([], [], [])
-    assert sim.run(["mistralctl", "down", "served"], timeout=300).stdout == "served was down already\n"
+    assert sim.run(["mistralctl", "down", "served"]).stdout == "served was down already\n"
 
 
 def test_when_every_place_refuses_it_says_which_and_why(sim: SimCloud) -> None:
     sim.fault("azure", "capacity", region="eastus")
     sim.fault("azure", "quota", region="westus2")
     sim.fault("azure", "permission", region="westus3")
-    refused = sim.run([*AZURE.up, "--name", "refused"], check=False, timeout=600)
+    refused = sim.run([*AZURE.up, "--name", "refused"], check=False)
     sim.clear_faults()
     assert refused.returncode == 8
     print(refused.stderr)
@@ -81,7 +81,7 @@ REGISTER = "az provider register -n Microsoft.Compute --wait"
 
 def test_doctor_shows_a_resource_provider_that_is_not_registered(sim: SimCloud) -> None:
     sim.fault("azure", "unregistered", action="Microsoft.Compute")
-    said = json.loads(sim.run(["mistralctl", "doctor", "--cloud", "azure", "-o", "json"], timeout=300).stdout)
+    said = json.loads(sim.run(["mistralctl", "doctor", "--cloud", "azure", "-o", "json"]).stdout)
     sim.clear_faults()
     found = next(one for one in said["checks"] if one["name"] == "resource providers on azure")
     assert (found["ok"], found["found"], found["mend"]) == (False, "Microsoft.Compute NotRegistered", REGISTER)
@@ -92,7 +92,7 @@ def test_up_names_the_command_for_a_resource_provider_that_is_not_registered(sim
     # With the right to, Azure's libraries register what is missing when something is listed.
     sim.fault("azure", "permission", action="Microsoft.Compute/register/action")
     for arguments in ([], ["--accelerators", "A100-80GB"]):  # a GPU's image is of the marketplace, for which SkyPilot asks first
-        refused = sim.run([*AZURE.up, "--name", "new", *arguments], check=False, timeout=600)
+        refused = sim.run([*AZURE.up, "--name", "new", *arguments], check=False)
         print(refused.stderr)
         assert refused.returncode == 8
         assert f"run {REGISTER}" in refused.stderr

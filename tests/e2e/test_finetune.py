@@ -93,7 +93,7 @@ def trained_in_one_go(cli: Cli, name: str, out: Path) -> bytes:
 def answers(client: dict[str, Any], model: str) -> list[str]:
     """What a model says to the questions in words that it has not learnt."""
     found = []
-    with httpx.Client(base_url=client["base_url"], headers={"Authorization": f"Bearer {client['api_key']}"}, timeout=120) as http:
+    with httpx.Client(base_url=client["base_url"], headers={"Authorization": f"Bearer {client['api_key']}"}, timeout=300) as http:
         for thing in COLOURS:
             asked = {
                 "model": model, "messages": [{"role": "user", "content": HELD_OUT.format(thing)}], "max_tokens": 12, "temperature": 0,
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_is_proven_published_and_served(bucket: tuple[Cli, 
     process = trainer(cli)
     assert process is not None
     process.send_signal(signal.SIGKILL)
-    said = first.communicate(timeout=120)[1]
+    said = first.communicate(timeout=600)[1]
     assert first.returncode == 9, said
     assert "it was ended by signal 9" in said
     assert "the same command goes on from the last checkpoint" in said
@@ -191,7 +191,7 @@ def test_a_run_outlives_its_command_and_ends_with_down(bucket: tuple[Cli, Any]) 
         assert first.poll() is None, first.communicate()
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGINT)
-    said = first.communicate(timeout=60)[1]
+    said = first.communicate(timeout=600)[1]
     assert first.returncode == 130
     assert "the same command follows it" in said
     assert trainer(cli) is not None

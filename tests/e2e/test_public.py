@@ -49,8 +49,8 @@ def test_clients_reach_it_with_what_env_says_and_nothing_else(
     sim: SimCloud, public: dict[str, Any], variables: dict[str, str]
 ) -> None:  # fmt: skip
     assert public["base_url"] == variables["OPENAI_BASE_URL"] == f"https://{address(sim)}:8000/v1"
-    assert "Paris" in sim.run([sys.executable, "-c", ASK], env=variables, timeout=120).stdout
-    assert "Paris" in sim.run(["mistralctl", "chat", "public", "-m", "What is the capital of France?"], timeout=120).stdout
+    assert "Paris" in sim.run([sys.executable, "-c", ASK], env=variables).stdout
+    assert "Paris" in sim.run(["mistralctl", "chat", "public", "-m", "What is the capital of France?"]).stdout
     asked = [
         *CURL,
         "-m",
@@ -124,6 +124,6 @@ def test_vllm_is_a_user_of_its_own_who_reaches_neither_the_metadata_service_nor_
 
 
 def test_down_takes_its_firewall_rule_away_too(sim: SimCloud, public: dict[str, Any]) -> None:
-    assert sim.run(["mistralctl", "down", "public"], timeout=300).stdout == "public is down\n"
+    assert sim.run(["mistralctl", "down", "public"]).stdout == "public is down\n"
     assert sim.instances("aws") == []
     assert rules(sim) == []

@@ -35,7 +35,7 @@ def test_the_node_has_the_environment_that_the_task_names(sim: SimCloud) -> None
 
 def launch_by_hand(sim: SimCloud, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["aws", "ec2", "run-instances", "--image-id", "ami-0e6842148a3d9982b", "--instance-type", "g6.xlarge", *options]
-    return sim.run(command, check=False, timeout=60, env={"AWS_MAX_ATTEMPTS": "1"})
+    return sim.run(command, check=False, env={"AWS_MAX_ATTEMPTS": "1"})
 
 
 def test_faults_have_the_codes_of_amazon(sim: SimCloud) -> None:
@@ -103,7 +103,7 @@ def test_a_killed_test_leaves_no_process_and_no_mount(sim: SimCloud, tmp_path: P
         assert test.stdout.readline() == "up\n"
         assert len(below(root)) > 3
         test.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while below(root) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert below(root) == []

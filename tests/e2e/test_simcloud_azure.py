@@ -28,12 +28,12 @@ def no_faults(sim: SimCloud) -> Iterator[None]:
 def by_hand(sim: SimCloud, group: str, *options: str, region: str = "eastus") -> str:
     """Makes a machine without SkyPilot; the code of a refusal, or nothing."""
     command = [sys.executable, str(BY_HAND), group, region, "Standard_D4s_v5", *options]
-    return sim.run(command, check=False, timeout=60).stderr.strip()
+    return sim.run(command, check=False).stderr.strip()
 
 
 def wait_until_empty(sim: SimCloud) -> None:
     """Azure goes on deleting after SkyPilot has said that it is done."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while sim.groups("azure") and time.monotonic() < deadline:
         time.sleep(0.5)
     assert (sim.groups("azure"), sim.instances("azure"), sim.volumes("azure")) == ([], [], [])
@@ -53,7 +53,7 @@ def test_faults_have_the_codes_of_azure(sim: SimCloud) -> None:
     # As `az login` does: the CLI forgets a token that was refused, and keeps the refusal for a minute.
     signed_in.write_text(before)
     (signed_in.parent / "msal_http_cache.bin").unlink()
-    sim.run(["az", "group", "delete", "-y", "-n", "refused"], timeout=60)
+    sim.run(["az", "group", "delete", "-y", "-n", "refused"])
     wait_until_empty(sim)
 
 
@@ -61,18 +61,18 @@ def test_a_resource_provider_that_is_not_registered_refuses_all_but_its_registra
     sim.fault("azure", "unregistered", action="Microsoft.Compute")
     assert by_hand(sim, "new") == "refused: MissingSubscriptionRegistration"
     show = ["az", "provider", "show", "-n", "Microsoft.Compute", "-o", "tsv", "--query", "registrationState"]
-    assert sim.run(show, timeout=60).stdout == "NotRegistered\n"
-    sim.run(["az", "provider", "register", "-n", "Microsoft.Compute", "--wait"], timeout=60)
-    assert sim.run(show, timeout=60).stdout == "Registered\n"
+    assert sim.run(show).stdout == "NotRegistered\n"
+    sim.run(["az", "provider", "register", "-n", "Microsoft.Compute", "--wait"])
+    assert sim.run(show).stdout == "Registered\n"
     assert by_hand(sim, "new") == ""
-    sim.run(["az", "group", "delete", "-y", "-n", "new"], timeout=60)
+    sim.run(["az", "group", "delete", "-y", "-n", "new"])
     wait_until_empty(sim)
 
 
 def test_skypilot_finds_the_size_of_an_image_of_the_marketplace(sim: SimCloud) -> None:
     for version, said in (("latest", "64.0\n"), ("22.04.2023080201", "30.0\n"), ("22.04.2000010101", "")):
         ask = f"from sky.clouds import Azure; print(Azure.get_image_size('microsoft-dsvm:ubuntu-hpc:2204:{version}', None))"
-        asked = sim.run([sys.executable, "-c", ask], check=False, timeout=60)
+        asked = sim.run([sys.executable, "-c", ask], check=False)
         assert asked.stdout == said, asked.stderr
         assert said or "Image not found: microsoft-dsvm:ubuntu-hpc:2204:22.04.2000010101" in asked.stderr
 
@@ -91,15 +91,15 @@ def test_a_spot_machine_is_deallocated_and_hardware_dies(sim: SimCloud) -> None:
 def test_a_group_may_be_locked_and_a_deletion_may_fail_after_it_was_accepted(sim: SimCloud) -> None:
     delete = ["az", "group", "delete", "-y", "-n"]
     sim.fault("azure", "locked", count=1)
-    assert "ScopeLocked" in sim.run([*delete, "cheap"], check=False, timeout=60).stderr
+    assert "ScopeLocked" in sim.run([*delete, "cheap"], check=False).stderr
     sim.fault("azure", "late_failure", count=1)
-    sim.run([*delete, "cheap", "--no-wait"], timeout=60)
-    deadline = time.monotonic() + 30
+    sim.run([*delete, "cheap", "--no-wait"])
+    deadline = time.monotonic() + 300
     while not any(one["event"] == "group_stays" for one in sim.journal("azure")) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert sorted(sim.groups("azure")) == ["cheap", "dear"]
     for group in ("cheap", "dear"):
-        sim.run([*delete, group], timeout=60)
+        sim.run([*delete, group])
     wait_until_empty(sim)
 
 
@@ -127,11 +127,11 @@ def test_reap_finds_machines_and_what_they_left_by_labels(sim: SimCloud) -> None
         assert by_hand(sim, group, *labels) == ""
     sim.age(f"mctl-over-{user}-eastus-vm", 120)
     left = f"mctl-left-{user}-eastus"
-    sim.run(["az", "vm", "delete", "-y", "-g", left, "-n", f"{left}-vm"], timeout=60)
+    sim.run(["az", "vm", "delete", "-y", "-g", left, "-n", f"{left}-vm"])
 
     def reap(options: str) -> str:
         program = REAP.replace("{options}", options)
-        return sim.run([sys.executable, "-c", program], env={"MISTRALCTL_OWNER": "me"}, timeout=120).stdout
+        return sim.run([sys.executable, "-c", program], env={"MISTRALCTL_OWNER": "me"}).stdout
 
     dry = "{'all_owners': False, 'dry_run': True, 'confirm': None}"
     assert reap(dry) == (
@@ -141,5 +141,5 @@ def test_reap_finds_machines_and_what_they_left_by_labels(sim: SimCloud) -> None
     assert ", True" in reap("{'all_owners': False, 'dry_run': False, 'confirm': lambda found: True}")
     assert sorted(sim.groups("azure")) == [f"mctl-nobodys-{user}-eastus", f"mctl-other-{user}x-eastus", "own-group", "theirs"]
     for group in sim.groups("azure"):
-        sim.run(["az", "group", "delete", "-y", "-n", group], timeout=60)
+        sim.run(["az", "group", "delete", "-y", "-n", group])
     wait_until_empty(sim)

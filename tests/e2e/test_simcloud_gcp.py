@@ -39,7 +39,7 @@ def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
 
 
 def call(sim: SimCloud, expression: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(sim.run([sys.executable, "-c", CALL, expression], timeout=60).stdout)
+    found: dict[str, Any] = json.loads(sim.run([sys.executable, "-c", CALL, expression]).stdout)
     return found
 
 
@@ -75,7 +75,7 @@ def test_faults_have_the_codes_of_google(sim: SimCloud) -> None:
 def test_a_gpu_quota_of_zero_is_known_without_an_attempt(sim: SimCloud, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("resources:\n  infra: gcp/us-east4\n  accelerators: L4:1\nrun: 'true'\n")
     sim.quota("gcp", "NVIDIA_L4_GPUS", 0, region="us-east4")
-    refused = sim.run(["sky", "launch", "-y", "-c", "none", tmp_path / "task.yaml"], timeout=120, check=False)
+    refused = sim.run(["sky", "launch", "-y", "-c", "none", tmp_path / "task.yaml"], check=False)
     assert "Found no quota for" in refused.stdout + refused.stderr
     assert [event for event in sim.journal("gcp") if event.get("instance_type") == "g2-standard-4"] == []
     sim.clear_faults()
@@ -88,7 +88,7 @@ def test_a_spot_machine_vanishes_and_a_disk_that_is_kept_stays(sim: SimCloud) ->
     sim.kill_node("kept")
     assert [(one.id, one.state, one.tags) for one in sim.instances("gcp")] == [("kept", "running", {"who": "hand"})]
     call(sim, "compute.instances().delete(project=project, zone='us-central1-a', instance='kept')")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while sim.instances("gcp") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert sim.instances("gcp") == []

@@ -30,7 +30,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("clean")
     python = folder / "venv" / "bin" / "python"
     constraints = package_dir("model").parent / "constraints.txt"
-    subprocess.run([UV, "venv", "--quiet", folder / "venv"], check=True, timeout=60)
+    subprocess.run([UV, "venv", "--quiet", folder / "venv"], check=True, timeout=600)
     subprocess.run([UV, "pip", "install", "--quiet", "--python", python, "-c", constraints, wheel], check=True, timeout=600)
     cli = Cli(share_node(folder / "home"), [str(python.parent / "mistralctl")])
     yield cli
@@ -85,7 +85,7 @@ def test_its_reader_of_chats_is_the_one_that_it_carries_and_tokens_need_an_extra
         "except chats.UserError as error: print(error)\n"
     )
     python = Path(installed.command[0]).parent / "python"
-    done = subprocess.run([python, "-c", code, file, tmp_path], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([python, "-c", code, file, tmp_path], capture_output=True, text=True, check=True, timeout=600)
     found, refused = done.stdout.splitlines()
     assert found.startswith(f"Alpaca {python.parents[1]}/lib/")
     assert found.endswith("/site-packages/mistralctl/model/chats/mistral_chats/__init__.py")

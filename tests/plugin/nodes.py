@@ -88,7 +88,7 @@ class Launcher:
             return {}
         return found
 
-    def until(self, state: str, seconds: float = 180) -> dict[str, Any]:
+    def until(self, state: str, seconds: float = 600) -> dict[str, Any]:
         """The status once it has this state; fails with the log if the launcher ends before."""
         deadline = time.monotonic() + seconds
         while self.status().get("state") != state:
@@ -98,7 +98,7 @@ class Launcher:
         self.children = psutil.Process(self.process.pid).children(recursive=True)
         return self.status()
 
-    def until_served(self, count: int, seconds: float = 30) -> None:
+    def until_served(self, count: int, seconds: float = 600) -> None:
         """Waits until the status counts so many requests: the guard counts one after its answer has left."""
         deadline = time.monotonic() + seconds
         while (found := self.status()["requests"]["served"]) != count:
@@ -111,7 +111,7 @@ class Launcher:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -145,4 +145,4 @@ def launched(node_dir: Path, **changed: str) -> Iterator[Launcher]:
             for process in started:
                 if process.is_running():
                     process.kill()
-            launcher.process.wait(10)
+            launcher.process.wait(300)

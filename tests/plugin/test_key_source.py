@@ -48,7 +48,7 @@ def source(run_dir: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     found.end()
 
 
-def until(true: Callable[[], Any], seconds: float = 20) -> Any:
+def until(true: Callable[[], Any], seconds: float = 600) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < deadline
@@ -65,7 +65,7 @@ def test_newer_keys_are_taken_up_by_the_guard_and_older_ones_never(run_dir: Path
     write_keys(run_dir, known(3))
     callers = Callers(run_dir / "keys" / "keys.json", run_dir / "shared" / "usage.json")
     source.start()
-    source.first(threading.Event(), 20)
+    source.first(threading.Event(), 300)
     assert serial(run_dir) == 5
     both = known(6).changed([*known().keys, keys.make(OTHER, "other", 1.0)])
     keys.write(bucket, both)
@@ -85,11 +85,12 @@ def test_what_goes_wrong_keeps_the_keys_in_force_and_is_said_with_its_beginning(
     run_dir: Path, bucket: Path, source: KeySource
 ) -> None:
     write_keys(run_dir, known(3))
+    before = time.time()
     source.start()
-    source.first(threading.Event(), 20)
+    source.first(threading.Event(), 300)
     began = source.status()
     assert (began["problem"], serial(run_dir)) == (f"{bucket} is not there; check its name", 3)
-    assert abs(began["since"] - time.time()) < 20
+    assert before - 1 <= began["since"] <= time.time() + 1
     time.sleep(0.05)
     assert source.status()["since"] == began["since"]
     for damaged, problem in (
@@ -124,14 +125,14 @@ def test_what_reads_the_object_is_started_again_and_ends_with_the_launcher(
     until(lambda: (run_dir / "keys" / "keys.json").exists() and serial(run_dir) == 8)
     until(lambda: source.status()["problem"] is None)
     source.end()
-    psutil.wait_procs([second], timeout=10)
+    psutil.wait_procs([second], timeout=600)
     assert readers() == []
 
 
 def test_without_what_reads_it_the_source_says_so(run_dir: Path, source: KeySource) -> None:
     (run_dir / files.WEIGHTS_TOOL.name).unlink()
     source.start()
-    source.first(threading.Event(), 20)
+    source.first(threading.Event(), 300)
     assert "what reads it does not work: [Errno 2] No such file" in source.status()["problem"]
 
 
@@ -172,7 +173,7 @@ def test_a_start_needs_no_laptop_and_waits_for_no_store(
     monkeypatch.setattr(serve, "KEYS_SECONDS", 0.3)
     began = time.monotonic()
     assert settled() == 5
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
 
 
 def test_a_silent_reader_is_a_problem(source: KeySource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +191,6 @@ def test_a_launcher_without_a_uri_follows_nothing(tmp_path: Path) -> None:
 
 def test_a_bad_uri_is_refused_by_the_contract(tmp_path: Path) -> None:
     with launched(tmp_path, KEYS_URI="hf://a/b/keys.json") as launcher:
-        assert launcher.wait(60) == Code.CONTRACT
+        assert launcher.wait(300) == Code.CONTRACT
         assert "MISTRALCTL_KEYS_URI" in launcher.log.read_text()
         assert KEY not in launcher.log.read_text()

@@ -17,9 +17,9 @@ import pytest
 from mistral_contract import keys
 from mistral_contract.keys import Key, Keys
 from mistral_node import callers, gate, limits, serve
-from mistral_node.callers import Callers
+from mistral_node.callers import LOOK_SECONDS, Callers
 from mistral_node.contract import LaunchError
-from mistral_node.guard import Guard
+from mistral_node.guard import WATCH_SECONDS, Guard
 from mistral_node.limits import Account, Meter, Window
 from mistral_node.traffic import Traffic
 from nodes import KEY, known, write_keys
@@ -177,6 +177,7 @@ def test_a_changed_file_is_in_force_without_a_restart_and_a_damaged_one_changes_
 
 
 def test_an_idle_server_takes_up_keys_and_says_so_within_a_second(run_dir: Path) -> None:
+    assert WATCH_SECONDS + LOOK_SECONDS < 1  # on a machine that has nothing else to do
     guard = Guard(Answering(), run_dir)
 
     async def lifespan(scope: Any, receive: Any, send: Any) -> None:
@@ -185,7 +186,7 @@ def test_an_idle_server_takes_up_keys_and_says_so_within_a_second(run_dir: Path)
         keys.write(run_dir.parent / "keys" / "keys.json", known(serial=4711))
         began = time.monotonic()
         while json.loads((run_dir / "usage.json").read_text())["serial"] != 4711:
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 60
             await asyncio.sleep(0.02)
 
     async def nothing(message: Any) -> None:

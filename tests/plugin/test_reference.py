@@ -18,6 +18,7 @@ from checkpoints import consolidated, hugging_face, log_probabilities, prompts, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from vllm_mistral import reference
 from vllm_mistral.reference import BlockTable, Engine, Mistral, Sampling, blocks_held, sample
 
@@ -78,6 +79,17 @@ def test_every_position_of_a_ragged_batch_and_what_it_generates(tmp_path: Path, 
             <= LIMIT
         )
     assert len(whole.token_ids) == 2 * window
+
+
+def test_llama_is_mistral_without_a_window(tmp_path: Path, measured: Measured) -> None:
+    folder = write(tmp_path / "weights", sliding_window=None)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    expected_of = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    [ids] = prompts([200])
+    [rows] = Engine(Mistral.load(folder)).score([ids])
+    measured("reference, llama", difference(rows, log_probabilities(expected_of, ids)), LIMIT)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

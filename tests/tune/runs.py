@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
+import secrets
 import subprocess
 import sys
 import traceback
@@ -103,8 +103,7 @@ class Run:
 
     def train_together(self, count: int, before: Callable[[], None] = nothing) -> None:
         """Train in several processes that share the work."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = 22000 + secrets.randbelow(10000)  # connections take theirs from 32768 on
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [self.start(before, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
         for process in started:

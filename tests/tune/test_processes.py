@@ -53,7 +53,7 @@ def told(folder: Path) -> list[list[str]]:
 
 
 def test_each_process_is_told_its_place_and_has_its_share_of_the_threads(tmp_path: Path) -> None:
-    assert together(tmp_path, "0", "0", OMP_NUM_THREADS="8").wait(60) == 0
+    assert together(tmp_path, "0", "0", OMP_NUM_THREADS="8").wait(300) == 0
     [first, second] = told(tmp_path)
     assert (first[:4], second[:4]) == (["0", "0", "2", "127.0.0.1"], ["1", "1", "2", "127.0.0.1"])
     assert first[4] == second[4]
@@ -61,14 +61,14 @@ def test_each_process_is_told_its_place_and_has_its_share_of_the_threads(tmp_pat
 
 
 def test_one_that_fails_ends_the_others_and_its_code_is_that_of_all(tmp_path: Path) -> None:
-    assert together(tmp_path, "wait", "3").wait(60) == 3
+    assert together(tmp_path, "wait", "3").wait(300) == 3
 
 
 def test_a_signal_reaches_each_and_all_say_that_the_run_goes_on(tmp_path: Path) -> None:
     process = together(tmp_path, "wait", "wait")
     told(tmp_path)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(300) == 75
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", None)])

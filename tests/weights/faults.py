@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes, whole: bool) -> tuple[int, dict[str, str], bytes]:
         target = urlsplit(self.proxy.target)
-        upstream = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
+        upstream = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=300)
         hop = {"connection", "transfer-encoding", "content-length", "keep-alive", "expect"}
         headers = {name: value for name, value in self.headers.items() if name.lower() not in hop}
         if whole:

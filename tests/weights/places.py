@@ -80,7 +80,9 @@ class GcsPlace:
     bucket: str = "weights"
 
     def __post_init__(self) -> None:
-        requests.post(f"{self.proxy.target}/storage/v1/b?project=test", json={"name": self.bucket}, timeout=10).raise_for_status()
+        requests.post(
+            f"{self.proxy.target}/storage/v1/b?project=test", json={"name": self.bucket}, timeout=300
+        ).raise_for_status()
 
     def new(self) -> str:
         return f"gs://{self.bucket}/{uuid.uuid4().hex}"
@@ -89,11 +91,11 @@ class GcsPlace:
         for name, data in files.items():
             wanted = {"uploadType": "media", "name": f"{uri.split('/')[3]}/{name}"}
             url = f"{self.proxy.target}/upload/storage/v1/b/{self.bucket}/o"
-            requests.post(url, params=wanted, data=data, timeout=10).raise_for_status()
+            requests.post(url, params=wanted, data=data, timeout=300).raise_for_status()
 
     def get(self, uri: str, name: str) -> bytes:
         url = f"{self.proxy.target}/download/storage/v1/b/{self.bucket}/o/{quote(uri.split('/')[3] + '/' + name, safe='')}"
-        answer = requests.get(url, params={"alt": "media"}, timeout=10)
+        answer = requests.get(url, params={"alt": "media"}, timeout=300)
         answer.raise_for_status()
         return bytes(answer.content)
 

@@ -50,7 +50,7 @@ def _running(command: list[str], log: Path, ready: str, seconds: float = 60.0, p
         else:
             process.kill()
         try:
-            process.wait(10)
+            process.wait(300)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

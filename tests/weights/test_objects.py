@@ -152,7 +152,7 @@ def following(uri: str) -> Iterator[Follower]:
         yield follower
         assert follower.process.stdin
         follower.process.stdin.close()
-        assert follower.process.wait(20) == 0
+        assert follower.process.wait(300) == 0
     finally:
         follower.process.kill()
         follower.process.wait()
@@ -178,4 +178,4 @@ def test_it_ends_with_whoever_listens(tmp_path: Path) -> None:
     assert follower.says()["event"] == "problem"
     assert follower.process.stdout
     follower.process.stdout.close()
-    assert follower.process.wait(20) == 1
+    assert follower.process.wait(300) == 1

@@ -17,6 +17,10 @@ from .names import listed
 VERSION = 1  # of the lines of JSON
 LINE_SECONDS = 5.0
 EVENT_SECONDS = 0.5
+NAMES: dict[type, str] = {
+    Begun: "begun", FileFinished: "file", FileRestarted: "restarted", Retrying: "retrying", Waiting: "waiting", Kept: "kept",
+    SetAside: "set_aside",
+}  # fmt: skip
 
 
 @contextmanager
@@ -87,13 +91,15 @@ class _Bar:
         self._bar.close()
 
 
-class _Lines:
+class _Counted:
+    """Counts the bytes that are there and the seconds since they began."""
+
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._begun = self._said = time.monotonic()
         self._total = self._done = 0
 
-    def take(self, event: Event) -> None:
+    def count(self, event: Event) -> None:
         match event:
             case Begun(_, _, size):
                 self._total, self._done, self._begun = size, 0, time.monotonic()
@@ -101,6 +107,14 @@ class _Lines:
                 self._done += size
             case FileRestarted(_, size, _):
                 self._done -= size
+
+    def close(self) -> None:
+        """Nothing to tidy."""
+
+
+class _Lines(_Counted):
+    def take(self, event: Event) -> None:
+        self.count(event)
         if text := sentence(event):
             _say(text, self._out)
         elif time.monotonic() - self._said >= LINE_SECONDS and self._total:
@@ -111,42 +125,16 @@ class _Lines:
             text = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({percent} %), {speed / 1e6:.0f} MB/s{left}"
             _say(text, self._out)
 
-    def close(self) -> None:
-        """Nothing to tidy."""
 
-
-class _Events:
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._begun = self._said = time.monotonic()
-        self._total = self._done = 0
-
+class _Events(_Counted):
     def take(self, event: Event) -> None:
-        match event:
-            case Begun(_, _, size):
-                self._total, self._done, self._begun = size, 0, time.monotonic()
-            case Advanced(size):
-                self._done += size
-                if time.monotonic() - self._said >= EVENT_SECONDS or self._done == self._total:
-                    self._said = time.monotonic()
-                    seconds = round(self._said - self._begun, 3)
-                    self._print({"event": "progress", "bytes": self._done, "total": self._total, "seconds": seconds})
-                return
-            case FileRestarted(_, size, _):
-                self._done -= size
-        names = {
-            Begun: "begun",
-            FileFinished: "file",
-            FileRestarted: "restarted",
-            Retrying: "retrying",
-            Waiting: "waiting",
-            Kept: "kept",
-            SetAside: "set_aside",
-        }
-        self._print({"event": names[type(event)], **asdict(event)})
+        self.count(event)
+        if not isinstance(event, Advanced):
+            self._print({"event": NAMES[type(event)], **asdict(event)})
+        elif time.monotonic() - self._said >= EVENT_SECONDS or self._done == self._total:
+            self._said = time.monotonic()
+            seconds = round(self._said - self._begun, 3)
+            self._print({"event": "progress", "bytes": self._done, "total": self._total, "seconds": seconds})
 
     def _print(self, entry: dict[str, object]) -> None:
         _say(json.dumps({"version": VERSION, **entry}), self._out)
-
-    def close(self) -> None:
-        """Nothing to tidy."""

@@ -188,7 +188,7 @@ class SimCloud:
         return subprocess.Popen(self._inside(command, cwd), env=self.env | dict(env or {}), text=True, **streams)
 
     def run(
-        self, command: Sequence[str | Path], *, timeout: float = 300, check: bool = True, env: Mapping[str, str] | None = None,
+        self, command: Sequence[str | Path], *, timeout: float = 1200, check: bool = True, env: Mapping[str, str] | None = None,
         cwd: Path | None = None, input: str | None = None,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """Runs a command as the laptop. What it writes goes through files, so that a server it leaves behind holds nobody up."""
