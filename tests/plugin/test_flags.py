@@ -48,8 +48,7 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     assert got.served_model_name == ["m"]
     assert (got.max_model_len, got.max_num_seqs) == (wanted.max_model_len, 8)
     assert got.max_num_batched_tokens == 2048
-    assert (got.max_num_queued_reqs, got.long_prefill_token_threshold) == (24, 512)
-    assert got.long_prefill_token_threshold_adaptive
+    assert (got.max_num_queued_reqs, got.scheduler_cls) == (24, "mistral_node.scheduler.scheduler")
     assert got.tensor_parallel_size == wanted.tensor_parallel
     assert (got.dtype, got.quantization) == (wanted.dtype, "fp8_per_tensor" if wanted.quantization else None)
     assert got.tokenizer_mode == wanted.tokenizer_mode

@@ -16,6 +16,7 @@ from mistral_node.weights import is_consolidated, quantization
 from vllm_mistral import ARCHITECTURE
 
 GUARD = "mistral_node.front.Guard"
+SCHEDULER = "mistral_node.scheduler.scheduler"
 IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 MEMORY_NODES = Path("/sys/devices/system/node")
 DRAIN_SECONDS = 25
@@ -78,9 +79,7 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
         "--max-model-len", str(contract.max_model_len),
         "--max-num-seqs", str(contract.max_num_seqs),
         "--max-num-batched-tokens", str(max(contract.max_batched_tokens, contract.max_num_seqs)),
-        # One long prompt leaves three quarters of a step to others, and has all of it when it is alone.
-        "--long-prefill-token-threshold", str(min(contract.max_model_len, max(1, contract.max_batched_tokens // 4))),
-        "--long-prefill-token-threshold-adaptive",
+        "--scheduler-cls", SCHEDULER,
         # Behind the guard's own queue, which says when to come again.
         "--max-num-queued-reqs", str(2 * contract.max_num_seqs + 8),
         "--tensor-parallel-size", str(contract.tensor_parallel),

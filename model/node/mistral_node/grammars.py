@@ -55,10 +55,13 @@ class Busy(Exception):
 
 
 class Grammars:
-    """Verdicts on constraints, of a process that starts with the first one. `vocabulary` gives what it needs to know of the tokenizer."""
+    """Verdicts on constraints, of a process that starts with the first one. `vocabulary` gives what it needs to know of the tokenizer.
 
-    def __init__(self, vocabulary: Callable[[], str], several: Callable[[], bool]) -> None:
-        self._vocabulary, self._several = vocabulary, several
+    A verdict may take `patience` seconds; half of them are the child's.
+    """
+
+    def __init__(self, vocabulary: Callable[[], str], several: Callable[[], bool], patience: float = ANSWER_SECONDS) -> None:
+        self._vocabulary, self._several, self._patience = vocabulary, several, patience
         self._known: OrderedDict[str, Verdict] = OrderedDict()
         self._waiting: list[str] = []
         self._turn = asyncio.Lock()
@@ -87,7 +90,7 @@ class Grammars:
         try:
             process = await self._running()
             process.stdin.write(json.dumps([kind, text]).encode() + b"\n")  # type: ignore[union-attr]
-            line = await asyncio.wait_for(process.stdout.readline(), ANSWER_SECONDS)  # type: ignore[union-attr]
+            line = await asyncio.wait_for(process.stdout.readline(), self._patience)  # type: ignore[union-attr]
             verdict = Verdict(line.decode().strip())
             if verdict is Verdict.UNKNOWN:
                 raise TimeoutError("the machine has no time for it")
@@ -103,7 +106,10 @@ class Grammars:
         if self._process is None or self._process.returncode is not None:
             vocabulary = await asyncio.to_thread(self._vocabulary)
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __name__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 16
+                *(sys.executable, "-m", __name__, str(self._patience / 2)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=1 << 16,
             )
             self._process.stdin.write(vocabulary.encode() + b"\n")  # type: ignore[union-attr]
         return self._process
@@ -302,11 +308,11 @@ def _in_a_child(maker: _Maker, kind: str, text: str) -> None:
         os._exit(code)
 
 
-def _judge(maker: _Maker, kind: str, text: str) -> Verdict:
+def _judge(maker: _Maker, seconds: float, kind: str, text: str) -> Verdict:
     child = os.fork()
     if not child:
         _in_a_child(maker, kind, text)
-    deadline, late = time.monotonic() + ANSWER_SECONDS / 2, False
+    deadline, late = time.monotonic() + seconds, False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -323,13 +329,13 @@ def _judge(maker: _Maker, kind: str, text: str) -> Verdict:
 
 
 def main() -> None:
-    """Judges one constraint for each line of standard input, until that ends."""
+    """Judges one constraint for each line of standard input, until that ends; each has as many seconds as the argument says."""
     os.nice(NICE)
     known = sys.stdin.readline()
     maker: _Maker = _Guidance(known) if GUIDANCE in json.loads(known) else _Xgrammar(known)
     os.dup2(2, 1)  # what xgrammar prints is no answer
     for line in sys.stdin:
-        os.write(ANSWERS, f"{_judge(maker, *json.loads(line)).value}\n".encode())
+        os.write(ANSWERS, f"{_judge(maker, float(sys.argv[1]), *json.loads(line)).value}\n".encode())
 
 
 if __name__ == "__main__":
