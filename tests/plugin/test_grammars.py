@@ -105,7 +105,7 @@ OF_GUIDANCE = {
 
 @in_a_loop
 async def test_llguidance_is_tried_where_vllm_makes_a_grammar_of_every_chat() -> None:
-    judge = Grammars(vocabulary_of_v11, lambda: False)
+    judge = Grammars(vocabulary_of_v11, lambda: False, patience=1200.0)
     found = {
         verdict: {kind: await judge.verdict("key", kind, text) for kind, text in given.items()}
         for verdict, given in OF_GUIDANCE.items()
