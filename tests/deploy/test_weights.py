@@ -272,11 +272,11 @@ def test_hf_hub_offline_is_obeyed(hub: hubs.Hub, mistralctl: Run) -> None:
     assert hub.requests == []
 
 
-@pytest.mark.slow  # SkyPilot's API server starts
-def test_a_hub_that_cannot_be_reached_is_one_line(mistralctl: Run) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line(mistralctl: Run, home: Path) -> None:
     done = mistralctl("up", "--cloud", "aws", HF_ENDPOINT="http://127.0.0.1:9")
     assert (done.returncode, done.stderr.count("\n")) == (7, 1)
     assert "http://127.0.0.1:9 cannot be reached (ConnectError); check the network" in done.stderr
+    assert not (home / ".sky").exists()  # before SkyPilot is asked
 
 
 def test_pull_and_mirror_of_a_gated_model_name_the_page(hub: hubs.Hub, gated_line: str, mistralctl: Run, tmp_path: Path) -> None:
@@ -295,7 +295,9 @@ def test_pull_verify_ls_and_mirror_here(hub: hubs.Hub, mistralctl: Run, tmp_path
     folder = tmp_path / "cwd" / "set"
     assert done.returncode == 0
     assert done.stdout.startswith(f"{folder} is complete: 3 files, {SIZE:,} bytes in ")
-    assert done.stderr == "pull: 3 files, 0.00 GB\n"
+    assert [line for line in done.stderr.splitlines() if "MB/s" not in line] == [
+        "pull: 3 files, 0.00 GB"
+    ]  # which comes where it takes long
     again = mistralctl("weights", "pull", "hf://test/open", "set", **where)
     digest = done.stdout.splitlines()[-1]
     assert re.fullmatch("digest sha256:[0-9a-f]{64}", digest)

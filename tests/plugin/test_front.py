@@ -164,7 +164,7 @@ def server(request: pytest.FixtureRequest) -> Held:
 
 
 def connected(url: str, said: bytes = b"") -> socket.socket:
-    wire = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 10)
+    wire = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 300)
     wire.sendall(said)
     return wire
 
@@ -270,6 +270,7 @@ def test_requests_that_do_not_wait_for_answers_are_few(url: str) -> None:
 
 def test_the_oldest_strangers_go_and_whoever_asks_is_answered(url: str, server: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_strangers", 50)
+    monkeypatch.setattr(front, "HEAD_SECONDS", 300.0)
     with contextlib.ExitStack() as stack:
         good = stack.enter_context(httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}))
         assert good.get("/v1/models").status_code == 200

@@ -158,7 +158,7 @@ def _check(plan: Plan, old: Record | None, talk: Talk, *, offline: bool) -> Call
     """What is asked first: whether the weights may be read, which rights a rented machine's role lacks, the clouds' quotas."""
 
     def check(steps: Sequence[Step]) -> None:
-        if not offline:
+        if not offline and old is not None:
             _check_hub(plan)
         if not any(step.do is Do.RENT for step in steps):
             return
@@ -192,6 +192,8 @@ def _bring_up(sourced: Sourced, plan: Plan, talk: Talk, *, offline: bool) -> UpR
         if steps[0].do is Do.REFUSE:
             raise UserError(steps[0].text, Exit.CONFLICT)
         accepted = accepted or _endless_is_accepted(plan, steps, talk)
+        if not offline and old is None:  # before SkyPilot takes its time to start
+            _check_hub(plan)
         observed = where.observe(old, record)
         steps = lifecycle.decide(old, record.task, observed)
         if steps[0].do is Do.KEEP and old is not None:
