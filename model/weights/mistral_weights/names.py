@@ -31,6 +31,7 @@ _BESIDE = (  # what a server reads beside the weights
 )
 _NOT = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "optimizer*", "trainer_state.json")
 MOST_LISTED = 20
+MOST_FILES = 10_000
 LARGEST_INDEX = sets.LARGEST_MANIFEST
 _SHARD = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -78,7 +79,7 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
     every = sorted(check(name) for name in names)
     no_twins(every)
     if form == FOLDER:
-        return tuple(name for name in every if name not in OWN)
+        return _few(name for name in every if name not in OWN)
     kinds = {name: kind_of(name) for name in every}
     there = set(kinds.values())
     if form == "auto":
@@ -104,7 +105,16 @@ def select(names: Iterable[str], form: str = "auto") -> tuple[str, ...]:
     unwanted = set() if form == "consolidated" else {"params.json", "consolidated.safetensors.index.json"}
     if form != "safetensors":
         unwanted.add("model.safetensors.index.json")
-    return tuple(name for name in every if kinds[name] in (form, "beside") and name not in unwanted)
+    return _few(name for name in every if kinds[name] in (form, "beside") and name not in unwanted)
+
+
+def _few(names: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(names)
+    if len(found) > MOST_FILES:
+        raise WeightsError(
+            Kind.REFUSED, f"the source has {len(found)} files to pull, and no set has more than {MOST_FILES}; name a part of it"
+        )
+    return found
 
 
 def listed(names: Iterable[str]) -> str:

