@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 from deployments import (
     AUTOSTOP_SECONDS,
     PLACES,
@@ -278,6 +279,24 @@ def test_a_gpu_machine_comes_to_the_launchers_exact_command_line(sim: SimCloud, 
     with story("a GPU machine type up to the launcher's exact command line; there vLLM finds no GPU", place.cloud):
         comes_to_the_command_line(sim, place, tmp_path)
         gone(sim, place, "gpu")
+
+
+def test_a_mirror_with_figures_is_what_the_first_start_is_verified_by(sim: SimCloud, place: Place, tmp_path: Path) -> None:
+    with story(
+        "weights mirror --canary: a machine of the cloud computes figures, the first start is verified by them", place.cloud
+    ):
+        source, copy = (place.weights.replace("smollm2", name) for name in ("plain", "with-figures"))
+        sim.put_weights(tiny.write(tmp_path / "tiny", tiny.tokenizer(tmp_path / "tokenizer")), source)
+        mirrored = ["mistralctl", "weights", "mirror", source, copy, "--canary", "-o", "json"]
+        done = json.loads(sim.run(mirrored, timeout=600).stdout)
+        assert (done["source"], done["target"], done["cloud"]) == (source, copy, place.cloud)
+        assert sim.instances(place.cloud) == []
+        assert "mistralctl-canary.json" in sim.run(["mistralctl", "weights", "ls", copy], timeout=120).stdout
+        words = ["mistralctl", "up", copy, "--cloud", place.cloud, "--name", "figured", "--dtype", "float32", "-o", "json"]
+        canary = json.loads(sim.run(words, timeout=600).stdout)["canary"]
+        print("canary:", canary)
+        assert (canary["state"], canary["max_difference"] < 0.01, "reference" in canary["against"]) == ("verified", True, True)
+        gone(sim, place, "figured")
 
 
 def test_a_server_that_nobody_asks_ends_with_its_machine(sim: SimCloud, place: Place) -> None:

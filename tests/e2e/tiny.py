@@ -7,8 +7,9 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 49152,
     "max_position_embeddings": 8192, "sliding_window": 1000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -44,6 +45,18 @@ def write(folder: Path, tokenizer: Path) -> Path:
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copy(file, folder / file.name)
+    return folder
+
+
+def tokenizer(folder: Path) -> Path:
+    """Writes the files of a tokenizer that knows a word for each token of that checkpoint, `w0` to `w49151`, and takes any other for the first."""
+    folder.mkdir(parents=True)
+    vocabulary = {f"w{token}": token for token in range(CONFIG["vocab_size"])}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(whole), "utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     return folder
 
 
