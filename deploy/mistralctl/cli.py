@@ -75,14 +75,18 @@ def plan(
     sourced: Sourced,
     quota: Annotated[bool, typer.Option("--quota", help="ask the clouds whether their quotas allow it")] = False,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="ask where the weights lie, and cloud and server whether what is up is as it was")
+        bool,
+        typer.Option(
+            "--refresh",
+            help="look at weights and adapters where they lie, and ask cloud and server whether what is up is as it was",
+        ),
     ] = False,
     output: Output = Form.text,
 ) -> None:
     """Say what would run where: what fits, what it costs, why others were refused."""
     from mistralctl.commands import plan as plan_command
 
-    planned = plan_command.run(sourced, ask=refresh)
+    planned = plan_command.refreshed(sourced, note) if refresh else plan_command.run(sourced)
     if quota:
         from dataclasses import replace
 

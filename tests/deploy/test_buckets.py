@@ -110,6 +110,6 @@ def test_an_adapter_that_is_not_served_is_refused(
         assert str(caught.value).startswith(f"--lora a: {uri}: ")
 
     place.put(uri := place.new(), files_of(adapter(tmp_path / "cli", use_dora=True, **own)))
-    done = mistralctl("up", model, "--cloud", cloud, "--lora", f"a={uri}", **place.env, **NO_SKYPILOT)
+    done = mistralctl("plan", model, "--refresh", "--cloud", cloud, "--lora", f"a={uri}", **place.env, **NO_SKYPILOT)
     assert (done.returncode, done.stderr.count("\n")) == (Exit.WEIGHTS, 1)
     assert done.stderr.startswith(f"mistralctl: --lora a: {uri}: it uses DoRA")

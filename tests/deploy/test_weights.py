@@ -218,12 +218,13 @@ def test_an_adapter_of_the_hub_is_judged_before_anything_is_rented(hub: hubs.Hub
     hub.add("test/other", files_of(adapter(tmp_path / "other", hidden=3584)))
     hub.add("test/dora", files_of(adapter(tmp_path / "dora", use_dora=True)))
     for name, says in (("other", "q_proj takes 4096 and gives 4096 in this model, 3584 and 3584"), ("dora", "it uses DoRA")):
-        done = mistralctl(
-            "up", "--cloud", "aws", "--weights", "s3://bucket/x", "--lora", f"a=hf://test/{name}", HF_ENDPOINT=hub.url
-        )
-        assert (done.returncode, done.stderr.count("\n")) == (Exit.WEIGHTS, 1)
-        assert done.stderr.startswith(f"mistralctl: --lora a: hf://test/{name}: ")
-        assert says in done.stderr
+        for command in (["up"], ["plan", "--refresh"]):
+            done = mistralctl(
+                *command, "--cloud", "aws", "--weights", "s3://bucket/x", "--lora", f"a=hf://test/{name}", HF_ENDPOINT=hub.url
+            )
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (Exit.WEIGHTS, "", 1)
+            assert done.stderr.startswith(f"mistralctl: --lora a: hf://test/{name}: ")
+            assert says in done.stderr
 
 
 def test_a_retrained_adapter_at_the_same_uri_is_seen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from mistral_contract.envs import PREFIX, variable
@@ -47,6 +47,12 @@ def run(sourced: Sourced, *, ask: bool = False) -> Plan:
             Exit.WEIGHTS,
         )
     return replace(plan, lora_versions=adapters.versions(spec.lora, record.task.get("envs", {}) if record else {}))
+
+
+def refreshed(sourced: Sourced, note: Callable[[str], None]) -> Plan:
+    """The plan of a spec with a look at weights and adapters where they lie; `note` is told of an adapter that this machine cannot read."""
+    plan = run(sourced, ask=True)
+    return replace(plan, lora_versions=adapters.asked(plan, note))
 
 
 def _kept_digest(plan: Plan, record: Record | None) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from mistral_contract import files
 
 from mistralctl import (
-    adapters,
     certificates,
     endpoint,
     figures,
@@ -238,11 +237,9 @@ def run(sourced: Sourced, talk: Talk, *, offline: bool = False, key_file: Path |
     `offline`: neither the hub nor the clouds' quotas are asked before anything is rented. `key_file` holds a key that the user brings.
     """
     system.require_renting("up")
-    plan = plan_command.run(sourced, ask=not offline)
+    plan = plan_command.run(sourced) if offline else plan_command.refreshed(sourced, talk.note)
     for line in [*plan.caveats, *plan.bought]:
         talk.note(line)
-    if not offline:
-        plan = replace(plan, lora_versions=adapters.asked(plan, talk.note))
     with state.locked(plan.name, "up"):
         old = state.read(plan.name)
         keys.prepare(plan.name, key_file, running=old is not None and old.state != "down")
