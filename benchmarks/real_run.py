@@ -62,9 +62,10 @@ class Row:
 
 @dataclass
 class Run:
-    """What is known of the run so far."""
+    """What is known of the run so far; `file` has it as Markdown after each step, so that a laptop that dies loses nothing."""
 
     options: argparse.Namespace
+    file: Path
     rows: list[Row] = field(default_factory=list)
     price: float | None = None
     rented_at: float | None = None
@@ -268,16 +269,18 @@ def take(run: Run, step: str, function: Callable[[Run], str]) -> bool:
         state, said = "failed", f"{type(error).__name__}: {error}"
     run.rows.append(Row(step, state, time.monotonic() - began, " ".join(said.split())))
     print(f"{step:14} {state:8} {run.rows[-1].seconds:6.0f} s  {run.rows[-1].said}", flush=True)
+    run.file.write_text(report(run), "utf-8")
     return state == "passed"
 
 
 def report(run: Run) -> str:
     """The run as Markdown."""
     of, failed = run.options, [row for row in run.rows if row.state == "failed"]
+    ended = f"{len(failed)} failed" if failed else "every step passed" if run.rows[-1].step == "down" else "not finished"
     versions = ", ".join(f"{name} {version}" for name, version in (run.receipt.get("versions") or {}).items() if version)
     price = "" if run.price is None else f", {run.price:.2f} USD an hour"
     lines = [
-        f"## {of.cloud}, {time.strftime('%Y-%m-%d')}: {of.model}, {'every step passed' if not failed else f'{len(failed)} failed'}",
+        f"## {of.cloud}, {time.strftime('%Y-%m-%d')}: {of.model}, {ended}",
         "",
         f"`benchmarks/real_run.py --cloud {of.cloud} --max-price {of.max_price} --ttl {of.ttl}`{price}; {versions or 'no versions known'}",
         "",
@@ -321,12 +324,11 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("CI"):
         raise SystemExit("real_run.py rents a machine and is never run in CI (CI is set)")
-    run = Run(options)
+    run = Run(options, options.report or Path(f"real-run-{options.cloud}-{time.strftime('%Y-%m-%d')}.md"))
     try:
         ask_first(run)
     except Failed as error:
         raise SystemExit(str(error)) from None
-    file = options.report or Path(f"real-run-{options.cloud}-{time.strftime('%Y-%m-%d')}.md")
     inside = (machine, routes, ports, chat, long_prompt, eight, tools, idle)
     try:
         if take(run, "up", up):
@@ -336,8 +338,7 @@ def main() -> int:
         run.rows.append(Row("interrupted", "failed", 0.0, "by Ctrl-C"))
     finally:
         take(run, "down", down)
-        file.write_text(report(run), "utf-8")
-        print(f"the report is {file}; paste it into docs/real-runs.md")
+        print(f"the report is {run.file}; paste it into docs/real-runs.md")
     return 1 if any(row.state == "failed" for row in run.rows) else 0
 
 

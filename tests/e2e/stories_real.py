@@ -25,6 +25,8 @@ def test_the_first_run_on_a_real_account(cloud: str, tmp_path: Path) -> None:
         print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr
         text = report.read_text("utf-8")
+        assert text.startswith(f"## {cloud}, ")
+        assert f": {MODEL}, every step passed\n" in text
         for step in STEPS:
             assert f"| {step} | passed |" in text
         assert f"| tools | left out | 0 | {MODEL} calls no tools |" in text.replace("| 1 |", "| 0 |").replace("| 2 |", "| 0 |")
