@@ -210,3 +210,20 @@ def test_a_node_that_cannot_be_reached_is_no_changed_one(machine: Machine) -> No
     with pytest.raises(UserError, match="cannot be reached over SSH") as caught:
         ssh.run("mine", "true")
     assert not isinstance(caught.value, ssh.HostKeyChanged)
+
+
+@pytest.mark.parametrize("written", ["{} {}", "{},192.0.2.1 {}", "{}\t{}", "  {} {}", "hashed", "other {}", ""])
+@pytest.mark.parametrize("port", [22, 2222])
+def test_a_key_is_known_however_its_line_was_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch, written: str, port: int
+) -> None:
+    """Else a key of another type would be taken as a first one."""
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home))
+    ssh.remember("mine", ssh.Address("192.0.2.1", port, "ubuntu", "/key", machine="i-1"))
+    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFak"
+    line = "i-1 {}" if written == "hashed" else written
+    state.write_private(ssh.known_hosts("mine"), line.format(*(["i-1", key] if line.count("{}") == 2 else [key])) + "\n")
+    if written == "hashed":
+        subprocess.run(["ssh-keygen", "-H", "-f", ssh.known_hosts("mine")], check=True, capture_output=True)
+    ssh.command("mine", "true")
+    assert (ssh.STRICT in ssh.config_file("mine").read_text()) == (written not in ("", "other {}"))
