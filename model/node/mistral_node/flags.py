@@ -96,7 +96,7 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
     if runs_in_the_engine(contract):
         found += ["--distributed-executor-backend", IN_THE_ENGINE]
     # The one backend whose time the guard tries (mistral_node.grammars). vLLM would fall back to llguidance or outlines for what xgrammar does not
-    # know (`multipleOf`, for which llguidance took minutes; `patternProperties`), and stay with that for every later request.
+    # know (`multipleOf`, for which llguidance took 10 s and more; `patternProperties`), and stay with that for every later request.
     found += ["--structured-outputs-config.backend", GUIDANCE if _makes_grammars_of_chats(contract, model_dir) else "xgrammar"]
     if contract.tool_parser:
         found += ["--enable-auto-tool-choice", "--tool-call-parser", contract.tool_parser]
