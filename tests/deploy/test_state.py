@@ -358,3 +358,14 @@ def test_of_a_record_without_end_the_beginning_is_read(ours: Path) -> None:
     assert leftovers._said("good", "cloud") == "local"
     with pytest.raises(Unreadable, match="is larger than 64 MiB"):
         state.read("good")
+
+
+def test_the_last_lines_of_a_log_without_an_end_are_those_of_its_end(ours: Path, mistralctl: Run) -> None:
+    log = state.folder("good") / "up.log"
+    log.write_text("first\n" * 100_000)
+    assert mistralctl("logs", "good", "-n", "3").stdout == "first\n" * 3
+    with log.open("ab") as file:
+        file.truncate(1 << 40)
+        file.seek(0, 2)
+        file.write(b"\nlast\n")
+    assert mistralctl("logs", "good", "-n", "1").stdout == "last\n"

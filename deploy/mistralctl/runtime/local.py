@@ -27,6 +27,7 @@ from mistralctl.tasks import Task, env, kind
 SETUP_SECONDS = 7200.0
 START_SECONDS = 1800.0
 BLOCK = 1 << 16
+MOST_BACK = 64 << 20  # of a log that is asked for its last lines; the launcher rotates it at a quarter of that
 DRAIN_SECONDS = 40.0
 SEAL_SECONDS = 240.0  # for a run of training that is asked to end: its step, and a checkpoint of that
 ENVIRONMENT_BYTES = 8 * GIB  # vLLM for the CPU: 3.1 GB unpacked, and as much for the downloads in uv's cache
@@ -389,13 +390,16 @@ class Local:
 
 
 def _last(file: BinaryIO, lines: int) -> list[bytes]:
-    """Return the last lines of a file, which stands at its end afterwards."""
-    position, block = file.seek(0, 2), b""
-    while position > 0 and block.count(b"\n") <= lines:
-        position = max(0, position - BLOCK)
+    """Return the last lines of a file, of its last MOST_BACK bytes; it stands at its end afterwards."""
+    end = position = file.seek(0, 2)
+    pieces: list[bytes] = []
+    while position > 0 and end - position < MOST_BACK and sum(piece.count(b"\n") for piece in pieces) <= lines:
+        size = min(BLOCK, position)
+        position -= size
         file.seek(position)
-        block = file.read()
-    return block.splitlines(keepends=True)[-lines:] if lines else []
+        pieces.insert(0, file.read(size))
+    file.seek(end)
+    return b"".join(pieces).splitlines(keepends=True)[-lines:] if lines else []
 
 
 def _log(name: str) -> Path:
