@@ -59,7 +59,9 @@ def _shape(found: Described, place: str) -> tuple[Shape, Stored]:
     except ValueError as error:
         raise UserError(f"{place}: {file} cannot be read ({error}); correct it") from None
     floats, fixed = _tensors(found, model, scheme is not None, place)
-    return Shape.of(model), Stored(scheme, bytes=size, floats=floats, fixed=fixed, size=found.bytes, digest=found.digest)
+    return Shape.of(model), Stored(
+        scheme, bytes=size, floats=floats, fixed=fixed, size=found.bytes, digest=found.digest, form=found.form
+    )
 
 
 def _tensors(found: Described, model: Architecture, quantized: bool, place: str) -> tuple[int, int]:
@@ -94,7 +96,7 @@ def _gguf(found: Described, place: str) -> tuple[Shape | None, Stored]:
     except ValueError as error:
         raise UserError(f"{place}: {name} at {found.uri}: {error}; name another file", Exit.WEIGHTS) from None
     made = 2 * model.parameters if model else 0  # of its numbers the node makes a copy in 16 bits
-    return Shape.of(model) if model else None, Stored(size=found.bytes + made, digest=found.digest)
+    return Shape.of(model) if model else None, Stored(size=found.bytes + made, digest=found.digest, form=found.form)
 
 
 class Tokenizer(NamedTuple):

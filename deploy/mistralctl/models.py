@@ -49,6 +49,7 @@ class Stored:
     `bytes` is what they take in memory by config.json where they are quantized. `floats` counts the numbers of tensors of 16 and 32 bits,
     which are loaded in the type that is asked for; `fixed` the bytes of all others; `size` the bytes on a disk: 0 where no file was read.
     `digest` is that of the manifest beside them, empty where there is none or nobody has looked.
+    `form` is that of the files: safetensors, consolidated or gguf, empty where nobody has looked.
     `links`: (name, path) of each file of a folder that is made of links, and cannot travel as it is.
     """
 
@@ -60,6 +61,7 @@ class Stored:
     size: int = 0
     links: tuple[tuple[str, str], ...] = ()
     digest: str = ""
+    form: str = ""
 
 
 @dataclass(frozen=True)

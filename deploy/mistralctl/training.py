@@ -457,6 +457,11 @@ def make(sourced: Sourced[FinetuneSpec], wanted: Wanted) -> Run:
         raise UserError(
             f"{sourced.place('model')}: {model.name} is quantized ({model.stored.scheme.method}); train on the weights that it was made from"
         )
+    if model.stored.form == "consolidated":
+        raise UserError(
+            f"{sourced.place('weights' if spec.weights else 'model')}: {wanted.weights} has Mistral's own format only (consolidated*.safetensors), "
+            "which is not trained; name weights in Hugging Face's format with --weights"
+        )
     if spec.method == "full" and spec.merge:
         raise UserError(f"{sourced.place('merge')}: full tuning has no adapter to merge; leave it out")
     length, batch = _lengths(sourced, model, wanted.tokens)

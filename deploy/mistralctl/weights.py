@@ -7,9 +7,7 @@ extra of mistralctl.
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +21,7 @@ from mistralctl.errors import Exit, UserError
 
 sys.path.insert(0, str(package_dir("model") / "weights"))
 
-from mistral_weights.address import parse
+from mistral_weights import writable
 from mistral_weights.cli import text
 from mistral_weights.describe import Describe, Described, describe
 from mistral_weights.errors import Kind, WeightsError
@@ -36,8 +34,6 @@ from mistral_weights.patience import Patience
 from mistral_weights.peek import Peeked, peek
 from mistral_weights.progress import progress
 from mistral_weights.pull import Pull, Pulled, pull
-from mistral_weights.secrets import Secrets
-from mistral_weights.stores import Opening, open_store
 from mistral_weights.verify import Verified, Verify, verify
 
 __all__ = [
@@ -169,12 +165,14 @@ def sealed_revision(uri: str) -> str | None:
 
 def may_write(uri: str) -> None:
     """Write a small file to an address and take it away again; UserError if this machine may not."""
-    with explained(), tempfile.TemporaryDirectory(prefix="mistralctl-") as scratch:
-        probe = Path(scratch) / f".mistralctl-{secrets.token_hex(8)}"
-        probe.write_text("whether this place can be written\n", "ascii")
-        store = open_store(parse(uri), Opening(Secrets(), Path(scratch), replace(BRIEFLY, tries=1)))
-        store.write(probe.name, probe, None)
-        store.delete(probe.name)
+    with explained():
+        writable.may_write(uri, replace(BRIEFLY, tries=1))
+
+
+def strangers(uri: str, below: Iterable[str]) -> tuple[str, ...]:
+    """Return the files at an address that no push put there, but for those in the folders `below`; UserError if that cannot be seen."""
+    with explained():
+        return writable.strangers(uri, below, replace(BRIEFLY, tries=1))
 
 
 @contextmanager

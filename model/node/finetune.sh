@@ -65,6 +65,7 @@ bring_data() {
   phase weights start
   weights_tool "$MISTRALCTL_WEIGHTS" "$MISTRALCTL_OUT" "$MISTRALCTL_DATA" ${MISTRALCTL_EVAL_DATA:+"$MISTRALCTL_EVAL_DATA"} || return
   ln -sfn "$weights_env" "$run_dir/weights-tool" || return
+  PYTHONPATH=$model_dir/weights:$model_dir/contract "$weights_env/bin/python" -m mistral_weights.writable "$MISTRALCTL_OUT" || return
   fetch "$MISTRALCTL_DATA" "$chats" || return
   fetch "${MISTRALCTL_EVAL_DATA:-}" "$held_out" || return
   case $MISTRALCTL_WEIGHTS,${MISTRALCTL_SECRETS:-} in

@@ -348,6 +348,56 @@ def test_a_folder_that_cannot_be_written_is_refused_first(place: Any, talk: Any)
     assert fake.calls == []
 
 
+def test_a_bucket_that_this_machine_may_not_write_is_the_roles_and_one_that_is_not_there_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mistralctl import weights
+
+    run, said = plan(), list[str]()
+    monkeypatch.setattr(weights, "strangers", lambda uri, below: ())
+
+    def refused(uri: str) -> None:
+        raise UserError("AccessDenied", Exit.CLOUD)
+
+    def nowhere(uri: str) -> None:
+        raise UserError("there is no such bucket", Exit.NOT_FOUND)
+
+    with sealed(monkeypatch, {}):
+        monkeypatch.setattr(weights, "may_write", refused)
+        assert command._checked(run, "--out", said.append, restart=False) is False
+        assert said == [
+            "--out: whether s3://bucket/adapter can be written is only seen on the machine, before it trains: AccessDenied"
+        ]
+        monkeypatch.setattr(weights, "may_write", nowhere)
+        with pytest.raises(UserError, match="--out: s3://bucket/adapter cannot be written: there is no such bucket"):
+            command._checked(run, "--out", said.append, restart=False)
+
+
+def test_a_bucket_that_holds_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mistralctl import weights
+
+    monkeypatch.setattr(weights, "strangers", lambda uri, below: ("thesis.txt",) if below == ("checkpoints",) else ())
+    with (
+        sealed(monkeypatch, {}),
+        pytest.raises(UserError, match=r"s3://bucket/adapter holds something else \(thesis.txt\)") as error,
+    ):
+        command._checked(plan(), "--out", print, restart=True)
+    assert error.value.code == Exit.CONFLICT
+
+
+def test_a_result_without_the_merged_weights_that_are_wanted_now_is_gone_on_with(
+    place: Any, talk: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    place(FakePlace())
+    given = here(tmp_path, merge=True)
+    ours = finetune.run_id(given[1].run)
+    assert ours == finetune.run_id(here(tmp_path)[1].run)
+    with sealed(monkeypatch, {"/out": f"{ours}-0123", "/out/merged": f"{ours}-0123"}):
+        assert command.run(*given, talk[0]).action == "unchanged"
+    with sealed(monkeypatch, {"/out": f"{ours}-0123"}):
+        assert command.run(*given, talk[0]).action == "trained"
+
+
 def test_sky_takes_the_template_of_a_base_that_is_named_by_the_hub() -> None:
     envs_ = rendered("finetune-aws")["envs"]
     assert (envs_["MISTRALCTL_BASE"], envs_["MISTRALCTL_BASE_REVISION"]) == (

@@ -175,3 +175,9 @@ def test_the_tokenizer_of_a_folder_is_found_whatever_its_name(tmp_path: Path, mo
     (folder / "tokenizer.json").write_text("{}")
     uri = f"file://{quote(str(folder))}"
     assert training_data._tokenizer(training_data.Place(uri, "", "none-of-these")) == folder
+
+
+def test_mistrals_own_format_is_refused_here() -> None:
+    own = replace(SEVEN, stored=Stored(form="consolidated"))
+    with pytest.raises(UserError, match=r"has Mistral's own format only \(consolidated\*.safetensors\), which is not trained"):
+        plan(own)

@@ -5,6 +5,7 @@ Each line that is printed is a row of the table: the story, the cloud, that it p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from mistral_node.tls import self_signed
 from mistralctl import images
 from planted import are_where_they_belong, plant, went_with_the_node
 from roles import exceeded
+from running import on_nodes
 from secrets_search import Processes
 from simcloud import SimCloud
 
@@ -101,10 +103,10 @@ def test_a_spot_machine_that_is_taken_while_it_trains_is_gone_on_with(sim: SimCl
         data.write_text("".join(pair % (number, number) for number in range(20)), "utf-8")
         words = [
             "mistralctl", "finetune", "smollm2-135m-instruct", "--cloud", place.cloud, "--weights", place.weights, "--data", str(data), "--out", out,
-            "--name", "tuned", "--spot", "--epochs", "3",
+            "--name", "tuned", "--spot", "--epochs", "4",
         ]  # fmt: skip
         first = sim.popen(words)
-        when(lambda: bool(sim.instances(place.cloud)) and "manifest" in _checkpoints(sim), 900)
+        when(lambda: _checkpoints(sim, place) > 1, 1500)  # of which the first is uploaded
         assert status(sim, "tuned")["state"] == "running"
         [before] = sim.instances(place.cloud)
         assert before.spot
@@ -121,10 +123,13 @@ def test_a_spot_machine_that_is_taken_while_it_trains_is_gone_on_with(sim: SimCl
         assert json.loads(sim.run([*words, "-o", "json"]).stdout)["action"] == "unchanged"
 
 
-def _checkpoints(sim: SimCloud) -> str:
-    """Whether the run has uploaded a checkpoint, as its machine says."""
-    look = "cat ~/.mistralctl/run/tuned/status.json; ls ~/.mistralctl/run/tuned/tune/checkpoints/*/mistral-weights.json && echo manifest"
-    return sim.run(["mistralctl", "ssh", "tuned", look], check=False).stdout
+def _checkpoints(sim: SimCloud, place: Place) -> int:
+    """How many sealed checkpoints the run's machine holds."""
+    for process in on_nodes(sim.root, "tuned"):
+        folder = Path(f"/proc/{process.pid}/root/home/{place.user}/.mistralctl/run/tuned/tune/checkpoints")
+        with contextlib.suppress(OSError):
+            return len(list(folder.glob("*/mistral-weights.json")))
+    return 0
 
 
 @pytest.mark.parametrize("place", ["azure", "gcp"], indirect=True, scope="module")

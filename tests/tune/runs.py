@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import traceback
@@ -27,6 +28,28 @@ TINY = {
     "dtype": "float32", "tokenizer_mode": "hf", "data": "chats.jsonl", "method": "lora", "epochs": "3", "max_length": "512", "rank": "8",
     "learning_rate": "0.01", "batch_tokens": "512", "seed": "1", "save_minutes": "60", "run_id": "test",
 }  # fmt: skip
+
+
+def die_at(step: int, where: str) -> Callable[[], None]:
+    """Return what makes a process kill itself (signal 9) at a step: behind it, before its checkpoint is sealed, while that is uploaded, or then."""
+
+    def before() -> None:
+        name = "on_save" if where in ("unsealed", "uploading") else "on_step_end"
+        method = getattr(training.Keeper, name)
+
+        def dying(self: training.Keeper, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            due = state.global_step >= step
+            if due and where == "uploaded":
+                self.checkpoints.wait()
+            if due and where != "uploading":
+                os.kill(os.getpid(), signal.SIGKILL)
+            method(self, args, state, control, **rest)
+            if due:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(training.Keeper, name, dying)
+
+    return before
 
 
 def nothing() -> None:
@@ -101,14 +124,19 @@ class Run:
         assert process.exitcode == code, text
         return text
 
-    def train_together(self, count: int, before: Callable[[], None] = nothing) -> None:
-        """Train in several processes that share the work."""
+    def train_together(self, count: int, before: Callable[[], None] = nothing, killed: bool = False) -> None:
+        """Train in several processes that share the work; to the end, unless they are `killed` on the way."""
         port = 22000 + secrets.randbelow(10000)  # connections take theirs from 32768 on
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [self.start(before, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
         for process in started:
             process.join(600)
-        assert [process.exitcode for process in started] == [0] * count, self.log()
+        codes = [process.exitcode for process in started]
+        assert (-9 in codes and 0 not in codes) if killed else codes == [0] * count, self.log()
+
+    def tensors(self) -> list[bytes]:
+        """Return the files of the result with tensors, as they lie on the disk."""
+        return [path.read_bytes() for path in sorted(self.job().result.glob("*.safetensors"))]
 
     def log(self) -> str:
         """Return what its processes wrote."""

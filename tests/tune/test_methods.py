@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from mistral_tune import model, training
 from mistral_tune.data import learnt, packing
-from runs import Run
+from runs import Run, die_at
 from safetensors.torch import load_file
 from tiny import WINDOW
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -65,16 +66,43 @@ def test_two_processes_are_one_that_accumulates_two(node: Path) -> None:
     assert distance(tensors(alone), tensors(together)) < 2e-3
 
 
-def test_fsdp2_in_two_processes_takes_two_steps_of_all_weights(node: Path) -> None:
-    told = TWO_STEPS | {"method": "full", "learning_rate": "0.001"}
-    run = Run(node, "sharded", told=told)
+@pytest.mark.parametrize("base", ["tiny", "llama"])
+def test_fsdp2_in_two_processes_takes_two_steps_of_all_weights(node: Path, base: str) -> None:
+    """Of another class than Mistral's, too: SmolLM2 is one of Llama."""
+    told = TWO_STEPS | {"method": "full", "learning_rate": "0.001", "weights_id": base}
+    if base == "llama":
+        tiny.write(node / "weights" / base, llama=True)
+        told |= {"sliding_window": ""}
+    run = Run(node, f"sharded-{base}", told=told)
     run.train_together(2)
     assert [one["step"] for one in run.steps()] == [1, 2]
-    before = load_file(node / "weights" / "tiny" / "model.safetensors")
+    before = load_file(node / "weights" / base / "model.safetensors")
     after = tensors(run)
     assert before.keys() == after.keys()
     assert [after[name].shape for name in before] == [before[name].shape for name in before]
     assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+
+
+@pytest.mark.parametrize(
+    ("method", "processes"),
+    [("qlora", 1), ("full", 1), ("lora", 2), ("full", 2)],
+    ids=["qlora", "full", "ddp", "fsdp2"],
+)
+def test_killed_and_continued_each_way_of_training_makes_the_same_bits(node: Path, method: str, processes: int) -> None:
+    """Three steps, each an epoch with a checkpoint; killed behind the second step, so that the first is gone on with."""
+    told = TWO_STEPS | {"method": method, "learning_rate": "0.001", "epochs": "3"}
+    whole, killed = (Run(node, f"{name}-{method}-{processes}", told=told) for name in ("unkilled", "killed"))
+    if processes == 1:
+        whole.train()
+        killed.train(code=-9, before=die_at(2, "behind"))
+        killed.train()
+    else:
+        whole.train_together(processes)
+        killed.train_together(processes, before=die_at(2, "behind"), killed=True)
+        killed.train_together(processes)
+    assert "goes on at step 1" in killed.log()
+    assert "goes on at step" not in whole.log()
+    assert killed.tensors() == whole.tensors() != []
 
 
 def log_probabilities(found: Any, batch: dict[str, Any]) -> torch.Tensor:

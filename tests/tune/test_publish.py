@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mistral_contract import adapters
 from mistral_contract import figures as canary
 from mistral_tune import figures, prove
@@ -78,7 +80,6 @@ def test_receipt_and_card_say_what_was_done(published: Run) -> None:
 
 
 def test_merged_weights_compute_what_the_adapter_does(published: Run, node: Path) -> None:
-    import torch
     from mistral_tune import model
 
     base = model.with_adapter(model.load(node / "weights" / "tiny", 16, torch.float32, "cpu"), published.out).eval()
@@ -95,6 +96,20 @@ def test_checkpoints_are_taken_away_and_a_second_publish_does_nothing(published:
     assert "holds this run already" in published.step("publish")
 
 
+def test_merged_weights_that_are_asked_for_later_are_made_of_what_was_published(
+    published: Run, node: Path, tmp_path: Path
+) -> None:
+    later = Run(node, "later", told={"merge": "yes", "out": f"file://{tmp_path}/out"})
+    shutil.copytree(published.out, tmp_path / "out", ignore=shutil.ignore_patterns("merged", "checkpoints"))
+    assert "nothing is trained" in later.step("train")
+    later.step("prove")
+    assert "holds this run already" in later.step("publish")
+    assert not later.job().result.exists()
+    one, other = (load_file(folder / "merged" / "model.safetensors") for folder in (published.out, tmp_path / "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert sealed(tmp_path / "out" / "merged") is not None
+
+
 def test_a_result_that_vllm_computes_otherwise_is_not_proven(published: Run, node: Path) -> None:
     run = Run(node, "published", told={"merge": "yes"})
     kept = figures.path(run.job()).read_text("utf-8")
@@ -107,6 +122,26 @@ def test_a_result_that_vllm_computes_otherwise_is_not_proven(published: Run, nod
     finally:
         path.write_bytes(whole)
         figures.path(run.job()).write_text(kept, "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("method", "files"),
+    [
+        ("qlora", {"adapter_config.json", "adapter_model.safetensors"}),
+        ("full", {"config.json", "model.safetensors", "tokenizer.json"}),
+    ],
+)
+def test_other_methods_are_proven_by_vllm_and_published_too(node: Path, method: str, files: set[str]) -> None:
+    told = {"method": method, "learning_rate": "0.001", "epochs": "2", "batch_tokens": "4096", "max_length": "4096"}
+    run = Run(node, f"proven-{method}", told=told)
+    run.train()
+    figures.compute(run.job())
+    assert "proven: vLLM and peft differ by" in run.step("prove")
+    proof = prove.read(run.job())
+    assert (proof.difference < 1e-3, proof.gain != 0) == (True, True)
+    run.step("publish")
+    assert files <= {path.name for path in run.out.iterdir()}
+    assert json.loads((run.out / "receipt.json").read_text("utf-8"))["method"] == method
 
 
 ASKED = Asked((1, 2), (3, 4), (-2.0, -3.0), (-1.0, -0.5))

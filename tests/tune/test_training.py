@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mistral_tune.checkpoints import Checkpoints, step_of
 from mistral_tune.errors import TuneError
 from mistral_tune.store import Store
 from mistral_weights.seal import seal, sealed
-from runs import Run
+from runs import Run, die_at
 
 pytestmark = pytest.mark.slow
 EPOCH = 5  # steps
@@ -30,28 +29,6 @@ def whole(node: Path) -> Run:
     run = Run(node, "whole")
     run.train()
     return run
-
-
-def die_at(step: int, where: str) -> Callable[[], None]:
-    """Return what makes a process kill itself (signal 9) at a step: behind it, before its checkpoint is sealed, while that is uploaded, or then."""
-
-    def before() -> None:
-        name = "on_save" if where in ("unsealed", "uploading") else "on_step_end"
-        method = getattr(training.Keeper, name)
-
-        def dying(self: training.Keeper, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            due = state.global_step >= step
-            if due and where == "uploaded":
-                self.checkpoints.wait()
-            if due and where != "uploading":
-                os.kill(os.getpid(), signal.SIGKILL)
-            method(self, args, state, control, **rest)
-            if due:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(training.Keeper, name, dying)
-
-    return before
 
 
 def test_the_result_is_sealed_learnt_and_can_be_served(whole: Run, node: Path) -> None:

@@ -167,7 +167,7 @@ def _published(run: Run, place: str, *, restart: bool) -> bool:
     there = weights.sealed_revision(run.out)
     if there is not None:
         if there.startswith(f"{ours}-"):
-            return not restart
+            return not restart and not (run.spec.merge and weights.sealed_revision(f"{run.out}/merged") != there)
         raise UserError(
             f"{place}: {run.out} holds another run's result ({there or 'no revision'}); name another place", Exit.CONFLICT
         )
@@ -179,12 +179,11 @@ def _published(run: Run, place: str, *, restart: bool) -> bool:
                 "--restart to remove them",
                 Exit.CONFLICT,
             )
-    if (folder := folder_of(run.out)) is not None:
-        others = [one.name for one in folder.iterdir() if one.name != "checkpoints"] if folder.is_dir() else []
-        if folder.exists() and (others or not folder.is_dir()):
-            raise UserError(
-                f"{place}: {folder} holds something else ({(others or ['a file'])[0]}); name a new folder", Exit.CONFLICT
-            )
+    folder = folder_of(run.out)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"{place}: {folder} is a file; name a new folder", Exit.CONFLICT)
+    if others := weights.strangers(run.out, ("checkpoints",)):
+        raise UserError(f"{place}: {folder or run.out} holds something else ({others[0]}); name a new folder", Exit.CONFLICT)
     return False
 
 
@@ -197,13 +196,14 @@ def _checked(run: Run, place: str, note: Callable[[str], None], *, restart: bool
         if run.local or error.code == Exit.CONFLICT:
             raise
         note(f"{place}: whether {run.out} is free is only seen on the machine: {error}")
-    if run.local:
-        from mistralctl import weights
+    from mistralctl import weights
 
-        try:
-            weights.may_write(run.out)
-        except UserError as error:
+    try:
+        weights.may_write(run.out)
+    except UserError as error:
+        if run.local or error.code == Exit.NOT_FOUND:
             raise UserError(f"{place}: {run.out} cannot be written: {error}", error.code) from None
+        note(f"{place}: whether {run.out} can be written is only seen on the machine, before it trains: {error}")
     return False
 
 

@@ -38,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(job: Job) -> None:
-    from mistral_tune import figures
+    from mistral_tune import figures, log, publish
 
+    if publish.brought(job):
+        log.line(f"{job.wanted.out} holds the result of this run: nothing is trained")
+        return
     if job.wanted.gpus > 1:
         files = ["--data", str(job.chats), *(["--eval-data", str(job.held_out)] if job.held_out else [])]
         code = processes.run(job.wanted.gpus, files)
@@ -60,7 +63,10 @@ def _worker(job: Job) -> None:
 
 def _prove(job: Job) -> None:
     from mistral_tune.prove import prove
+    from mistral_tune.publish import brought
 
+    if brought(job):
+        return
     prove(job)
 
 

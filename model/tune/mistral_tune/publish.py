@@ -32,19 +32,43 @@ BESIDE = (
 def publish(run: Job) -> None:
     """Put what was proven to its address, manifest last; then take the checkpoints away. TuneError if it was not proven."""
     store = Store.of(run)
-    if store.look(run.wanted.out)[0] == run.identity:
+    if folder := brought(run):
         log.line(f"{run.wanted.out} holds this run already")
+    elif store.look(run.wanted.out)[0] == run.identity:
+        log.line(f"{run.wanted.out} holds this run already")
+        folder = run.result
     else:
         folder = prepared(run)
         found = store.ask("push", folder, run.wanted.out)
         log.line(f"{run.wanted.out} holds {len(found['files'])} files, {found['bytes']} bytes")
-    whole = f"{run.wanted.out.rstrip('/')}/merged"
-    if run.wanted.merge and run.wanted.method != "full" and store.look(whole)[0] != run.identity:
-        merged = _merged(run)
+    whole, revision = f"{run.wanted.out.rstrip('/')}/merged", _revision(folder)
+    if run.wanted.merge and run.wanted.method != "full" and store.look(whole)[0] != revision:
+        merged = _merged(run, folder, revision)
         store.ask("push", merged, whole)
         shutil.rmtree(merged)
     Checkpoints(run, store).clear()
     run.begun.unlink(missing_ok=True)
+
+
+def brought(run: Job) -> Path | None:
+    """Return the sealed folder of this run that lies at the address already, brought here, if another machine has trained it.
+
+    None if it is not there, if it is to be trained again, or if this machine has a result of its own.
+    """
+    if run.wanted.restart or run.result.exists():
+        return None
+    folder, store = run.folder / "published", Store.of(run)
+    if not store.look(run.wanted.out)[0].startswith(f"{run.wanted.run_id}-"):
+        return None
+    store.ask("pull", run.wanted.out, folder, "--format", "folder")
+    return folder
+
+
+def _revision(folder: Path) -> str:
+    done = sealed(folder)
+    if done is None:
+        raise TuneError(f"{folder} is not whole; run train first")
+    return done.manifest.revision
 
 
 def prepared(run: Job) -> Path:
@@ -172,8 +196,8 @@ def _events(folder: Path, history: list[dict[str, Any]]) -> None:
                     writer.add_scalar(name, value, entry["step"])
 
 
-def _merged(run: Job) -> Path:
-    """Return a sealed folder with the weights that the adapter makes of the base, merged in float32 and written in the base's dtype."""
+def _merged(run: Job, adapter: Path, revision: str) -> Path:
+    """Return a sealed folder with the weights that an adapter makes of the base, merged in float32 and written in the base's dtype."""
     import torch
 
     from mistral_tune import model
@@ -181,8 +205,8 @@ def _merged(run: Job) -> Path:
     base = model.base_folder(run)
     folder = run.folder / "merged"
     shutil.rmtree(folder, ignore_errors=True)
-    merged = model.with_adapter(model.load(base, run.wanted.sliding_window, torch.float32, "cpu"), run.result).merge_and_unload()
+    merged = model.with_adapter(model.load(base, run.wanted.sliding_window, torch.float32, "cpu"), adapter).merge_and_unload()
     merged.to(model.DTYPES[run.wanted.dtype]).save_pretrained(folder)
     _beside(run, folder)
-    seal(folder, run.wanted.out, run.identity)
+    seal(folder, run.wanted.out, revision)
     return folder
