@@ -4,7 +4,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[ -z "${MISTRALCTL_SETUP_MINUTES:-}" ] || bash "$here/watch.sh" start "$1" "$$"
+[ "$1,${MISTRALCTL_SETUP_MINUTES:-}" = setup, ] || bash "$here/watch.sh" start "$1" "$$"
 model_dir=$(dirname "$here")
 node_dir=${MISTRALCTL_NODE_DIR/#\~/$HOME}
 run_dir=$node_dir/run/$MISTRALCTL_NAME
@@ -110,21 +110,37 @@ set_up() {
 }
 
 said() { # STATE [MESSAGE]: for `mistralctl status`
-  local message=${2:-}
+  local message=${2:-} error=
   message=${message//\\/\\\\}
   message=$(printf '%s' "${message//\"/\\\"}" | tr -d '\000-\037')
-  printf '{"state": "%s"%s}\n' "$1" "${message:+, \"error\": {\"message\": \"$message\"}}" > "$run_dir/status.json.new"
+  [ -z "$message" ] || error=", \"error\": {\"message\": \"$message\"}"
+  printf '{"state": "%s"%s}\n' "$1" "$error" > "$run_dir/status.json.new"
   mv "$run_dir/status.json.new" "$run_dir/status.json"
 }
 
-seconds_left() { # of its life and of its budget, less what a checkpoint takes; nothing without an end
-  local from
-  from=$(cat "$run_dir/paid_from" 2> /dev/null) || from=$(date +%s)
-  awk -v now="$(date +%s)" -v from="$from" -v ttl="${MISTRALCTL_TTL_MINUTES:-}" -v budget="${MISTRALCTL_BUDGET:-}" -v price="${MISTRALCTL_PRICE:-}" 'BEGIN {
-    if (ttl != "") left = ttl * 60
-    if (budget != "") { bought = from + budget / price * 3600 - now; if (ttl == "" || bought < left) left = bought }
-    if (ttl != "" || budget != "") printf "%d\n", left > 600 ? left - 120 : left > 1 ? left : 1
+seconds_left() { # of its life, which `mistralctl extend` makes longer, and of its budget; nothing without an end
+  local from ends
+  from=$(cat "$run_dir/paid_from" 2> /dev/null) || from=$began
+  ends=$(cat "$run_dir/ends_at" 2> /dev/null) || ends=
+  awk -v now="$(date +%s)" -v from="$from" -v ends="$ends" -v budget="${MISTRALCTL_BUDGET:-}" -v price="${MISTRALCTL_PRICE:-}" 'BEGIN {
+    if (ends != "") left = ends - now
+    if (budget != "") { bought = from + budget / price * 3600 - now; if (ends == "" || bought < left) left = bought }
+    if (ends != "" || budget != "") printf "%d\n", left
   }'
+}
+
+LOOK=5 CHECKPOINT=120 # seconds between two looks at the end; what the last checkpoint is given, of a life of ten minutes and more
+
+ends_in_time() { # PID: tells it when its time is over
+  local left spare=0
+  left=$(seconds_left)
+  [ "${left:-0}" -lt 600 ] || spare=$CHECKPOINT
+  while [ -n "$left" ]; do
+    [ "$left" -gt "$spare" ] || { kill -USR1 "$1"; return; }
+    left=$((left - spare))
+    sleep "$((left < LOOK ? left : LOOK))"
+    left=$(seconds_left)
+  done
 }
 
 GOES_ON=75 # of mistral_tune: it was asked to end, and a checkpoint of that step is sealed
@@ -157,20 +173,17 @@ end_timer() {
 }
 
 run() {
-  local files=(--data "$chats") left
+  local files=(--data "$chats") began
   [ -z "$held_out" ] || files+=(--eval-data "$held_out")
   export PYTHONPATH=$run_dir/site
   child='' ended=''
   trap 'ended="asked to end"; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true' TERM INT
   trap 'ended="its time or its budget is over"; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true' USR1
-  left=$(seconds_left)
-  timer=
-  if [ -n "$left" ]; then
-    set -m # so that it ends with its sleep
-    (sleep "$left" && kill -USR1 "$$") > /dev/null 2>&1 &
-    timer=$!
-    set +m
-  fi
+  began=$(date +%s)
+  set -m # so that it ends with its sleep
+  (ends_in_time "$$") > /dev/null 2>&1 &
+  timer=$!
+  set +m
   step train "$tune_dir/bin/python" -m mistral_tune train "${files[@]}"
   step prove "$tune_dir/bin/python" -m mistral_tune prove "${files[@]}"
   step publish "$tune_dir/bin/python" -m mistral_tune publish "${files[@]}"

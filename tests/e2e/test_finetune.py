@@ -195,6 +195,8 @@ def test_a_run_outlives_its_command_and_ends_with_down(bucket: tuple[Cli, Any]) 
     assert first.returncode == 130
     assert "the same command follows it" in said
     assert trainer(cli) is not None
+    longer = cli.json("extend", "more", "2h")
+    assert 24 * 60 < longer["ttl_left"] <= 26 * 60
     cli("down", "more")
     assert cli.processes() == []
     assert any(key.startswith("more/checkpoints/") and key.endswith("mistral-weights.json") for key in keys(client))

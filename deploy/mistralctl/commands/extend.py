@@ -12,7 +12,7 @@ from mistral_contract import files
 from mistralctl import durations, reported, runtime, state, tasks
 from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
-from mistralctl.tasks import env
+from mistralctl.tasks import env, finetune
 
 HEARD_SECONDS = 10.0
 
@@ -39,6 +39,30 @@ def _minutes(by: str) -> int:
 
 def _launcher(record: Record) -> dict[str, Any]:
     return reported.status(runtime.of(record.cloud).read(record, files.STATUS.of(record.name))) or {}
+
+
+AT_WORK = ("train", "prove", "publish")
+
+
+def _extend_run(record: Record, by: str, minutes: int) -> Extended:
+    """Give a run of fine-tuning that is at work more time: its script on the node looks at the file."""
+    where, file = runtime.of(record.cloud), files.ENDS_AT.of(record.name)
+    if record.state == "down" or _launcher(record).get("state") not in AT_WORK:
+        raise UserError(f"{record.name} is not at work; mistralctl status {record.name} says why", Exit.NOT_FOUND)
+    end = where.read(record, file).strip()
+    if not env(record.task, "ttl_minutes") or not end.isdecimal():
+        raise UserError(f"{record.name} has no end (--ttl never), so there is nothing to extend", Exit.CONFLICT)
+    until = int(end) + minutes * 60
+    left = (until - time.time()) / 60
+    if left > durations.LONGEST:
+        raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    budget, price = env(record.task, "budget"), env(record.task, "price")
+    if budget and price and until > record.created_at + float(budget) / float(price) * 3600:
+        raise UserError(f"{record.name}: its budget of {float(budget):.2f} USD is spent before that", Exit.CONFLICT)
+    where.extend(record, until)
+    where.write(record, file, f"{until}\n")
+    state.save(replace(record, ends_at=float(until)))
+    return Extended(record.name, by, float(until), round(left, 1))
 
 
 def _extend(record: Record, by: str, minutes: int) -> Extended:
@@ -75,6 +99,9 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
 def run(name: str, by: str) -> Extended:
     """Puts the end of a deployment's life off by a duration such as `2h`; UserError if it does not run or never ends."""
     minutes = _minutes(by)
-    tasks.kind(state.known(name).kind).require_endpoint(name)
+    kind = tasks.kind(state.known(name).kind)
+    if kind.name == finetune.KIND.name:  # its command, which follows it, may hold the lock
+        return _extend_run(state.known(name), by, minutes)
+    kind.require_endpoint(name)
     with state.locked(name, "extend"):
         return _extend(state.known(name), by, minutes)

@@ -220,6 +220,11 @@ def _trainer(job: Job, place: Place, found: Learnt, packed: Packing, folder: Pat
         )  # fmt: skip
         if wanted.method == "qlora":
             base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+            for module in (
+                base.modules()
+            ):  # bitsandbytes packs weights anew at the first evaluation on a CPU: a run that goes on rounds otherwise
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
     settings = SFTConfig(
         output_dir=str(job.checkpoints), num_train_epochs=wanted.epochs, learning_rate=wanted.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=WARM_UP, per_device_train_batch_size=1, per_device_eval_batch_size=1,
