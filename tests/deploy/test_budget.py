@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
 from mistral_contract.envs import variable
-from mistralctl import plan, sweep, tasks
+from mistralctl import plan, state, sweep, tasks
 from mistralctl.clouds import Part
 from mistralctl.commands import extend, status
 from mistralctl.commands import plan as plan_command
@@ -17,6 +19,7 @@ from mistralctl.config import load
 from mistralctl.errors import Exit, UserError
 from mistralctl.output import plan_text
 from mistralctl.plan import Plan
+from mistralctl.state import Record
 from test_lifecycle import record
 
 L4 = {"model": "mistral-7b-instruct-v0.1", "cloud": ["aws"], "accelerators": "L4:1"}
@@ -156,3 +159,58 @@ def test_a_deallocated_machine_costs_its_disk() -> None:
         f"the cloud took its spot machine away; it is deallocated and its disk still costs {day:.2f} USD a day; run up again, or down"
     )
     assert plan.START_MINUTES == 15
+
+
+class Node:
+    """A machine whose run is at work; `told` is what was written to it and to its cloud."""
+
+    def __init__(self, ends_at: str, state: str = "train") -> None:
+        self.files = {"run/m/ends_at": ends_at, "run/m/status.json": json.dumps({"state": state})}
+        self.told: list[float] = []
+
+    def read(self, record: Record, file: str) -> str:
+        return self.files.get(file, "")
+
+    def write(self, record: Record, file: str, text: str) -> None:
+        self.files[file] = text
+
+    def extend(self, record: Record, until: float) -> None:
+        self.told.append(until)
+
+
+def run_of_training(monkeypatch: pytest.MonkeyPatch, home: Path, node: Node, **envs: str) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home))
+    told = {"MISTRALCTL_TTL_MINUTES": "60", **envs}
+    state.save(replace(budgeted(state="starting"), kind="finetune", task={"envs": told}, created_at=time.time()))
+    monkeypatch.setattr(extend.runtime, "of", lambda cloud: node)
+
+
+def test_the_life_of_a_run_of_training_is_put_off_where_its_script_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = int(time.time())
+    node = Node(f"{now + 600}\n")
+    run_of_training(monkeypatch, tmp_path, node)
+    done = extend.run("m", "2h")
+    assert (done.ends_at, node.told, node.files["run/m/ends_at"]) == (now + 7800, [now + 7800], f"{now + 7800}\n")
+    assert state.known("m").ends_at == now + 7800
+
+
+@pytest.mark.parametrize(
+    ("node", "envs", "says"),
+    [
+        (Node("1\n", "failed"), {}, "m is not at work; mistralctl status m says why"),
+        (Node(""), {"MISTRALCTL_TTL_MINUTES": ""}, "m has no end"),
+        (
+            Node(f"{int(time.time()) + 600}"),
+            {"MISTRALCTL_BUDGET": "1", "MISTRALCTL_PRICE": "1"},
+            "its budget of 1.00 USD is spent before that",
+        ),
+        (Node(f"{int(time.time()) + 366 * 86400}"), {}, "365 days is the longest life"),
+    ],
+)
+def test_a_life_of_training_that_is_not_put_off(
+    monkeypatch: pytest.MonkeyPatch, node: Node, envs: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    run_of_training(monkeypatch, tmp_path, node, **envs)
+    with pytest.raises(UserError, match=says):
+        extend.run("m", "2h")
+    assert node.told == []
