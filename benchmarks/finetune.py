@@ -25,7 +25,7 @@ SOURCES = [str(ROOT / "model" / part) for part in ("contract", "weights", "chats
 sys.path[:0] = [*SOURCES, str(ROOT / "tests" / "tune")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(SOURCES)}
 
-import tiny  # noqa: E402
+import tiny_model  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from mistral_tune import data, model, training  # noqa: E402
@@ -93,7 +93,9 @@ def main() -> None:
     found: dict[str, list[float]] = {"ours": [], "bare trl": []}
     with tempfile.TemporaryDirectory(prefix="mistralctl-bench-") as scratch:
         node = Path(scratch)
-        folder = tiny.write(node / "weights" / "tiny", layers=2 if options.quick else 8, width=192 if options.quick else 512)
+        folder = tiny_model.write(
+            node / "weights" / "tiny", layers=2 if options.quick else 8, width=192 if options.quick else 512
+        )
         for turn in range(turns + 1):  # the first warms both
             for name in found if turn % 2 else reversed(found):
                 run = Run(node, f"{name.split()[0]}-{turn}", told=TOLD)

@@ -182,7 +182,7 @@ def run_of_training(monkeypatch: pytest.MonkeyPatch, home: Path, node: Node, **e
     monkeypatch.setenv("MISTRALCTL_HOME", str(home))
     told = {"MISTRALCTL_TTL_MINUTES": "60", **envs}
     state.save(replace(budgeted(state="starting"), kind="finetune", task={"envs": told}, created_at=time.time()))
-    monkeypatch.setattr(extend.runtime, "of", lambda cloud: node)
+    monkeypatch.setattr("mistralctl.runtime.of", lambda cloud: node)
 
 
 def test_the_life_of_a_run_of_training_is_put_off_where_its_script_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

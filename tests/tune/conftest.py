@@ -18,8 +18,8 @@ os.environ |= {
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node's folder with the tiny base model."""
-    import tiny
+    import tiny_model
 
     folder = tmp_path_factory.mktemp("node")
-    tiny.write(folder / "weights" / "tiny")
+    tiny_model.write(folder / "weights" / "tiny")
     return folder

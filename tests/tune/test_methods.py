@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_model
 import torch
 from mistral_tune import model, training
 from mistral_tune.data import learnt, packing
 from runs import Run, die_at
 from safetensors.torch import load_file
-from tiny import WINDOW
+from tiny_model import WINDOW
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def test_fsdp2_in_two_processes_takes_two_steps_of_all_weights(node: Path, base:
     """Of another class than Mistral's, too: SmolLM2 is one of Llama."""
     told = TWO_STEPS | {"method": "full", "learning_rate": "0.001", "weights_id": base}
     if base == "llama":
-        tiny.write(node / "weights" / base, llama=True)
+        tiny_model.write(node / "weights" / base, llama=True)
         told |= {"sliding_window": ""}
     run = Run(node, f"sharded-{base}", told=told)
     run.train_together(2)
@@ -103,6 +103,19 @@ def test_killed_and_continued_each_way_of_training_makes_the_same_bits(node: Pat
     assert "goes on at step 1" in killed.log()
     assert "goes on at step" not in whole.log()
     assert killed.tensors() == whole.tensors() != []
+
+
+def test_a_run_reports_to_wandb_only_if_its_key_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(training, "find_spec", lambda name: object())
+    assert training._reports() == []
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    assert training._reports() == ["wandb"]
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    assert training._reports() == []
+    assert "WANDB_API_KEY is set and the package wandb is not installed" in capsys.readouterr().out
 
 
 def log_probabilities(found: Any, batch: dict[str, Any]) -> torch.Tensor:
