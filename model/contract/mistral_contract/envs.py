@@ -471,7 +471,8 @@ class Finetune:
         STRINGS, "what the set-up waits for in secrets.json: `hf_token`; empty: nothing", '["hf_token"]', "finetune", default=()
     )  # fmt: skip
     ttl_minutes: int | None = _env(
-        MINUTES, "the run is ended after so many minutes; it goes on from its last checkpoint. Not set: never", "720", "finetune watch laptop",
+        MINUTES, "the run is ended after so many minutes (`ends_at` may put it off); it goes on from its last checkpoint. Not set: never", "720",
+        "watch laptop",
         default=None,
     )  # fmt: skip
     setup_minutes: int | None = _env(MINUTES, "as for a server", "60", "finetune watch", default=None)

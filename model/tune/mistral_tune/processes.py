@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -36,6 +38,15 @@ def bound(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _free_port() -> int:
+    """Return a port of 127.0.0.1 that no server has, and that no connection takes before the first process does: theirs begin at 32768."""
+    while True:
+        port = 22000 + secrets.randbelow(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def _share(environ: Mapping[str, str], count: int) -> str:
     """Return the threads of each of so many processes."""
     had = environ.get("OMP_NUM_THREADS", "")
@@ -44,8 +55,7 @@ def _share(environ: Mapping[str, str], count: int) -> str:
 
 def run(count: int, arguments: Sequence[str], program: Sequence[str] = WORKER) -> int:
     """Run a program once for each device; the first exit code that is not 0. SIGTERM goes to all of them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _free_port()
     rendezvous = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rendezvous["OMP_NUM_THREADS"] = _share(os.environ, count)
     started: list[subprocess.Popen[bytes]] = []
