@@ -214,7 +214,7 @@ def comes_to_the_command_line(sim: SimCloud, place: Place, folder: Path) -> None
         "--load-format", "safetensors", "--config-format", "hf", "--tokenizer-mode", "mistral",
         "--served-model-name", "mistral-7b-instruct-v0.1", "--host", "127.0.0.1", "--port", "8000",
         "--middleware", "mistral_node.front.Guard", "--max-model-len", "32768", "--max-num-seqs", "64",
-        "--max-num-batched-tokens", "1024", "--long-prefill-token-threshold", "256", "--long-prefill-token-threshold-adaptive",
+        "--max-num-batched-tokens", "1024", "--scheduler-cls", "mistral_node.scheduler.scheduler",
         "--max-num-queued-reqs", "136", "--tensor-parallel-size", "1", "--dtype", "bfloat16", "--shutdown-timeout", "25",
         "--enable-prefix-caching", "--disable-access-log-for-endpoints", "/health", "--gpu-memory-utilization", "0.92",
         "--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false",

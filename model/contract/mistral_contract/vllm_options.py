@@ -112,6 +112,7 @@ CLOSED = {
         "attention-backend attention-config kernel-config linear-backend moe-backend ir-op-priority enable-flashinfer-autotune "
         "gdn-prefill-backend kda-prefill-backend kda-decode-backend sparse-indexer-topk-backend"
     ),
+    "prompts that are read at one time have equal shares of a step": "long-prefill-token-threshold long-prefill-token-threshold-adaptive",
     "it is for developers of vLLM": "ray-workers-use-nsight enable-layerwise-nvtx-tracing jit-monitor-mode jit-monitor-verbose cudagraph-metrics",
     "speculative decoding is not planned with": "speculative-config spec-method spec-model spec-tokens",
     "the models are served for text generation alone": "runner convert pooler-config skip-tokenizer-init enable-flash-late-interaction",
@@ -142,7 +143,7 @@ OPEN = (
     "reasoning-config distributed-timeout-seconds cpu-distributed-timeout-seconds numa-bind numa-bind-nodes numa-bind-cpus "
     "max-parallel-loading-workers disable-custom-all-reduce enable-prefix-caching prefix-caching-hash-algo prefix-cache-retention-interval "
     "fully-sharded-loras lora-target-modules specialize-active-lora log-level enable-mfu-metrics enable-logging-iteration-details "
-    "max-num-queued-reqs max-num-queued-tokens long-prefill-token-threshold long-prefill-token-threshold-adaptive scheduling-policy "
+    "max-num-queued-reqs max-num-queued-tokens scheduling-policy "
     "scheduler-reserve-full-isl watermark prefill-schedule-interval async-scheduling stream-interval cudagraph-capture-sizes "
     "max-cudagraph-capture-size compilation-config structured-outputs-config optimization-level performance-mode disable-log-stats "
     "fail-on-environ-validation enable-log-requests enable-log-outputs enable-log-deltas max-log-len log-error-stack uvicorn-log-level "
