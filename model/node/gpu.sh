@@ -55,7 +55,7 @@ check_fabric() { # that GPUs behind an NVSwitch have joined its fabric: CUDA end
 check_compiler() { # that Triton can build its launcher, a file of C, when vLLM starts (docs/gpu.md): with gcc, or else clang
   local compiler
   compiler=$(command -v gcc || command -v clang) || true
-  printf '#include <stdlib.h>\n' | "${compiler:-false}" -fsyntax-only -x c - > /dev/null 2>&1 || {
+  "${compiler:-false}" -fsyntax-only -x c - <<< '#include <stdlib.h>' > /dev/null 2>&1 || {
     echo "this machine has no C compiler with its headers, which vLLM needs on a GPU; install gcc and libc6-dev, or name an image with them (--image CLOUD=ID)" >&2
     return 1
   }
