@@ -53,17 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def simulations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimCloud]]:
-    """A simulated cloud by its name: the one that is open if nothing of an earlier file runs there, with the small model's weights."""
+    """A simulated cloud by its name, with the small model's weights: a new one, after the last one has ended."""
     with ExitStack() as stack:
-        held: dict[str, SimCloud] = {}
 
         def one(cloud: str) -> SimCloud:
-            if cloud not in held or held[cloud].instances(cloud):
-                held.clear()
-                stack.close()
-                held[cloud] = stack.enter_context(simulated(tmp_path_factory.mktemp(cloud), [cloud]))
-            held[cloud].clear_faults()
-            return held[cloud]
+            stack.close()
+            return stack.enter_context(simulated(tmp_path_factory.mktemp(cloud), [cloud]))
 
         yield one
 
