@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from xdist.scheduler import LoadFileScheduling
 sys.path.append(str(package_dir("model") / "node"))  # its certificates need nothing of vLLM
 
 
-# Files whose tests run one after the other: of a cloud they share a simulated one, with its SkyPilot; those that serve on this machine all
-# take the first port that is free, seconds before they listen on it.
+# Files whose tests run one after the other: those of one cloud, as each simulates it as a whole; those that serve on this machine, as all take the
+# first port that is free, seconds before they listen on it.
 LANES = {
     "this machine": ("test_local", "test_store", "test_wheel", "test_finetune"),
     "aws": ("test_simcloud", "test_aws", "test_public"),
@@ -51,26 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(2400))
 
 
-@pytest.fixture(scope="session")
-def simulations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimCloud]]:
-    """A simulated cloud by its name, with the small model's weights: a new one, after the last one has ended."""
-    with ExitStack() as stack:
-
-        def one(cloud: str) -> SimCloud:
-            stack.close()
-            return stack.enter_context(simulated(tmp_path_factory.mktemp(cloud), [cloud]))
-
-        yield one
-
-
 @pytest.fixture(scope="module")
-def sim(request: pytest.FixtureRequest, simulations: Callable[[str], SimCloud]) -> Iterator[SimCloud]:
-    """The simulated cloud that a module names as `CLOUD`; what the module did there, the role in docs/roles allows."""
+def sim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
+    """The simulated cloud that a module names as `CLOUD`, with the small model's weights; its role in docs/roles allows what is done there."""
     cloud: str = request.module.CLOUD
-    sim = simulations(cloud)
-    begun = len(sim.journal(cloud))
-    yield sim
-    assert exceeded(sim, cloud, begun) == set()
+    with simulated(tmp_path_factory.mktemp(cloud), [cloud]) as sim:
+        yield sim
+        assert exceeded(sim, cloud) == set()
 
 
 def _end(text: str, lines: int = 40) -> str:

@@ -25,9 +25,9 @@ ONCE_ON_GCP = {
 }
 
 
-def exceeded(sim: SimCloud, cloud: str, begun: int = 0) -> set[str]:
-    """What was called on a simulated cloud since a line of its journal, whatever a test did there, that its role file does not allow."""
-    journal = sim.journal(cloud)[begun:]
+def exceeded(sim: SimCloud, cloud: str) -> set[str]:
+    """What was called on a simulated cloud, whatever a test did there, that its role file does not allow."""
+    journal = sim.journal(cloud)
     if cloud == "gcp":
         return _on_gcp(journal, ACCOUNT)
     if cloud == "azure":

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from deployments import simulated
 from simcloud import SimCloud, SimUnavailable
 from simcloud.sim import check
 
@@ -20,9 +21,10 @@ E2E = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     """What is called here by hand needs no role."""
-    return simulations("aws")
+    with simulated(tmp_path_factory.mktemp("aws"), ["aws"]) as sim:
+        yield sim
 
 
 def test_the_node_has_the_environment_that_the_task_names(sim: SimCloud) -> None:

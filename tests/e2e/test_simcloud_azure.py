@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deployments import simulated
 from simcloud import SimCloud
 
 BY_HAND = Path(__file__).parent / "azure_by_hand.py"
 
 
 @pytest.fixture(scope="module")
-def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     """What is called here by hand needs no role."""
-    return simulations("azure")
+    with simulated(tmp_path_factory.mktemp("azure"), ["azure"]) as sim:
+        yield sim
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deployments import simulated
 from simcloud import SimCloud
 
 # What the laptop runs with Google's own library: a call, its answer as JSON or the error's reason.
@@ -33,9 +34,10 @@ BODY = """{
 
 
 @pytest.fixture(scope="module")
-def sim(simulations: Callable[[str], SimCloud]) -> SimCloud:
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimCloud]:
     """What is called here by hand needs no role."""
-    return simulations("gcp")
+    with simulated(tmp_path_factory.mktemp("gcp"), ["gcp"]) as sim:
+        yield sim
 
 
 def call(sim: SimCloud, expression: str) -> dict[str, Any]:

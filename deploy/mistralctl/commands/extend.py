@@ -15,6 +15,7 @@ from mistralctl.state import Record
 from mistralctl.tasks import env, finetune
 
 HEARD_SECONDS = 10.0
+AT_WORK = ("train", "prove", "publish")  # states of a run of fine-tuning
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ def _launcher(record: Record) -> dict[str, Any]:
     return reported.status(runtime.of(record.cloud).read(record, files.STATUS.of(record.name))) or {}
 
 
-AT_WORK = ("train", "prove", "publish")
+def _left(record: Record, until: int) -> float:
+    """Minutes from now to a new end; UserError beyond the longest life."""
+    left = (until - time.time()) / 60
+    if left > durations.LONGEST:
+        raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    return left
 
 
 def _extend_run(record: Record, by: str, minutes: int) -> Extended:
@@ -53,9 +59,7 @@ def _extend_run(record: Record, by: str, minutes: int) -> Extended:
     if not env(record.task, "ttl_minutes") or not end.isdecimal():
         raise UserError(f"{record.name} has no end (--ttl never), so there is nothing to extend", Exit.CONFLICT)
     until = int(end) + minutes * 60
-    left = (until - time.time()) / 60
-    if left > durations.LONGEST:
-        raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    left = _left(record, until)
     budget, price = env(record.task, "budget"), env(record.task, "price")
     if budget and price and until > record.created_at + float(budget) / float(price) * 3600:
         raise UserError(f"{record.name}: its budget of {float(budget):.2f} USD is spent before that", Exit.CONFLICT)
@@ -74,9 +78,7 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
     if launcher.get("state") != "ready" or launcher.get("ends_at") is None:
         raise UserError(f"{record.name} does not serve now; mistralctl status {record.name} says why", Exit.CONFLICT)
     until = math.ceil(launcher["ends_at"]) + minutes * 60
-    left = (until - time.time()) / 60
-    if left > durations.LONGEST:
-        raise UserError(f"DURATION: {record.name} would end in {left / 1440:.0f} days; 365 days is the longest life")
+    left = _left(record, until)
     if (budget := launcher.get("budget")) and until > budget["ends_at"]:
         raise UserError(
             f"{record.name}: its budget of {budget['usd']:.2f} USD is spent before that; give it more with mistralctl up --budget",

@@ -4,8 +4,8 @@ vLLM gives a step's tokens to the requests that run already, in their order, eac
 wait. So a few long prompts take every step whole, and what comes then waits until one of them has been read. Here every prompt that is being read
 or waits for a place has an equal share of the step; what a short one leaves over goes to the others. A prompt that is alone has it all, as before.
 
-On a CPU a step of 2,048 tokens takes a second, which a request that arrives in it waits. Steps are smaller there, which costs nothing
-(benchmarks/hostile_requests.py), and smaller still for a while after requests ran beside each other, which costs some throughput.
+On a CPU a step of 2,048 tokens takes a second, which a request that arrives in it waits. Steps are smaller there, and smaller still for a while
+after requests ran beside each other, which costs throughput (docs/attacks.md).
 """
 
 from __future__ import annotations

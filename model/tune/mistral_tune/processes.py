@@ -32,7 +32,7 @@ def threads(quota: Path = QUOTA) -> int:
 def bound(environ: MutableMapping[str, str]) -> None:
     """Say how many threads compute, for libraries that are loaded from now on; what the user says stays.
 
-    They wait asleep: one that spins keeps the core for which the others wait (of SmolLM2 on two busy cores a tenth of the tokens a second).
+    They wait asleep: one that spins keeps the core for which the others wait (docs/finetune.md).
     """
     environ.setdefault("OMP_NUM_THREADS", str(threads()))
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -32,11 +32,9 @@ BESIDE = (
 def publish(run: Job) -> None:
     """Put what was proven to its address, manifest last; then take the checkpoints away. TuneError if it was not proven."""
     store = Store.of(run)
-    if folder := brought(run):
+    folder = brought(run) or run.result
+    if folder != run.result or store.look(run.wanted.out)[0] == run.identity:
         log.line(f"{run.wanted.out} holds this run already")
-    elif store.look(run.wanted.out)[0] == run.identity:
-        log.line(f"{run.wanted.out} holds this run already")
-        folder = run.result
     else:
         folder = prepared(run)
         found = store.ask("push", folder, run.wanted.out)

@@ -220,9 +220,8 @@ def _trainer(job: Job, place: Place, found: Learnt, packed: Packing, folder: Pat
         )  # fmt: skip
         if wanted.method == "qlora":
             base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-            for module in (
-                base.modules()
-            ):  # bitsandbytes packs weights anew at the first evaluation on a CPU: a run that goes on rounds otherwise
+            # bitsandbytes packs weights anew at the first evaluation on a CPU: a run that goes on would round otherwise.
+            for module in base.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
     settings = SFTConfig(
