@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,48 @@ def test_of_many_writers_at_once_no_change_is_lost(uri: str) -> None:
                 except WeightsError as error:
                     assert error.kind is Kind.CHANGED
 
-    writers = [threading.Thread(target=append, args=(who,)) for who in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(append, range(4)))
     found = open_object(uri).get()
     assert found is not None
     assert sorted(json.loads(found.data)) == [[who, number] for who in range(4) for number in range(3)]
+
+
+def test_what_is_read_while_another_writes_is_of_the_version_that_is_told(uri: str) -> None:
+    one, other = open_object(uri), open_object(uri)
+    written = {one.put(b"0", ""): b"0"}
+    seen: dict[str, bytes] = {}
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            found = other.get()
+            assert found is not None
+            assert seen.setdefault(found.version, found.data) == found.data
+
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        try:
+            for number in range(1, 100):
+                data = b"%d" % number
+                written[one.put(data, list(written)[-1])] = data
+        finally:
+            ended.set()
+        reader.result()
+    assert {version: written[version] for version in seen} == seen
+
+
+def test_a_file_of_one_size_and_time_has_another_version(tmp_path: Path) -> None:
+    one = open_object(f"file://{tmp_path}/keys.json")
+    version = one.put(b"one", "")
+    path = tmp_path / "keys.json"
+    before = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = one.get(version)
+    assert found is not None
+    assert found.data == b"two"
+    refused(Kind.CHANGED, "was changed by somebody else", lambda: one.put(b"lost", version))
 
 
 def test_what_is_no_small_object_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

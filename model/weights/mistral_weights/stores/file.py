@@ -45,7 +45,7 @@ class FileStore:
         path = self.root / file.name
         try:
             with path.open("rb", buffering=0) as source:
-                if self.stored(file.name).version != file.version:
+                if version_of(os.fstat(source.fileno())) != file.version:
                     raise WeightsError(Kind.CHANGED, f"{path} changed while it was read; leave it alone and pull again")
                 source.seek(start)
                 while start < stop:
@@ -62,9 +62,9 @@ class FileStore:
             raise WeightsError(Kind.UNREACHABLE, f"{path} cannot be read ({error.strerror}); check the disk") from None
 
     def stored(self, name: str) -> StoredFile:
-        """The file as it is now; its version is made of time, size and inode."""
-        stat = (self.root / name).stat()
-        return StoredFile(name, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}")
+        """The file as it is now."""
+        found = (self.root / name).stat()
+        return StoredFile(name, found.st_size, version_of(found))
 
     def link(self, file: StoredFile) -> Link | None:
         return None
@@ -96,10 +96,7 @@ class FileStore:
     def get(self, name: str, known: str, most: int) -> Found | None:
         path = self.root / name
         try:
-            with path.open("rb") as source:
-                version = self.stored(name).version
-                if version == known:
-                    return None
+            with path.open("rb") as source:  # its version is its content's, as another may take its name while it is read
                 data = source.read(most + 1)
         except FileNotFoundError:
             raise WeightsError(Kind.NOT_FOUND, f"{path} is not there; check its name") from None
@@ -109,7 +106,8 @@ class FileStore:
             raise WeightsError(Kind.UNREACHABLE, f"{path} cannot be read ({error.strerror}); check the disk") from None
         if len(data) > most:
             raise too_large(str(path), most)
-        return Found(data, version)
+        version = digest(data)
+        return None if version == known else Found(data, version)
 
     def put(self, name: str, data: bytes, known: str) -> str:
         path = self.root / name
@@ -118,7 +116,7 @@ class FileStore:
             self.root.mkdir(parents=True, exist_ok=True)
             with path.with_name(f".{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if (self.stored(name).version if path.exists() else "") != known:
+                if (digest(path.read_bytes()) if path.exists() else "") != known:
                     raise changed(str(path))
                 with partial.open("wb") as sink:
                     sink.write(data)
@@ -126,7 +124,17 @@ class FileStore:
                     os.fsync(sink.fileno())
                 partial.replace(path)
                 sync_folder(self.root)
-                return self.stored(name).version
+                return digest(data)
+
+
+def version_of(found: os.stat_result) -> str:
+    """Of a file that may be large: made of its time, size and inode."""
+    return f"{found.st_mtime_ns}-{found.st_size}-{found.st_ino}"
+
+
+def digest(data: bytes) -> str:
+    """The version of a small object: two of one size in one tick of the clock differ, too."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def home_of(folder: Path) -> Path:

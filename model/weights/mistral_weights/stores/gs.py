@@ -58,7 +58,8 @@ class GcsStore:
 
     def read(self, file: StoredFile, start: int, stop: int) -> Iterator[bytes]:
         with self._explained(file.name):
-            sink = _Room(stop - start, file.name)
+            more = f"the store sent more of {file.name} than was asked for; try again"
+            sink = _Room(stop - start, WeightsError(Kind.UNREACHABLE, more))
             self._blob(file.name).download_to_file(
                 sink,
                 start=start,
@@ -107,16 +108,15 @@ class GcsStore:
         what = f"{self.address}/{name}"
         with self._explained(what):
             blob = self._blob(name)
-            try:
-                blob.reload(if_generation_not_match=int(known) if known else None, timeout=self.timeout, retry=None)
+            sink = _Room(most, too_large(what, most))
+            try:  # one request, so that the bytes and the generation are of one object
+                blob.download_to_file(
+                    sink, if_generation_not_match=int(known) if known else None, timeout=self.timeout, retry=None
+                )
             except NotModified:
                 return None
-            if str(blob.generation) == known:
-                return None
-            if blob.size > most:
-                raise too_large(what, most)
-            data = blob.download_as_bytes(if_generation_match=blob.generation, timeout=self.timeout, retry=None)
-            return Found(data, str(blob.generation))
+            version = str(blob.generation)
+            return None if version == known else Found(bytes(sink.data), version)
 
     def put(self, name: str, data: bytes, known: str) -> str:
         what = f"{self.address}/{name}"
@@ -193,14 +193,14 @@ class _Heard:
 
 
 class _Room:
-    """A file that takes so many bytes of an answer, and ends one that goes on."""
+    """A file that takes so many bytes of an answer, and ends one that goes on with `excess`."""
 
-    def __init__(self, size: int, name: str) -> None:
-        self._size, self._name, self.data = size, name, bytearray()
+    def __init__(self, size: int, excess: WeightsError) -> None:
+        self._size, self._excess, self.data = size, excess, bytearray()
 
     def write(self, piece: bytes) -> int:
         if len(self.data) + len(piece) > self._size:
-            raise WeightsError(Kind.UNREACHABLE, f"the store sent more of {self._name} than was asked for; try again")
+            raise self._excess
         self.data += piece
         return len(piece)
 
