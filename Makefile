@@ -185,7 +185,7 @@ bench: .venv/.made .venv-node/.made .venv-tune/.made .venv-weights/.made
 	$(BIN)/python benchmarks/setup_overlap.py $(BENCH_OPTIONS)
 	$(BIN)/python benchmarks/up_to_first_token.py $(BENCH_OPTIONS)
 	$(BIN)/python benchmarks/status_many.py $(BENCH_OPTIONS)
-	for program in $(wildcard benchmarks/attention.py benchmarks/kv_blocks.py benchmarks/stock_vs_ours.py benchmarks/startup.py benchmarks/guard_cost.py benchmarks/one_process.py); do .venv-node/bin/python "$$program" $(BENCH_OPTIONS); done
+	for program in $(wildcard benchmarks/attention.py benchmarks/kv_blocks.py benchmarks/stock_vs_ours.py benchmarks/startup.py benchmarks/guard_cost.py benchmarks/one_process.py benchmarks/neighbours.py); do .venv-node/bin/python "$$program" $(BENCH_OPTIONS); done
 	.venv-tune/bin/python benchmarks/finetune.py $(BENCH_OPTIONS)
 	for program in $(wildcard benchmarks/weights_pull.py benchmarks/pull_and_load.py); do .venv-weights/bin/python "$$program" $(BENCH_OPTIONS); done
 

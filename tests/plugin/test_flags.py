@@ -147,8 +147,16 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert got["TORCH_COMPILE_DISABLE"] == "1"
     assert got["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    assert got["GOMP_SPINCOUNT"] == flags.SPINS
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_whose_machine_it_is_to_say(name: str) -> None:
+    got = flags.environment(contract.read(GOOD), {name: "1"})
+    assert {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(got) == {name}
+    assert got[name] == "1"
 
 
 def test_on_a_gpu_nothing_is_built_with_what_the_image_may_have(monkeypatch: pytest.MonkeyPatch) -> None:

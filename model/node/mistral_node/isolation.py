@@ -15,7 +15,7 @@ from mistral_node.contract import Contract
 PREPARE_SECONDS = 300
 # Of the launcher's variables that user gets those with these beginnings.
 KEPT = (
-    "PATH", "LANG", "LC_", "TZ", "CUDA", "NVIDIA_", "NCCL_", "VLLM_", "OMP_", "MKL_", "TORCH", "HF_HUB_", "MISTRALCTL_",
+    "PATH", "LANG", "LC_", "TZ", "CUDA", "NVIDIA_", "NCCL_", "VLLM_", "OMP_", "GOMP_", "MKL_", "TORCH", "HF_HUB_", "MISTRALCTL_",
     "PYTHONPATH", "TOKENIZERS_", "DO_NOT_TRACK", "FORWARDED_ALLOW_IPS",
 )  # fmt: skip
 
