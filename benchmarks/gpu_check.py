@@ -213,11 +213,11 @@ def attention_times(device: str, sizes: Sizes) -> tuple[str, list[dict[str, Any]
     def prefill(length: int, window: int | None) -> None:
         for start in range(0, length, chunk):
             first = 0 if window is None else max(0, start - window + 1)
-            attention(query, key[first : start + chunk], value[first : start + chunk], start, first, window)
+            attention(query, key[first : start + chunk], value[first : start + chunk], window)
 
     def decode(length: int, window: int | None) -> None:
         first = 0 if window is None else length - window
-        attention(query[:1], key[first:length], value[first:length], length - 1, first, window)
+        attention(query[:1], key[first:length], value[first:length], window)
 
     rows = []
     for phase, work in (("prefill", prefill), ("decode", decode)):

@@ -181,7 +181,7 @@ class Env:
         return text
 
 
-def _env(
+def _env(  # noqa: PLR0913 - the columns of a row
     kind: Kind, meaning: str, example: str, readers: str, *, default: Any = MISSING, template: str | None = None
 ) -> Any:  # what `field` gives has the type of the field
     row = {"kind": kind, "meaning": meaning, "example": example, "readers": tuple(readers.split()), "template": template or ""}

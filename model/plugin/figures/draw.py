@@ -20,7 +20,8 @@ SEEN, REACHED, FREE, BEHIND, INK = "#2a6f97", "#a9d6e5", "#ffffff", "#e3e3e3", "
 STYLE: Any = {"svg.hashsalt": "mistral", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
 
-def cell(axis: Any, x: float, y: float, colour: str, text: str = "", width: float = 1.0) -> None:
+def cell(axis: Any, at: tuple[float, float], colour: str, text: str = "", width: float = 1.0) -> None:
+    x, y = at
     axis.add_patch(Rectangle((x, y), width, 1, facecolor=colour, edgecolor="#9a9a9a", linewidth=0.6))
     if text:
         axis.text(x + width / 2, y + 0.5, text, ha="center", va="center", color="white" if colour == SEEN else INK, fontsize=8)
@@ -49,7 +50,7 @@ def draw_window() -> None:
             distance = query - key
             seen = 0 <= distance < WINDOW
             reached = WINDOW <= distance <= 2 * (WINDOW - 1)
-            cell(axis, key, query + 1, SEEN if seen else REACHED if reached else BEHIND if distance > 0 else FREE)
+            cell(axis, (key, query + 1), SEEN if seen else REACHED if reached else BEHIND if distance > 0 else FREE)
     axis.text(0, 0.6, "key 0, 1, 2, ...", fontsize=9)
     notes = [
         (SEEN, f"distance below W: seen by the layer (W = {WINDOW})"),
@@ -58,7 +59,7 @@ def draw_window() -> None:
         (FREE, "later than the query: masked"),
     ]
     for i, (colour, text) in enumerate(notes):
-        cell(axis, 15.5, 2 + 3 * i, colour)
+        cell(axis, (15.5, 2 + 3 * i), colour)
         axis.text(17, 2.5 + 3 * i, text, va="center")
     axis.text(-0.1, 15.7, "one row a query", fontsize=9)
     save(figure, "window.svg")
@@ -81,13 +82,12 @@ def draw_paged_cache() -> None:
             gone = held and table.blocks[i] == RECYCLED
             text = "" if not held else "recycled" if gone else f"block {table.blocks[i]}"
             new = held and (i + 1) * BLOCK > start
-            cell(axis, 9 + 3.5 * i, y, FREE if not held else BEHIND if gone else SEEN if new else REACHED, text, 3.5)
+            cell(axis, (9 + 3.5 * i, y), FREE if not held else BEHIND if gone else SEEN if new else REACHED, text, 3.5)
         for block in range(6):
             used = block in table.blocks
             cell(
                 axis,
-                31 + 2 * block,
-                y,
+                (31 + 2 * block, y),
                 FREE if not used else SEEN if block in table.blocks[start // BLOCK :] else REACHED,
                 str(block),
                 2,
@@ -98,9 +98,9 @@ def draw_paged_cache() -> None:
         (11, REACHED, f"read: inside the window (W = {WINDOW})"),
         (27, BEHIND, "behind it"),
     ):
-        cell(axis, x, y, colour)
+        cell(axis, (x, y), colour)
         axis.text(x + 1.4, y + 0.5, text, va="center")
-    cell(axis, 35, y, FREE)
+    cell(axis, (35, y), FREE)
     axis.text(36.4, y + 0.5, "free", va="center")
     save(figure, "paged_cache.svg")
 

@@ -311,25 +311,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, query_start: int, key_start: int, window: int | None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     """Causal grouped-query attention of one sequence. query [Q, H, D], key and value [K, G, D]; returns [Q, H, D].
 
-    Row 0 of `query` is the token at position `query_start`, row 0 of `key` that at `key_start`. A query at position p sees
-    the keys p - W + 1 .. p: a key at distance >= W is masked, so W keys are seen, its own among them. Query head h reads
-    key-value head h // (H / G). Queries go in tiles of at most MAX_SCORES scores, and a tile does not even read a key that all its
-    queries mask.
+    The queries are those of the last Q of the K tokens. A query at position p sees the keys p - W + 1 .. p: a key at distance >= W
+    is masked, so W keys are seen, its own among them. Query head h reads key-value head h // (H / G). Queries go in tiles of at
+    most MAX_SCORES scores, and a tile does not even read a key that all its queries mask.
 
     With equal scores the result is the mean of the values seen. W = 2, values 1, 2, 3, 4:
 
     >>> values, zeros = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1), torch.zeros(4, 1, 1)
-    >>> attention(zeros, zeros, values, 0, 0, window=2).flatten().tolist()
+    >>> attention(zeros, zeros, values, window=2).flatten().tolist()
     [1.0, 1.5, 2.5, 3.5]
-    >>> attention(zeros, zeros, values, 0, 0, window=None).flatten().tolist()
+    >>> attention(zeros, zeros, values, window=None).flatten().tolist()
     [1.0, 1.5, 2.0, 2.5]
 
     The last query alone, with only the keys at positions 2 and 3 in hand, gets the same:
 
-    >>> attention(zeros[3:], zeros[2:], values[2:], 3, 2, window=2).flatten().tolist()
+    >>> attention(zeros[3:], zeros[2:], values[2:], window=2).flatten().tolist()
     [3.5]
     """
     heads, head_dim = query.shape[1:]
@@ -338,9 +337,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_start: int, key_s
     size = max(1, min(QUERY_TILE, MAX_SCORES // (heads * len(key))))
     for tile in range(0, len(query), size):
         q = query[tile : tile + size].view(-1, groups, heads // groups, head_dim)
-        first, end = query_start + tile, query_start + tile + len(q)
-        oldest = key_start if window is None else max(key_start, first - window + 1)
-        seen = slice(oldest - key_start, end - key_start)
+        first = len(key) - len(query) + tile
+        oldest, end = 0 if window is None else max(0, first - window + 1), first + len(q)
+        seen = slice(oldest, end)
         distance = torch.arange(first, end, device=q.device)[:, None] - torch.arange(oldest, end, device=q.device)
         masked = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = torch.einsum("qghd,kgd->ghqk", q, key[seen]).float() * head_dim**-0.5
@@ -492,7 +491,7 @@ class Mistral:
                 block_table, key_start = chunk.block_tables[c], chunk.key_starts[c]
                 keys = key_cache[block_table].flatten(0, 1)[: chunk.end - key_start]
                 values = value_cache[block_table].flatten(0, 1)[: chunk.end - key_start]
-                attended[chunk.rows] = attention(query[chunk.rows], keys, values, chunk.start, key_start, window)
+                attended[chunk.rows] = attention(query[chunk.rows], keys, values, window)
             x = x + self.linear(attended.flatten(1), layer + "self_attn.o_proj")
 
             h = self.norm(x, layer + "post_attention_layernorm")

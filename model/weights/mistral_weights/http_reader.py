@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -64,6 +65,15 @@ class _UnknownAnswerError(Exception):
 
 class _StalledError(Exception):
     """The peer sends next to nothing."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Status, headers with small names, and what of the body came with them."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class HttpReader:
@@ -130,13 +140,13 @@ class HttpReader:
         lines += ["Accept-Encoding: identity", "User-Agent: mistral-weights"]
         lines += [f"{name}: {value}" for name, value in link.headers.items()]
         held.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
-        status, headers, body = self._head(held, file)
-        self._check(file, link, status, headers, start, len(buffer))
-        if len(body) > len(buffer):
+        answer = self._head(held, file)
+        self._check(file, link, answer, range(start, last + 1))
+        if len(answer.body) > len(buffer):
             raise _unreachable(file, "the server sent more than was asked for")
-        buffer[: len(body)] = body
-        blake3 = self._fill(held, buffer, len(body), file)
-        if headers.get("connection", "").lower() == "close":
+        buffer[: len(answer.body)] = answer.body
+        blake3 = self._fill(held, buffer, len(answer.body), file)
+        if answer.headers.get("connection", "").lower() == "close":
             self._hang_up()
         return blake3
 
@@ -162,8 +172,7 @@ class HttpReader:
         self._socket, self._peer = held, (scheme, peer)
         return held
 
-    def _head(self, held: socket.socket, file: StoredFile) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers with small names, and what of the body came with them."""
+    def _head(self, held: socket.socket, file: StoredFile) -> _Answer:
         data = b""
         end = time.monotonic() + self._patience.stall
         while (at := data.find(b"\r\n\r\n")) < 0:
@@ -180,10 +189,11 @@ class HttpReader:
         if match is None:
             raise _UnknownAnswerError
         pairs = (line.partition(":") for line in lines)
-        return int(match.group(1)), {name.lower(): value.strip() for name, _, value in pairs}, data[at + 4 :]
+        return _Answer(int(match.group(1)), {name.lower(): value.strip() for name, _, value in pairs}, data[at + 4 :])
 
-    def _check(self, file: StoredFile, link: Link, status: int, headers: Mapping[str, str], start: int, size: int) -> None:
-        """An error unless the answer holds exactly the range that was asked for, of the version that was asked for."""
+    def _check(self, file: StoredFile, link: Link, answer: _Answer, asked: range) -> None:
+        """An error unless the answer holds exactly the bytes that were asked for, of the version that was asked for."""
+        status, headers = answer.status, answer.headers
         if status not in (200, 206):
             if 300 <= status < 400:
                 self._links.drop(file, link)
@@ -194,13 +204,13 @@ class HttpReader:
         for name, expected in link.expect.items():
             if headers.get(name, expected) != expected:
                 raise WeightsError(Kind.CHANGED, f"{file.name} changed in the store while it was read; {LET_IT_BE}")
-        if status == 200 and (start, size) != (0, file.size):
+        if status == 200 and asked != range(file.size):
             raise _unreachable(file, "the server sent the whole file and not the range that was asked for")
         if status == 206:
             match = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-            if match is None or (int(match.group(1)), int(match.group(2))) != (start, start + size - 1):
+            if match is None or range(int(match.group(1)), int(match.group(2)) + 1) != asked:
                 raise _unreachable(file, "the server sent another range than was asked for")
-        if headers.get("content-length") != str(size):
+        if headers.get("content-length") != str(len(asked)):
             raise _unreachable(file, "the server announced another length than was asked for")
 
     def _fill(self, held: socket.socket, buffer: memoryview, filled: int, file: StoredFile) -> str:

@@ -108,7 +108,10 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
                 partial.rmdir()  # only when nothing came into it
         _publish(brought, folder)
     manifest = brought.manifest
-    found = _pulled(address, folder, manifest, time.monotonic() - begun, tally.fetched, tally.resumed, False)
+    found = replace(
+        _already(address, folder, manifest), seconds=time.monotonic() - begun, fetched=tally.fetched, resumed=tally.resumed,
+        already_there=False,
+    )  # fmt: skip
     after = written_so_far(folder)
     if before is None or after is None:
         return found
@@ -134,7 +137,7 @@ def _there(folder: Path, address: Address, request: Pull) -> Pulled | tuple[Dama
     if wrong:
         return wrong
     _refresh_state(installed)
-    return _pulled(address, folder, installed.manifest, 0.0, 0, 0, True)
+    return _already(address, folder, installed.manifest)
 
 
 def _same(installed: Installed, address: Address) -> bool:
@@ -313,9 +316,8 @@ def _publish(brought: Installed, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _pulled(
-    address: Address, folder: Path, manifest: Manifest, seconds: float, fetched: int, resumed: int, there: bool
-) -> Pulled:
+def _already(address: Address, folder: Path, manifest: Manifest) -> Pulled:
+    """A set for which nothing was fetched."""
     return Pulled(
         uri=str(address),
         folder=str(folder),
@@ -324,10 +326,10 @@ def _pulled(
         license=manifest.license,
         files=tuple(file.name for file in manifest.files),
         bytes=manifest.size,
-        fetched=fetched,
-        resumed=resumed,
-        seconds=seconds,
-        already_there=there,
+        fetched=0,
+        resumed=0,
+        seconds=0.0,
+        already_there=True,
         digest=manifest.digest,
         unproven=tuple(file.name for file in manifest.files if file.checked_by == "size"),
     )
