@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import Kind, WeightsError
 
@@ -60,16 +62,39 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """`path` with `data`: never half written, and on the disk when this returns."""
+def still_there(path: Path, handle: int) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that takes the name `path` when it is written: never half, and on the disk then.
+
+    Its name until then is the same for all, so that a killed writer's pieces do not stay; who comes meanwhile waits for it.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with explained(path):
-        with partial.open("wb") as sink:
-            sink.write(data)
+    while True:
+        with partial.open("ab") as sink:
+            fcntl.flock(sink, fcntl.LOCK_EX)
+            if not still_there(partial, sink.fileno()):
+                continue  # it has become another writer's whole file
+            sink.truncate(0)
+            yield sink
             sink.flush()
             os.fsync(sink.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+            partial.replace(path)
+            sync_folder(path.parent)
+            return
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`path` with `data`: never half written, and on the disk when this returns."""
+    with explained(path), replacing(path) as sink:
+        sink.write(data)
 
 
 class PartialFile:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from .address import parse
-from .disk import explained, require_space
+from .disk import explained, replacing, require_space
 from .errors import EXIT_CODES, Kind, WeightsError
 from .events import silent
 from .patience import Patience
@@ -32,15 +32,13 @@ def fetch(uri: str, target: Path, most: int = 0, patience: Patience = ORDINARY) 
             raise WeightsError(Kind.REFUSED, f"{uri} has {file.size:,} bytes; at most {most:,} are read here")
         target.parent.mkdir(parents=True, exist_ok=True)
         require_space(target.parent, file.size)
-        partial = target.with_name(f".{target.name}.partial")
 
         def bring(file: StoredFile = file) -> None:
-            with explained(target), partial.open("wb") as out:
+            with explained(target), replacing(target) as out:
                 for piece in store.read(file, 0, file.size):
                     out.write(piece)
 
         tried(uri, patience, silent, bring)
-    partial.replace(target)
     return file.size
 
 

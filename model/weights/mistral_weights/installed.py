@@ -78,12 +78,16 @@ def stat_of(path: Path) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}" if path.is_file() and not path.is_symlink() else ""
 
 
-def write_state(installed: Installed) -> None:
-    """Notes that every file was right just now."""
-    folder = installed.folder
-    stats = {file.name: stat_of(folder / file.name) for file in installed.manifest.files}
-    state = {"address": installed.address, "stats": stats, "versions": dict(installed.versions)}
-    write_whole(folder / names.STATE, json.dumps(state, indent=1).encode())
+def stats_of(installed: Installed) -> dict[str, str]:
+    """The stat of each file now."""
+    return {file.name: stat_of(installed.folder / file.name) for file in installed.manifest.files}
+
+
+def write_state(installed: Installed, stats: Mapping[str, str] | None = None) -> None:
+    """Notes that every file was right when it had these stats, left out: those of now."""
+    noted = stats_of(installed) if stats is None else dict(stats)
+    state = {"address": installed.address, "stats": noted, "versions": dict(installed.versions)}
+    write_whole(installed.folder / names.STATE, json.dumps(state, indent=1).encode())
 
 
 def damages(installed: Installed, full: bool, advance: Callable[[int], None] = lambda size: None) -> tuple[Damage, ...]:

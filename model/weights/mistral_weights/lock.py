@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .disk import explained
+from .disk import explained, still_there
 from .errors import Kind, WeightsError
 from .events import Report, Waiting
 
@@ -33,7 +33,7 @@ def _acquire(path: Path, patience: float, report: Report) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _still_there(path, handle):
+            if still_there(path, handle):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()}\n".encode())
                 return handle
@@ -50,10 +50,3 @@ def _acquire(path: Path, patience: float, report: Report) -> int:
             report(Waiting(f"process {holder or 'unknown'}, which works on the same set"))
             said = True
         time.sleep(0.1)
-
-
-def _still_there(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from . import canary
 from .address import Address, parse
+from .disk import explained
 from .errors import Kind, WeightsError
 from .events import Report, silent
+from .lock import locked
 from .patience import Patience
 from .pull import Pull, pull
 from .push import Push, push
@@ -78,16 +80,21 @@ def mirror(request: Mirror, report: Report = silent) -> Mirrored:
         full_check=True,
         patience=request.patience,
     )
-    pulled = pull(wanted, report)
-    if request.canary is not None:
-        added = canary.add(stage, request.canary)
-        if added:
-            pulled = replace(pulled, files=tuple(sorted((*pulled.files, canary.FILE))), bytes=pulled.bytes + added)
-    sent = pulled.fetched
-    if not to_folder:
-        sent = push(Push(stage, request.target, request.secrets, patience=request.patience), report).sent
-        if request.stage is None:
-            shutil.rmtree(stage)
+    stage = stage.expanduser().resolve()
+    with explained(stage.parent):
+        stage.parent.mkdir(parents=True, exist_ok=True)
+    # Another mirror of this source would take the stage away under the push, or add its canary to it.
+    with locked(stage.with_name(f".{stage.name}.mirror.lock"), request.patience.lock, report):
+        pulled = pull(wanted, report)
+        if request.canary is not None:
+            added = canary.add(stage, request.canary)
+            if added:
+                pulled = replace(pulled, files=tuple(sorted((*pulled.files, canary.FILE))), bytes=pulled.bytes + added)
+        sent = pulled.fetched
+        if not to_folder:
+            sent = push(Push(stage, request.target, request.secrets, patience=request.patience), report).sent
+            if request.stage is None:
+                shutil.rmtree(stage)
     return Mirrored(
         source=pulled.source,
         target=str(target),

@@ -17,7 +17,7 @@ from .disk import explained, require_space, sync_folder, write_whole, written_so
 from .errors import Kind, WeightsError
 from .events import Advanced, Begun, FileFinished, FileRestarted, Kept, Report, SetAside, silent
 from .http_reader import readers
-from .installed import Damage, Installed, damage, damages, find, stat_of, write_state
+from .installed import Damage, Installed, damage, damages, find, stat_of, stats_of, write_state
 from .journal import Journal
 from .lock import locked
 from .manifest import RANGE_BYTES, Manifest, ManifestFile, render, require_digest
@@ -83,9 +83,10 @@ def pull(request: Pull, report: Report = silent) -> Pulled:
     begun = time.monotonic()
     address = parse(request.uri, request.revision)
     folder = request.folder.expanduser().resolve()
-    there = _there(folder, address, request)
-    if isinstance(there, Pulled) and not request.fresh:
-        return replace(there, seconds=time.monotonic() - begun)
+    if not request.fresh:
+        with suppress(OSError, WeightsError):  # another pull may be replacing the set: what is wrong is found out alone
+            if isinstance(there := _there(folder, address, request), Pulled):
+                return replace(there, seconds=time.monotonic() - begun)
     with explained(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), request.patience.lock, report):
@@ -133,10 +134,13 @@ def _there(folder: Path, address: Address, request: Pull) -> Pulled | tuple[Dama
     if request.digest and installed.manifest.digest != request.digest and _same(installed, address):
         return None  # another set than the one that is wanted: it is replaced, once that is here
     _require_same(installed, address)
+    stats = stats_of(installed)  # a file that is changed from now on has another
     wrong = damages(installed, request.full_check)
     if wrong:
         return wrong
-    _refresh_state(installed)
+    if stats != installed.stats:
+        with suppress(WeightsError):  # a folder that we may only read: the next check hashes again
+            write_state(installed, stats)
     return _already(address, folder, installed.manifest)
 
 
@@ -163,13 +167,6 @@ def _require_same(installed: Installed, address: Address) -> None:
     if not _same(installed, address):
         held = installed.address or installed.manifest.source
         raise WeightsError(Kind.USAGE, f"{installed.folder} holds {held}, not {address}; name another folder or remove it")
-
-
-def _refresh_state(installed: Installed) -> None:
-    stats = {file.name: stat_of(installed.folder / file.name) for file in installed.manifest.files}
-    if stats != installed.stats:
-        with suppress(WeightsError):  # a folder that we may only read: the next check hashes again
-            write_state(installed)
 
 
 def _set_aside(folder: Path, unnamed: list[str], report: Report) -> None:

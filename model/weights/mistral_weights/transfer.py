@@ -139,10 +139,11 @@ class Transfer:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        reader = self._conditions.new_reader()
-        with self._changed:
-            self._readers.append(reader)
+        reader: Reader | None = None
         try:
+            reader = self._conditions.new_reader()
+            with self._changed:
+                self._readers.append(reader)
             while (buffer := self._buffers.get()) is not None:
                 task = self._take()
                 if task is None:
@@ -153,7 +154,8 @@ class Transfer:
             if not self._stop.is_set():
                 self._fail(error)
         finally:
-            reader.close()
+            if reader is not None:
+                reader.close()
 
     def _take(self) -> tuple[int, int] | None:
         with self._changed:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..address import Address
-from ..disk import explained, sync_folder
+from ..disk import explained, replacing
 from ..errors import Kind, WeightsError
 from ..manifest import ManifestFile
 from ..status import changed, too_large
@@ -45,14 +45,15 @@ class FileStore:
         path = self.root / file.name
         try:
             with path.open("rb", buffering=0) as source:
-                if version_of(os.fstat(source.fileno())) != file.version:
-                    raise WeightsError(Kind.CHANGED, f"{path} changed while it was read; leave it alone and pull again")
+                self._require_same(file, source.fileno())
                 source.seek(start)
                 while start < stop:
                     piece = source.read(min(PIECE, stop - start))
                     if not piece:
                         raise WeightsError(Kind.CHANGED, f"{path} became shorter; leave it alone and pull again")
                     start += len(piece)
+                    if start == stop:
+                        self._require_same(file, source.fileno())  # others may write into it as it is
                     yield piece
         except FileNotFoundError:
             raise WeightsError(Kind.NOT_FOUND, f"{path} is gone; check the source") from None
@@ -60,6 +61,11 @@ class FileStore:
             raise WeightsError(Kind.DENIED, f"{path} may not be read; change its permissions") from None
         except OSError as error:
             raise WeightsError(Kind.UNREACHABLE, f"{path} cannot be read ({error.strerror}); check the disk") from None
+
+    def _require_same(self, file: StoredFile, handle: int) -> None:
+        if version_of(os.fstat(handle)) != file.version:
+            changed_meanwhile = f"{self.root / file.name} changed while it was read; leave it alone and pull again"
+            raise WeightsError(Kind.CHANGED, changed_meanwhile)
 
     def stored(self, name: str) -> StoredFile:
         """The file as it is now."""
@@ -74,17 +80,12 @@ class FileStore:
 
     def write(self, name: str, path: Path, facts: ManifestFile | None, advance: Advance = unheard) -> None:
         target = self.root / name
-        partial = target.with_name(f".{target.name}.partial")
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, partial.open("wb") as sink:
+            with path.open("rb") as source, replacing(target) as sink:
                 while piece := source.read(PIECE):
                     sink.write(piece)
                     advance(len(piece))
-                sink.flush()
-                os.fsync(sink.fileno())
-            partial.replace(target)
-            sync_folder(target.parent)
 
     def compare(self, file: StoredFile, facts: ManifestFile) -> bool:
         with (self.root / file.name).open("rb") as source:
@@ -111,19 +112,14 @@ class FileStore:
 
     def put(self, name: str, data: bytes, known: str) -> str:
         path = self.root / name
-        partial = path.with_name(f".{name}.partial")
         with explained(path):
             self.root.mkdir(parents=True, exist_ok=True)
             with path.with_name(f".{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if (digest(path.read_bytes()) if path.exists() else "") != known:
                     raise changed(str(path))
-                with partial.open("wb") as sink:
+                with replacing(path) as sink:
                     sink.write(data)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                partial.replace(path)
-                sync_folder(self.root)
                 return digest(data)
 
 
