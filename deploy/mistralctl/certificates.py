@@ -119,6 +119,6 @@ def context(name: str) -> ssl.SSLContext:
         found.load_verify_locations(server_file(name))
     except (OSError, ssl.SSLError) as error:
         raise UserError(
-            f"{name}: {server_file(name)} cannot be read ({error}); run mistralctl up again", Exit.CONFLICT
+            f"{name}: {server_file(name)} cannot be read ({error}); run {state.again(name)} again", Exit.CONFLICT
         ) from error
     return found

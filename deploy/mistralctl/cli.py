@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
-from mistralctl import cli_finetune, cli_keys, cli_weights, documents, interrupts
+from mistralctl import cli_finetune, cli_keys, cli_weights, documents, interrupts, shells
 from mistralctl.answers import DeployedName, Form, Output, known_names, note, note_rights, say, say_task
 from mistralctl.errors import Exit, UserError
 from mistralctl.flags import with_spec
@@ -215,12 +215,20 @@ def ssh(
     os.execvp(command[0], command)  # noqa: S606 - no shell, which is what we want
 
 
-@app.command(epilog='Example: eval "$(mistralctl env smollm2-135m-instruct)"')
-def env(name: DeployedName, output: Output = Form.text) -> None:
-    """Print shell lines for clients of the OpenAI API."""
+@app.command(epilog='Examples: eval "$(mistralctl env mistral)"; mistralctl env mistral --shell fish | source')
+def env(
+    name: DeployedName,
+    shell: Annotated[shells.Shell, typer.Option(help="whose words")] = shells.Shell.sh,
+    output: Output = Form.text,
+) -> None:
+    """Print what clients of the OpenAI API read: address, key, model, authorities."""
     from mistralctl.commands import env as env_command
 
-    say(env_command.run(name), output, "env_text")
+    client = env_command.run(name)
+    if output is Form.text:
+        typer.echo(shells.lines(client.variables, shell))
+    else:
+        say(client, output, "")
 
 
 @app.command(epilog='Examples: mistralctl chat mistral -m "Why is the sky blue?"; mistralctl chat mistral')

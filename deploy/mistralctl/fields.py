@@ -124,6 +124,36 @@ def fields(spec: type[BaseModel]) -> dict[str, SpecField]:
     return found
 
 
+def words(spec: BaseModel) -> list[str]:
+    """Return the command line's words that make a spec again: what differs from the defaults, arguments first.
+
+    >>> from mistralctl.spec import DeploymentSpec
+    >>> words(DeploymentSpec(model="smollm2-135m-instruct", cloud=("local",), lora={"sql": "s3://bucket/sql"}))
+    ['smollm2-135m-instruct', '--cloud', 'local', '--lora', 'sql=s3://bucket/sql']
+    """
+    arguments, options = list[str](), list[str]()
+    for one in fields(type(spec)).values():
+        value = getattr(spec, one.name)
+        if value == one.info.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, bool):
+            options.append(one.flag if value else f"--no-{one.flag.removeprefix('--')}")
+            continue
+        each = (
+            [f"{key}={text}" for key, text in value.items()]
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, tuple)
+            else [value]
+        )
+        for text in (item if isinstance(item, str) else figure(item) for item in each):
+            if not one.flag.startswith("-"):
+                arguments.append(text)
+            else:
+                options += [f"{one.flag}={text}"] if text.startswith("-") else [one.flag, text]
+    return arguments + options
+
+
 def json_schema(spec: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema of a file with these fields, for editors: it accepts every spelling that `config` takes."""
     schema = spec.model_json_schema()

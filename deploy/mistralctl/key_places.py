@@ -75,14 +75,14 @@ class Node:
         text = runtime.of(self.record.cloud).read(self.record, files.KEYS_FILE.of(name))
         if not text:
             raise UserError(
-                f"{name}: its node has no file of keys; run mistralctl up again, which replaces a server of an earlier version",
+                f"{name}: its node has no file of keys; run {self.record.again} again, which replaces a server of an earlier version",
                 Exit.CONFLICT,
             )
         try:
             return Held(contract.read(text), text)
         except ValueError as error:
             raise UserError(
-                f"{name}: {files.KEYS_FILE.name} of its node {error}; run mistralctl up again", Exit.CONFLICT
+                f"{name}: {files.KEYS_FILE.name} of its node {error}; run {self.record.again} again", Exit.CONFLICT
             ) from error
 
     def replace(self, before: Held, after: Keys) -> bool:

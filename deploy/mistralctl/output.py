@@ -313,12 +313,6 @@ def receipt_text(result: Receipt | TrainingReceipt) -> str:
     return _rows(rows)
 
 
-def env_text(client: Client) -> str:
-    """Lines for a shell."""
-    values = {"OPENAI_BASE_URL": client.base_url, "OPENAI_API_KEY": client.api_key, "SSL_CERT_FILE": client.ssl_cert_file}
-    return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in values.items() if value)
-
-
 def _end(at: float | None) -> str:
     return "never" if at is None else _moment(at)
 

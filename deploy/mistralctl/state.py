@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ class Record:
     came to nothing. `more` are the fields of a newer version, which are kept as they are.
     `account` is the cloud's in which the machine was rented.
     `weights_digest` is that of the weights which were served first, or were asked for: later ones must have it.
+    `command` is the command line that makes it again, empty in records of earlier versions.
     """
 
     name: str
@@ -87,12 +89,18 @@ class Record:
     failure: str = ""
     account: str = ""
     weights_digest: str = ""
+    command: str = ""
     schema: int = SCHEMA
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
         return Path(self.node_dir) / files.RUN.of(self.name)
+
+    @property
+    def again(self) -> str:
+        """The command that brings it up again where it was: one without its cloud might rent a machine."""
+        return self.command or shlex.join(["mistralctl", "up", self.model, "--name", self.name, "--cloud", self.cloud])
 
     @property
     def base_url(self) -> str:
@@ -287,6 +295,14 @@ def known(name: str) -> Record:
     return record
 
 
+def again(name: str) -> str:
+    """The command that brings a name up again, as far as this laptop knows of it."""
+    with suppress(UserError):
+        if (record := read(name)) is not None:
+            return record.again
+    return "mistralctl up"
+
+
 def names() -> list[str]:
     """Every name that was ever up here, also of records that cannot be read."""
     found = []
@@ -363,6 +379,7 @@ def api_key(name: str) -> str:
     found = own_files.read(path).strip()
     if not re.fullmatch(r"[\x21-\x7e]+", found):
         raise UserError(
-            f"{path} is damaged (it holds no key); delete it and run mistralctl up again, which makes another", Exit.CONFLICT
+            f"{path} is damaged (it holds no key); delete it and run {again(path.parent.name)} again, which makes another",
+            Exit.CONFLICT,
         )
     return found

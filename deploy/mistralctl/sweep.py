@@ -101,7 +101,7 @@ def label_others(record: Record) -> Record:
         return record
     except UserError as error:
         raise UserError(
-            f"{record.name}: {error}; its machine runs: mistralctl up goes on with it then, mistralctl down {record.name} takes it away",
+            f"{record.name}: {error}; its machine runs: {record.again} goes on with it then, mistralctl down {record.name} takes it away",
             error.code, error.details,
         ) from error  # fmt: skip
     if there == 0:

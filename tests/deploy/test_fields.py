@@ -128,6 +128,18 @@ def test_an_option_touches_one_file() -> None:
         assert not {one.flag for one in fields.fields(DeploymentSpec).values()} & words_of(node)
 
 
+@pytest.mark.parametrize("name", fields.fields(WithReplicas))
+def test_the_command_line_of_a_spec_makes_the_spec_again(name: str, tmp_path: Path) -> None:
+    one = fields.fields(WithReplicas)[name]
+    (tmp_path / "mistralctl.yaml").write_text(f"{name}: {one.about.example}\n")
+    given = config.load({}, {}, None, tmp_path, WithReplicas).spec
+    seen: list[Sourced] = []
+    words = fields.words(given)
+    assert words, "the example is the default"
+    CliRunner().invoke(command(seen), words, catch_exceptions=False)
+    assert seen[0].spec == given
+
+
 def test_a_field_that_says_nothing_of_itself_is_named() -> None:
     class Silent(DeploymentSpec):
         quiet: bool = False

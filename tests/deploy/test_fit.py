@@ -6,12 +6,12 @@ from typing import get_args
 
 import pytest
 from mistral_contract.quantization import METHODS, Scheme
-from mistralctl import durations, fit, spec
+from mistralctl import durations, fields, fit, shells, spec
 from mistralctl.gpus import GIB, GPUS
 from mistralctl.models import MODELS, V01, V02, V03
 
 
-@pytest.mark.parametrize("module", [fit, durations, spec])
+@pytest.mark.parametrize("module", [fields, fit, durations, shells, spec])
 def test_the_worked_examples_hold(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted > 0

@@ -16,8 +16,8 @@ from mistralctl import package_dir
 PACKAGE = package_dir("model").parent / "deploy" / "mistralctl"
 # Top to bottom; a module imports its own tier and the tiers above. A * is one part of a name.
 PATTERNS: dict[str, tuple[str, ...]] = {
-    "facts": ("errors", "tables", "durations", "heavy", "models", "gpus", "quotas", "clouds", "clouds.*", "clouds.*.images", "clouds.*.buckets",
-              "clouds.*.errors", "system", "images", "prices", "rights"),
+    "facts": ("errors", "tables", "durations", "shells", "heavy", "models", "gpus", "quotas", "clouds", "clouds.*", "clouds.*.images",
+              "clouds.*.buckets", "clouds.*.errors", "system", "images", "prices", "rights"),
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "finetune_spec", "training", "tasks", "tasks.serve", "tasks.mirror",
              "tasks.finetune", "phases", "refusals", "reported"),
     "outside": ("own_files", "state", "owners", "processes", "listeners", "stores", "node", "certificates", "keys", "connection", "endpoint",

@@ -204,7 +204,7 @@ def test_a_label_that_is_refused_is_said_with_the_machine_that_runs(ec2: Any, on
 
     monkeypatch.setattr(aws, "label_others", refuses)
     with pytest.raises(
-        UserError, match=r"^one: AWS refused CreateTags .*; its machine runs: mistralctl up goes on with it then, "
+        UserError, match=r"^one: AWS refused CreateTags .*; its machine runs: mistralctl up .* --cloud aws goes on with it then, "
     ) as caught:
         sweep.label_others(one)
     assert caught.value.code == Exit.CLOUD

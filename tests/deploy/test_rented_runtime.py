@@ -169,7 +169,8 @@ def test_after_a_refusal_the_clouds_that_were_asked_are_swept(calls: list[str], 
         give_up(UserError("refused", Exit.CLOUD))
     assert (state.known("m").state, len(swept)) == ("down", 1)
     with pytest.raises(
-        UserError, match=r"^interrupted; m may have a machine by now: mistralctl up goes on with it, mistralctl down m "
+        UserError,
+        match=r"^interrupted; m may have a machine by now: mistralctl up m --name m --cloud aws goes on with it, mistralctl down m ",
     ):
         give_up(KeyboardInterrupt())
 

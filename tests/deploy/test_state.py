@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,22 @@ def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MISTRALCTL_HOME", str(home / ".mistralctl"))
     state.save(record())
     return home / ".mistralctl"
+
+
+def test_a_hint_repeats_where_it_was(ours: Path) -> None:
+    assert record().again == state.again("good") == "mistralctl up mistral-7b-v0-1 --name good --cloud local"
+    state.save(record(command="mistralctl up ./a --cloud gcp"))
+    assert state.again("good") == "mistralctl up ./a --cloud gcp"
+    assert state.again("unheard-of") == "mistralctl up"
+
+
+def test_no_hint_of_what_was_up_leaves_its_cloud_out() -> None:
+    """A plain `mistralctl up` in a hint would rent a machine for what was up on this one."""
+    sources = Path(state.__file__).parent.rglob("*.py")
+    plain = re.compile(r"(run|again:|give it more.*) mistralctl up(?! with --ttl never)")
+    assert not [
+        f"{path.name}: {line.strip()}" for path in sources for line in path.read_text("utf-8").splitlines() if plain.search(line)
+    ]
 
 
 def changed(**changes: Any) -> Callable[[Path], None]:

@@ -163,6 +163,7 @@ def test_chat_and_env_on_the_command_line(served: tuple[Cli, dict[str, Any]]) ->
     lines = cli("env", "served").stdout.splitlines()
     assert lines[0] == f"export OPENAI_BASE_URL={result['base_url']}"
     assert lines[1].startswith("export OPENAI_API_KEY=mctl-")
+    assert json.loads(cli("env", "served", "--shell", "json").stdout)["OPENAI_MODEL"] == result["served_model_name"]
     assert cli("logs", "served", "-n", "1").stdout.count("\n") == 1
 
 

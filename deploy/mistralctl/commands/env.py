@@ -19,13 +19,24 @@ class Client:
     chat: bool
     ssl_cert_file: str = ""
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What clients read: OPENAI_API_BASE is older ones' name, and some (LiteLLM, llama-index) know no other. Three names of the file of
+        authorities: OpenSSL's, that of Python's requests, and Node's."""
+        found = {
+            "OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key, "OPENAI_MODEL": self.model, "OPENAI_API_BASE": self.base_url,
+        }  # fmt: skip
+        if self.ssl_cert_file:
+            found |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"), self.ssl_cert_file)
+        return found
+
 
 def run(name: str) -> Client:
     """The client's side of a deployment; UserError if it is not up, or another program has its port."""
     record = state.known(name)
     tasks.kind(record.kind).require_endpoint(name)
     if record.state != "up":
-        raise UserError(f"{name} is {record.state}; run mistralctl up {record.model} --name {name} first", Exit.NOT_FOUND)
+        raise UserError(f"{name} is {record.state}; run {record.again} first", Exit.NOT_FOUND)
     from mistralctl import listeners
 
     listeners.check(record)

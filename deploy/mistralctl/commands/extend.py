@@ -71,7 +71,7 @@ def _extend_run(record: Record, by: str, minutes: int) -> Extended:
 
 def _extend(record: Record, by: str, minutes: int) -> Extended:
     if record.state != "up":
-        raise UserError(f"{record.name} is not up; run mistralctl up first", Exit.NOT_FOUND)
+        raise UserError(f"{record.name} is not up; run {record.again} first", Exit.NOT_FOUND)
     if not env(record.task, "ttl_minutes"):
         raise UserError(f"{record.name} has no end (--ttl never), so there is nothing to extend", Exit.CONFLICT)
     launcher = _launcher(record)
@@ -81,7 +81,7 @@ def _extend(record: Record, by: str, minutes: int) -> Extended:
     left = _left(record, until)
     if (budget := launcher.get("budget")) and until > budget["ends_at"]:
         raise UserError(
-            f"{record.name}: its budget of {budget['usd']:.2f} USD is spent before that; give it more with mistralctl up --budget",
+            f"{record.name}: its budget of {budget['usd']:.2f} USD is spent before that; give it more: {record.again} --budget USD",
             Exit.CONFLICT,
         )
     where = runtime.of(record.cloud)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from mistralctl.adapters import folder_of
 from mistralctl.commands import down, receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
+from mistralctl.fields import words
 from mistralctl.finetune_spec import FinetuneSpec
 from mistralctl.fit import disk_bytes
 from mistralctl.models import Model
@@ -248,6 +250,7 @@ def _begin(wanted: Run, where: Runtime, talk: Talk, heard: _Heard, *, restart: b
     record = Record(
         wanted.name, wanted.chosen.cloud, "starting", wanted.model.name, "", 0, env(task, "node_dir"), "", time.time(), False,
         task=task, cluster=where.cluster(wanted.name), resources_id=tasks.resources_id(task), kind=kinds.KIND.name, spot=wanted.spec.spot,
+        command=shlex.join(["mistralctl", "finetune", *words(wanted.spec.model_copy(update={"cloud": (wanted.chosen.cloud,)}))]),
     )  # fmt: skip
     if live is not None and where.rents:
         record = replace(record, created_at=live.created_at, account=live.account)

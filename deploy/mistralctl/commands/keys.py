@@ -186,7 +186,7 @@ def rotate(name: str, wanted: str, key_file: Path | None, grace: str) -> KeyChan
         mine = keys.own(name, found)
         old = _one(found, wanted, name) if wanted else mine
         if old is None:
-            raise UserError(f"{name}: this laptop's own key is none of its keys; run mistralctl up again", Exit.CONFLICT)
+            raise UserError(f"{name}: this laptop's own key is none of its keys; run {state.again(name)} again", Exit.CONFLICT)
         made = keys.entry(secret, keys.OWN if old == mine else old.name)
         made = replace(old, id=made.id, sha256=made.sha256, created=made.created)
         if any(key.sha256 == made.sha256 for key in found.keys):

@@ -232,5 +232,5 @@ def run(name: str) -> Receipt | TrainingReceipt:
     tasks.kind(kind).require_endpoint(name)
     receipt = _serving(name)
     if receipt is None:
-        raise UserError(f"{name} was never brought up to its end, so it has no receipt; run mistralctl up", Exit.NOT_FOUND)
+        raise UserError(f"{name} was never brought up to its end, so it has no receipt; run {state.again(name)}", Exit.NOT_FOUND)
     return receipt

@@ -287,7 +287,7 @@ def _cloud(record: Record, machine: Machine | None, node: Node) -> Status:
         here = (
             ""
             if machine is None
-            else f"; its machine is there: mistralctl up goes on with it, mistralctl down {record.name} takes it away"
+            else f"; its machine is there: {record.again} goes on with it, mistralctl down {record.name} takes it away"
         )
         now, why = now if record.state == "down" else "failed", _failure(record) + here
     up = machine is not None

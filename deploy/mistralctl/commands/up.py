@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ from mistralctl.commands import plan as plan_command
 from mistralctl.commands import preflight, receipt
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
+from mistralctl.fields import words
 from mistralctl.fit import disk_bytes
 from mistralctl.lifecycle import Do, Step
 from mistralctl.node import local_dir
@@ -135,6 +137,11 @@ def _port(sourced: Sourced, plan: Plan, old: Record | None) -> int:
     return endpoint.choose_port(plan.spec.port, remembered, _others_ports(plan.name), place=place, ours=held)
 
 
+def _command(plan: Plan) -> str:
+    """The command line that brings the same up on the same cloud."""
+    return shlex.join(["mistralctl", "up", *words(plan.spec.model_copy(update={"cloud": (plan.chosen.cloud,)}))])
+
+
 def _wanted(plan: Plan, port: int, old: Record | None, secrets: Collection[str]) -> Record:
     """The record of the deployment as it will be; a machine that stays keeps its age and its set-up."""
     task = plan_command.render_plan(plan, port, secrets)
@@ -145,7 +152,7 @@ def _wanted(plan: Plan, port: int, old: Record | None, secrets: Collection[str])
         plan.name, plan.chosen.cloud, "starting", plan.model.name, plan.served_model_name, port, env(task, "node_dir"),
         env(task, "serving_id"), time.time(), plan.model.chat, task=task, cluster=cluster,
         resources_id=resources_id(task), public=plan.spec.public, host=certificates.own(plan.spec).host if plan.spec.cert else "",
-        weights_digest=plan.weights_digest,
+        weights_digest=plan.weights_digest, command=_command(plan),
     )  # fmt: skip
     stays = old is not None and old.state != "down" and old.cluster and old.resources_id == record.resources_id
     if old is None or not stays:
@@ -269,5 +276,7 @@ def _interrupted(name: str) -> str:
     if now is None or (now.state == "down" and not processes.of(now)):
         return "interrupted; nothing was left half-done"
     if now.state == "up":
-        return f"interrupted; {name} serves as before, or will again after another mistralctl up: mistralctl status {name}"
-    return f"interrupted; something of {name} may be there by now: mistralctl up goes on with it, mistralctl down {name} takes it away"
+        return f"interrupted; {name} serves as before, or will again after {now.again}: mistralctl status {name}"
+    return (
+        f"interrupted; something of {name} may be there by now: {now.again} goes on with it, mistralctl down {name} takes it away"
+    )

@@ -100,7 +100,7 @@ def mirror_there(
     state.folder(spec.name).mkdir(parents=True, exist_ok=True, mode=0o700)
     record = Record(
         spec.name, spec.cloud or "", "starting", f"mirror of {spec.source}", "", 0, tasks.NODE_DIR, "", time.time(), False,
-        task=task, cluster=where.cluster(spec.name), resources_id=tasks.resources_id(task), kind=mirrors.KIND.name,
+        task=task, cluster=where.cluster(spec.name), resources_id=tasks.resources_id(task), kind=mirrors.KIND.name, command=spec.command,
     )  # fmt: skip
     token = weights.hub_token() if spec.source.startswith(weights.HUB) else None
     secrets = {"hf_token": token} if token else {}

@@ -33,9 +33,9 @@ def read(record: Record) -> dict[str, Any]:
             said = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
             raise UserError(
-                f"{record.name}: its folder cannot be looked at ({error}); run mistralctl up again", Exit.NOT_FOUND
+                f"{record.name}: its folder cannot be looked at ({error}); run {record.again} again", Exit.NOT_FOUND
             ) from None
     found = reported.machine(said)
     if found is None:
-        raise UserError(f"{record.name}: its machine said {said[:100]!r} of itself; run mistralctl up again", Exit.SERVER)
+        raise UserError(f"{record.name}: its machine said {said[:100]!r} of itself; run {record.again} again", Exit.SERVER)
     return found

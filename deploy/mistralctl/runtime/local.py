@@ -204,7 +204,7 @@ def _contents(path: Path) -> str:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run mistralctl up again", Exit.CONFLICT) from None
+        raise UserError(f"{path} cannot be read ({error}); run {state.again(path.parent.name)} again", Exit.CONFLICT) from None
 
 
 class Local:
@@ -333,7 +333,7 @@ class Local:
         """Return pieces of the log's text: the last `lines` lines (None: all); with `follow` also what comes."""
         path = _log(record.name)
         if not path.is_file():
-            raise UserError(f"{record.name} has no log yet; run mistralctl up first", Exit.NOT_FOUND)
+            raise UserError(f"{record.name} has no log yet; run {record.again} first", Exit.NOT_FOUND)
         older = path.with_name(f"{path.name}.1")  # the launcher moves there what is too long
         with path.open("rb") as file:
             if lines is None:

@@ -57,7 +57,7 @@ def costs(record: Record) -> str:
 def _send_secrets(record: Record, secrets: Mapping[str, str]) -> None:
     """Write the secrets to the node, and the address by which the world knows it, for its certificate."""
     if record.public and record.address == NOWHERE:
-        raise UserError(f"{record.name}: SkyPilot does not know its machine's address yet; run mistralctl up again", Exit.CLOUD)
+        raise UserError(f"{record.name}: SkyPilot does not know its machine's address yet; run {record.again} again", Exit.CLOUD)
     if given := {**secrets, **({"address": record.address} if record.public else {})}:
         ssh.write_secrets(record.name, given)
 
@@ -311,7 +311,7 @@ class Rented:
         """Return the record with a new tunnel on the same port, once the server answers through it; UserError if it needs none."""
         name = record.name
         if record.state == "down":
-            raise UserError(f"{name} is down; run mistralctl up first", Exit.NOT_FOUND)
+            raise UserError(f"{name} is down; run {record.again} first", Exit.NOT_FOUND)
         if record.public:
             raise UserError(f"{name} is public: {record.base_url} needs no tunnel", Exit.CONFLICT)
         ssh.end_tunnel(record.name)
@@ -368,8 +368,8 @@ class Rented:
         name = attempt.record.name
         if isinstance(error, KeyboardInterrupt):
             raise UserError(
-                f"interrupted; {name} may have a machine by now: mistralctl up goes on with it, mistralctl down {name} takes it away; by itself "
-                f"it ends after {what_ends(attempt.record.task)}",
+                f"interrupted; {name} may have a machine by now: {attempt.record.again} goes on with it, mistralctl down {name} takes it away; by "
+                f"itself it ends after {what_ends(attempt.record.task)}",
                 Exit.INTERRUPTED,
             ) from None
         if not isinstance(error, UserError):

@@ -126,7 +126,7 @@ def forget_machine(name: str) -> None:
 def command(name: str, *arguments: str) -> list[str]:
     """`ssh` to the node of a deployment; UserError if none is known. It takes a new host key only from a machine of which none is remembered."""
     if not config_file(name).exists():
-        raise UserError(f"{name}: no machine is known; run mistralctl up first", Exit.NOT_FOUND)
+        raise UserError(f"{name}: no machine is known; run {state.again(name)} first", Exit.NOT_FOUND)
     own_files.require(known_hosts(name))
     text = own_files.read(config_file(name))  # it may name a command to run
     if FIRST in text and _is_known(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,15 @@ class MirrorSpec:
     region: str | None = None
     endpoints: Mapping[str, str] = field(default_factory=dict)
     canary: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the same mirror again."""
+        options = {"--revision": self.revision, "--region": self.region or ""}
+        given = [word for flag, value in options.items() if value for word in (flag, value)]
+        return shlex.join(
+            ["mistralctl", "weights", "mirror", self.source, self.target, *given, *(["--canary"] if self.canary else [])]
+        )
 
     @property
     def name(self) -> str:
