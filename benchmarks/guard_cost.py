@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_contract import files, keys
-from mistral_node import flags, tls
+from mistral_node import tls
 from mistral_node.contract import read
+from mistral_node.engines import vllm
 from startup import contract, free_port, prepare
 
 KEY = "a-key-of-this-benchmark"
@@ -116,11 +117,11 @@ def both(folder: Path) -> Iterator[dict[str, Server]]:
     secrets.touch(mode=0o600)
     secrets.write_text(json.dumps({"address": "127.0.0.1"}))
     wanted = read(envs | {"MISTRALCTL_TLS": "", "MISTRALCTL_PORT": str(ports[1])})
-    arguments = flags.arguments(wanted, weights)
+    arguments = vllm.arguments(wanted, weights)
     at = arguments.index("--middleware")
     del arguments[at : at + 2]
     bare = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
-    commands = [([sys.executable, "-m", "mistral_node.serve"], os.environ | envs), (bare, flags.environment(wanted, os.environ))]
+    commands = [([sys.executable, "-m", "mistral_node.serve"], os.environ | envs), (bare, vllm.environment(wanted, os.environ))]
     processes = []
     with (folder / "log").open("wb") as log:
         for command, env in commands:

@@ -1,4 +1,4 @@
-"""What it saves on a CPU to run the model in the engine's own process (flags.runs_in_the_engine) and not in one of its own, as vLLM does.
+"""What it saves on a CPU to run the model in the engine's own process (engines.vllm.runs_in_the_engine) and not in one of its own, as vLLM does.
 
 The same model and flags, each way started and ended by turns, the first of each pair by turns as well. Ratios are geometric means over the
 pairs of vLLM's way to ours, so that above 1 is a gain, with a 95 % confidence interval by bootstrap over the pairs:
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 from guard_cost import Server, interval
-from mistral_node import flags
 from mistral_node.contract import read
+from mistral_node.engines import vllm
 from startup import contract, free_port, prepare
 
 WAYS = ("apart", "in the engine")
@@ -36,11 +36,11 @@ TITLES = {"start": "start, s", "one": "64 tokens, s", "eight": "64 tokens of 8, 
 def command(way: str, folder: Path, weights: Path, port: int) -> tuple[list[str], dict[str, str]]:
     """vLLM as the launcher starts it, without the guard; `apart` is vLLM's own choice."""
     wanted = read(contract(folder / "node", weights, port) | {"MISTRALCTL_DTYPE": "float32"})
-    arguments = flags.arguments(wanted, weights)
+    arguments = vllm.arguments(wanted, weights)
     for option in ("--middleware", "--distributed-executor-backend") if way == "apart" else ("--middleware",):
         at = arguments.index(option)
         del arguments[at : at + 2]
-    env = flags.environment(wanted, os.environ)
+    env = vllm.environment(wanted, os.environ)
     del env["MISTRALCTL_RUN_DIR"]  # no launcher reads there what the engine reports
     return [sys.executable, "-m", "mistral_node.start", "serve", *arguments], env
 

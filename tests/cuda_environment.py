@@ -140,7 +140,8 @@ def engine() -> dict[str, Any]:
     platforms._current_platform = CudaPlatform()  # which vLLM chooses where it finds a GPU
     import vllm_options
     from mistral_contract import vllm_options as judge
-    from mistral_node import contract, flags
+    from mistral_node import contract
+    from mistral_node.engines import vllm as engine
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -154,7 +155,7 @@ def engine() -> dict[str, Any]:
     wanted = json.load(sys.stdin)
     for envs in wanted:
         meant = contract.read(envs)
-        got = parser.parse_args(flags.arguments(meant, Path("/weights/model")))
+        got = parser.parse_args(engine.arguments(meant, Path("/weights/model")))
         validate_parsed_serve_args(got)
         assert (got.max_model_len, got.max_num_seqs, got.dtype) == (meant.max_model_len, meant.max_num_seqs, meant.dtype)
         assert (got.tensor_parallel_size, got.gpu_memory_utilization) == (meant.tensor_parallel, meant.memory_utilization)

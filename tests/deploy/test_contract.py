@@ -108,7 +108,10 @@ def test_an_env_is_its_row_who_writes_it_and_who_reads_it() -> None:
 
 
 def test_an_exit_code_is_its_row_and_where_the_launcher_ends_with_it() -> None:
-    assert places(r"Code\.CLASS|CLASS = \d+") == {"model/contract/mistral_contract/exits.py", "model/node/mistral_node/serve.py"}
+    assert places(r"Code\.CLASS|CLASS = \d+") == {
+        "model/contract/mistral_contract/exits.py",
+        "model/node/mistral_node/engines/__init__.py",
+    }
     assert [int(code) for code in exits.Code] == [0, *range(10, 10 + len(exits.Code) - 1)]
     assert all(code.meaning for code in exits.Code)
 

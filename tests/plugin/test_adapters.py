@@ -18,7 +18,7 @@ from mistral_contract.architecture import Architecture
 from mistral_node import adapters, contract
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
-from mistral_node.flags import lora_slots
+from mistral_node.engines.vllm import lora_slots
 from nodes import KEY, variables
 from safetensors.torch import load_file, save_file
 from test_canary import over_http

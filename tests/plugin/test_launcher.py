@@ -26,9 +26,10 @@ import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from mistral_contract import files, keys, routes
 from mistral_contract.figures import FILE
-from mistral_node import contract, engine, pulse, serve
+from mistral_node import contract, engine, engines, pulse, serve
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
+from mistral_node.engines import vllm
 from mistral_node.phases import Status
 from mistral_node.traffic import Traffic
 from nodes import KEY, Launcher, free_port, known, launched, variables, write_secrets
@@ -284,7 +285,7 @@ def test_a_server_that_is_killed_is_started_again_with_its_log_kept_as_often_as_
         assert second["restarts"] == {
             "count": 1,
             "of": 1,
-            "why": f"{engine.KILLED}; see mistralctl logs",
+            "why": f"vLLM {engine.KILLED}; see mistralctl logs",
             "at": second["restarts"]["at"],
         }
         assert (second["ready_at"], second["requests"]["served"], second["error"]) == (first["ready_at"], 1, None)
@@ -293,11 +294,11 @@ def test_a_server_that_is_killed_is_started_again_with_its_log_kept_as_often_as_
         assert launcher.phases() == one * 2
         log = launcher.log.read_text()
         assert log.count("\nstarts ") + log.startswith("starts ") == 2
-        assert f"restart 1 of 1 in 5 s, because {engine.KILLED}" in log
+        assert f"restart 1 of 1 in 5 s, because vLLM {engine.KILLED}" in log
         launcher.json("/v1/completions", body)
         [core] = [process for process in launcher.children if "EngineCore" in " ".join(process.cmdline())]
         core.kill()  # a process of the engine that dies alone is named, too
-        failed(launcher, Code.ENGINE, engine.WITHOUT_A_WORD)
+        failed(launcher, Code.ENGINE, vllm.WITHOUT_A_WORD)
         assert not [process for process in (*before, *launcher.children) if process.is_running() and process.status() != "zombie"]
 
 
@@ -389,9 +390,9 @@ FAILED_CORE = "RuntimeError: Engine core initialization failed. See root cause a
 @pytest.mark.parametrize(
     ("said", "kills", "why"),
     [
-        ([DEAD], 7, f"{engine.WITHOUT_A_WORD}; see"),
-        ([DEAD], 8, f"{engine.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
-        ([FAILED_CORE], 8, f"{engine.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
+        ([DEAD], 7, f"{vllm.WITHOUT_A_WORD}; see"),
+        ([DEAD], 8, f"{vllm.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
+        ([FAILED_CORE], 8, f"{vllm.WITHOUT_A_WORD}: {engine.MEMORY_FULL}; see"),
         (["(EngineCore pid=7) ValueError: too long", DEAD], 8, "vLLM ended with code 0: ValueError: too long; see"),
         (["bye"], 8, "vLLM ended with code 0: bye; see"),
     ],
@@ -399,12 +400,12 @@ FAILED_CORE = "RuntimeError: Engine core initialization failed. See root cause a
 def test_what_an_engine_died_of_that_said_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], kills: int, why: str
 ) -> None:
-    monkeypatch.setattr(engine, "check_class", lambda: None)
+    monkeypatch.setattr(vllm, "check_class", lambda: None)
     monkeypatch.setattr(engine, "VMSTAT", tmp_path / "vmstat")
     (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 7\n")
     quiet = [sys.executable, "-c", "\n".join(f"print({line!r})" for line in said)]
     monkeypatch.setattr(engine.subprocess, "Popen", lambda command, **options: POPEN(quiet, **options))
-    found = engine.Engine([], {}, Client("http://127.0.0.1:9", KEY))
+    found = engine.Engine(engine.Command(vllm), Client("http://127.0.0.1:9", KEY))
     found.process.wait()
     (tmp_path / "vmstat").write_text(f"nr_free_pages 5\noom_kill {kills}\n")
     with pytest.raises(LaunchError, match=re.escape(why)):
@@ -522,7 +523,7 @@ def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:
     def refused(**changed: Any) -> str:
         file.write_text(json.dumps(facts | changed))
         with pytest.raises(LaunchError) as caught:
-            serve.check_engine(wanted, tmp_path)
+            engines.check(vllm, wanted, tmp_path)
         assert caught.value.code is Code.CLASS
         return str(caught.value)
 
@@ -532,9 +533,9 @@ def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:
     assert "the window None, 128 was asked for" in refused(sliding_window=None)
     file.unlink()
     with pytest.raises(LaunchError, match="its own class, not MistralSWAForCausalLM"):
-        serve.check_engine(wanted, tmp_path)
+        engines.check(vllm, wanted, tmp_path)
     file.write_text(json.dumps(facts))
-    assert serve.check_engine(wanted, tmp_path) == facts
+    assert engines.check(vllm, wanted, tmp_path) == facts
 
 
 class Alive:

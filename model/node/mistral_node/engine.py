@@ -1,8 +1,7 @@
-"""The vLLM process: started, watched, ended; and what it died of, in one line."""
+"""The process of an engine: started, watched, ended; and what it died of, in one line."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -14,7 +13,7 @@ import urllib.error
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import entry_points
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +21,10 @@ from mistral_contract import ports
 from mistral_node import log, ward
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
-from vllm_mistral import ARCHITECTURE, MODEL_CLASS
+from mistral_node.engines import Kind
 
 KILL_SECONDS = 10.0
-KILLED = "vLLM was killed (signal 9): by somebody, or by the kernel because the machine's memory was full"
-# What vLLM says when one of its own processes is gone and has said nothing: EngineCore, later and at its start, or a worker.
-GONE = re.compile(r"^(\w+\.)*EngineDeadError\b|Engine core initialization failed|died unexpectedly")
-WITHOUT_A_WORD = "a process of vLLM's engine was killed, or crashed without a word"
+KILLED = "was killed (signal 9): by somebody, or by the kernel because the machine's memory was full"
 MEMORY_FULL = "the kernel ended a process meanwhile, because the machine's memory was full"
 VMSTAT = Path("/proc/vmstat")
 LONGEST_LINE = 64 << 10
@@ -42,12 +38,6 @@ def out_of_memory_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-def check_installed() -> None:
-    """LaunchError if vLLM would not find our plugin at all."""
-    if not any(point.name == "mistral_swa" for point in entry_points(group="vllm.general_plugins")):
-        raise LaunchError(Code.PLUGIN, "the plugin vllm-mistral is not installed on this node; run mistralctl up again")
 
 
 _held: dict[int, socket.socket | None] = {}
@@ -68,7 +58,7 @@ def hold_port(port: int) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """LaunchError if another program has the port, whose answers would be taken for vLLM's, or is about to have it."""
+    """LaunchError if another program has the port, whose answers would be taken for the engine's, or is about to have it."""
     hold_port(port)
     try:
         socket.create_server((host, port)).close()
@@ -76,35 +66,26 @@ def check_port(host: str, port: int) -> None:
         raise LaunchError(Code.ENGINE, f"{host}:{port} cannot be used: {error.strerror}; choose another --port") from error
 
 
-def check_class() -> None:
-    """LaunchError with the true cause if the model class cannot be loaded, which vLLM only mentions in its log.
+@dataclass(frozen=True)
+class Command:
+    """How an engine is run: `files` are written for it with mode 0600; `prefix` is a command that runs the one behind it as another user."""
 
-    Imports vLLM, so it is asked only after vLLM has failed.
-    """
-    try:
-        importlib.import_module("vllm_mistral").register()
-        module, _, name = MODEL_CLASS.partition(":")
-        getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise LaunchError(
-            Code.PLUGIN, f"the model class {ARCHITECTURE} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+    kind: Kind
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    prefix: Sequence[str] = ()
 
 
 class Engine:
-    """`vllm serve` with the given arguments, in a process of its own; its output passes through to ours.
+    """An engine in a process of its own; its output passes through to ours."""
 
-    `files` are written for it with mode 0600; `prefix` is a command that runs the one behind it as another user.
-    """
-
-    def __init__(
-        self, arguments: Sequence[str], environ: Mapping[str, str], client: Client, *, files: Mapping[str, str] | None = None,
-        prefix: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, command: Command, client: Client) -> None:
+        self.kind = command.kind
         self.client = client
         self._kills, self._was_healthy = out_of_memory_kills(), False
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-I", ward.__file__],
+            [*command.prefix, sys.executable, "-I", ward.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,9 +95,9 @@ class Engine:
             raise RuntimeError("a pipe was asked for")
         self._reader = threading.Thread(target=self._pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
-        command = [sys.executable, "-m", "mistral_node.start", "serve", *arguments]
-        log.line(f"starts {shlex.join(command)}")
-        self._say(json.dumps({"command": command, "environment": dict(environ), "files": dict(files or {})}))
+        words = [sys.executable, "-m", *self.kind.MODULE, *command.arguments]
+        log.line(f"starts {shlex.join(words)}")
+        self._say(json.dumps({"command": words, "environment": dict(command.environment), "files": dict(command.files)}))
 
     def _say(self, line: str) -> None:
         """To the ward, unless it has ended already."""
@@ -145,17 +126,17 @@ class Engine:
         if self.process.poll() is not None:
             self._reader.join(timeout=5)
             if not self._was_healthy:
-                check_class()
-            code = self.process.returncode
-            why = f"vLLM ended with code {code}: {cause(self.lines)}"
+                self.kind.check_class()
+            code, last = self.process.returncode, cause(self.lines)
+            why = f"{self.kind.NAME} ended with code {code}: {last}"
             if code in (-9, 128 + 9):
-                why = KILLED
-            elif GONE.search(cause(self.lines)):
-                why = f"{WITHOUT_A_WORD}: {MEMORY_FULL}" if out_of_memory_kills() > self._kills else WITHOUT_A_WORD
+                why = f"{self.kind.NAME} {KILLED}"
+            elif meant := self.kind.why_ended(last):
+                why = f"{meant}: {MEMORY_FULL}" if out_of_memory_kills() > self._kills else meant
             raise LaunchError(Code.ENGINE, f"{why}; see mistralctl logs")
 
     def end(self, seconds: float) -> None:
-        """Ends vLLM and all its processes: it has so many seconds to do so by itself."""
+        """Ends the engine and all its processes: it has so many seconds to do so by itself."""
         self._say("end")
         try:
             self.process.wait(seconds)
@@ -164,14 +145,14 @@ class Engine:
         self._reader.join(timeout=5)  # ends when the last process that holds the pipe does
 
     def hurry(self) -> None:
-        """Ends vLLM and all its processes now."""
+        """Ends the engine and all its processes now."""
         self._say("kill")
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_SECONDS)
 
 
 def cause(lines: Sequence[str]) -> str:
-    """The line that names the first error in vLLM's output; the last line if there is none."""
+    """The line that names the first error in an engine's output; the last line if there is none."""
     said = [NOISE.sub("", line).strip() for line in lines]
     named = [number for number, line in enumerate(said) if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*", line)]
     useful = [number for number in named if "Engine core initialization failed" not in said[number]]

@@ -23,15 +23,15 @@ from typing import Any
 import psutil
 from mistral_contract import envs, files, keys, untrusted
 from mistral_contract.adapters import served_rank
-from mistral_node import adapters, canary, contract, disk, flags, gate, lifetime, log, pulse, tls, weights
+from mistral_node import adapters, canary, contract, disk, engines, gate, lifetime, log, pulse, tls, weights
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
-from mistral_node.engine import Engine, check_installed, check_port
+from mistral_node.engine import Command, Engine, check_port
+from mistral_node.engines import DRAIN_SECONDS, Kind, vllm
 from mistral_node.isolation import prepare
 from mistral_node.key_source import KeySource
 from mistral_node.phases import Status, say
 from mistral_node.traffic import Count, Traffic
-from vllm_mistral import ARCHITECTURE, inspection
 
 SECRETS_SECONDS = 600.0
 KEYS_SECONDS = 10.0  # for the first look at the object that holds the keys; a start waits no longer
@@ -145,20 +145,6 @@ def _usage_kept(shared: Path) -> str:
         return ""
 
 
-def check_engine(wanted: Contract, run_dir: Path) -> dict[str, Any]:
-    """What the running engine said of itself; LaunchError if it is not our class or not with the window asked for."""
-    facts = inspection.read(run_dir)
-    if facts is None or facts.get("architecture") != ARCHITECTURE:
-        raise LaunchError(Code.CLASS, f"vLLM serves with {(facts or {}).get('class', 'its own class')}, not {ARCHITECTURE}")
-    if wanted.model != "custom" and facts["sliding_window"] != wanted.sliding_window:
-        raise LaunchError(
-            Code.CLASS,
-            f"the engine has the window {facts['sliding_window']}, {wanted.sliding_window} was asked for; the config.json of "
-            "these weights is not the model's",
-        )
-    return facts
-
-
 def predecessors(name: str) -> list[psutil.Process]:
     """The other launchers of a deployment that this user runs in this node's folder: of jobs that were cancelled."""
     found, (named, folder) = [], (envs.variable("name"), envs.variable("node_dir"))
@@ -228,7 +214,7 @@ def _until_healthy(engine: Engine, asked: threading.Event) -> None:
     while not engine.healthy():
         engine.raise_if_dead()
         if time.monotonic() > deadline:
-            raise LaunchError(Code.ENGINE, f"vLLM was not healthy after {START_SECONDS / 60:.0f} minutes")
+            raise LaunchError(Code.ENGINE, f"{engine.kind.NAME} was not healthy after {START_SECONDS / 60:.0f} minutes")
         if asked.wait(SOON_SECONDS):
             raise _Asked
 
@@ -242,7 +228,9 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
         silent, count = beat.silent(traffic.beats), traffic.read()
         status.set(state="stuck" if silent >= pulse.MISSED_SECONDS else "ready")
         if silent >= pulse.STUCK_SECONDS:
-            raise LaunchError(Code.ENGINE, f"vLLM's engine answered nothing for {pulse.STUCK_SECONDS:.0f} s; see mistralctl logs")
+            raise LaunchError(
+                Code.ENGINE, f"{engine.kind.NAME}'s engine answered nothing for {pulse.STUCK_SECONDS:.0f} s; see mistralctl logs"
+            )
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         now = time.time()
         ends_at = lifetime.ends_at(wanted.run_dir, started, wanted.ttl_minutes)
@@ -262,7 +250,7 @@ def _serve(wanted: Contract, engine: Engine, traffic: Traffic, status: Status, a
 def _drain(traffic: Traffic, status: Status, signals: _Signals) -> None:
     """Waits for the requests that run, DRAIN_SECONDS at most or until a second signal; new ones are refused."""
     traffic.drain()
-    deadline = time.monotonic() + flags.DRAIN_SECONDS
+    deadline = time.monotonic() + DRAIN_SECONDS
     while (count := traffic.read()).running and time.monotonic() < deadline and not signals.hurried:
         status.set(requests={**asdict(count), "last_at": count.last_at or None})
         time.sleep(0.1)
@@ -347,12 +335,13 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
     if address.certificate:
         private_files = {str(shared / files.PRIVATE_KEY.name): address.private}
         (shared / files.CERTIFICATE.name).write_text(address.certificate, "ascii")
+    kind: Kind = vllm
     client = Client(address.url, secrets.token_urlsafe(32), address.context)
     engine: Engine | None = None
     end_by: float | None = None
     try:
         with status.during("engine"):
-            check_installed()
+            kind.check_installed()
             if wanted.serve_user:
                 until_free(wanted.host, wanted.port, signals.asked, wanted.name)
             else:
@@ -360,18 +349,18 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
             if wanted.device == "cuda":
                 until_gpu_free(wanted, signals.asked)
             model_dir = weights.model_dir(wanted.weights_dir, wanted.weights_digest)
-            environ = isolation.environment(flags.environment(wanted, os.environ))
+            environ = isolation.environment(kind.environment(wanted, os.environ))
             environ[envs.NODE_KEY] = keys.digest(client.key)
             loras = adapters.judged(wanted, model_dir)
-            arguments = flags.arguments(wanted, model_dir, served_rank(loras.values()))
+            arguments = kind.arguments(wanted, model_dir, served_rank(loras.values()))
             status.set(flags=arguments)
             prefix = isolation.prefix(wanted.weights_dir, model_dir)
-            engine = Engine(arguments, environ, client, files=private_files, prefix=prefix)
+            engine = Engine(Command(kind, arguments, environ, private_files, prefix), client)
             signals.engine = engine
             _until_healthy(engine, signals.asked)
         with status.during("check"):
             canary.answers(client, wanted.served_name)
-            facts = check_engine(wanted, shared)
+            facts = engines.check(kind, wanted, shared)
             verdict = canary.check(client, wanted, model_dir, facts, _sent_figures(run_dir))
             answers = adapters.check(client, wanted, loras)
             engine.raise_if_dead()
@@ -392,7 +381,7 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
         if status.fields["state"] == "stuck":
             end_by = time.monotonic()  # it would not hear that it shall drain
         if not _again(wanted, status, error):
-            _failed(status, error)  # before vLLM ends, which may take half a minute
+            _failed(status, error)  # before the engine ends, which may take half a minute
         raise
     finally:
         if engine is not None:

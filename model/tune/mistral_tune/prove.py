@@ -15,7 +15,7 @@ import vllm_mistral
 from mistral_contract import adapters
 from mistral_contract import figures as canary
 from mistral_node import weights
-from mistral_node.flags import IN_THE_ENGINE, NOTHING_BUILT
+from mistral_node.engines.vllm import IN_THE_ENGINE, NOTHING_BUILT
 from mistral_weights.disk import write_whole
 
 from mistral_tune import figures, log

@@ -1,25 +1,32 @@
-"""From the contract to the arguments of `vllm serve`: a list, built and never spliced."""
+"""vLLM: from the contract to the arguments of `vllm serve`, a list, built and never spliced."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from mistral_contract import envs, untrusted
 from mistral_node.bodies import Bounds
-from mistral_node.contract import Contract
+from mistral_node.contract import Code, Contract, LaunchError
+from mistral_node.engines import DRAIN_SECONDS
 from mistral_node.grammars import GUIDANCE, TEKKEN
 from mistral_node.weights import is_consolidated, quantization
-from vllm_mistral import ARCHITECTURE
+from vllm_mistral import ARCHITECTURE, MODEL_CLASS
 
+NAME, REPORTED = "vLLM", ARCHITECTURE
+MODULE = ("mistral_node.start", "serve")
+# What vLLM says when one of its own processes is gone and has said nothing: EngineCore, later and at its start, or a worker.
+GONE = re.compile(r"^(\w+\.)*EngineDeadError\b|Engine core initialization failed|died unexpectedly")
+WITHOUT_A_WORD = "a process of vLLM's engine was killed, or crashed without a word"
 GUARD = "mistral_node.front.Guard"
 SCHEDULER = "mistral_node.scheduler.scheduler"
 IN_THE_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 MEMORY_NODES = Path("/sys/devices/system/node")
-DRAIN_SECONDS = 25
 # What vLLM 0.32 would build with the image's nvcc while it starts, where there is one (docs/gpu.md): each of these names what is used instead,
 # which comes built with vLLM's wheel. FlashInfer's sampler is not even asked whether it can be built.
 NOTHING_BUILT = {
@@ -150,3 +157,29 @@ def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str
         if drivers:
             found["LD_LIBRARY_PATH"] = ":".join(drivers)
     return found
+
+
+def check_installed() -> None:
+    """LaunchError if vLLM would not find our plugin at all."""
+    if not any(point.name == "mistral_swa" for point in entry_points(group="vllm.general_plugins")):
+        raise LaunchError(Code.PLUGIN, "the plugin vllm-mistral is not installed on this node; run mistralctl up again")
+
+
+def check_class() -> None:
+    """LaunchError with the true cause if the model class cannot be loaded, which vLLM only mentions in its log.
+
+    Imports vLLM, so it is asked only after vLLM has failed.
+    """
+    try:
+        importlib.import_module("vllm_mistral").register()
+        module, _, name = MODEL_CLASS.partition(":")
+        getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise LaunchError(
+            Code.PLUGIN, f"the model class {ARCHITECTURE} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+def why_ended(cause: str) -> str:
+    """Return what the last words of vLLM mean, where they say only that another process is gone; empty where they say more."""
+    return WITHOUT_A_WORD if GONE.search(cause) else ""

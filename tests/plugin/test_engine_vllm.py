@@ -9,8 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from mistral_node import contract, flags
+from mistral_node import contract
 from mistral_node.contract import Code, Contract, LaunchError
+from mistral_node.engines import vllm
 from mistral_node.isolation import Isolation
 from test_contract import GOOD
 
@@ -40,7 +41,7 @@ def parsed(arguments: list[str]) -> Namespace:
 @pytest.mark.parametrize("row", ROWS)
 def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", **(CUDA if engine == "cuda" else {}), **ROWS[row]})
-    got = parsed(flags.arguments(wanted, MODEL))
+    got = parsed(vllm.arguments(wanted, MODEL))
     assert got.model_tag == str(MODEL) or got.model == str(MODEL)
     assert got.hf_overrides == {"architectures": ["MistralSWAForCausalLM"]}
     assert got.middleware == ["mistral_node.front.Guard"]
@@ -53,7 +54,7 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
     assert (got.dtype, got.quantization) == (wanted.dtype, "fp8_per_tensor" if wanted.quantization else None)
     assert got.tokenizer_mode == wanted.tokenizer_mode
     assert (got.load_format, got.trust_remote_code) == ("safetensors", False)
-    assert got.shutdown_timeout == flags.DRAIN_SECONDS
+    assert got.shutdown_timeout == vllm.DRAIN_SECONDS
     assert (got.tool_call_parser, got.enable_auto_tool_choice) == (wanted.tool_parser, wanted.tool_parser is not None)
     assert got.seed == 7
     if engine == "cuda":
@@ -65,8 +66,8 @@ def test_vllm_reads_the_flags_as_they_were_meant(row: str, engine: str) -> None:
 @pytest.mark.parametrize(
     ("row", "bound", "nodes", "expected"),
     [
-        ({}, None, 1, flags.IN_THE_ENGINE),
-        ({}, "nobind", 0, flags.IN_THE_ENGINE),  # a system that does not say
+        ({}, None, 1, vllm.IN_THE_ENGINE),
+        ({}, "nobind", 0, vllm.IN_THE_ENGINE),  # a system that does not say
         ({}, None, 2, None),
         ({}, "0-3", 1, None),
         (CUDA, None, 1, None),
@@ -82,23 +83,23 @@ def test_on_a_cpu_with_one_memory_node_the_model_runs_in_the_engine(
 ) -> None:
     for node in range(nodes):
         (tmp_path / f"node{node}").mkdir()
-    monkeypatch.setattr(flags, "MEMORY_NODES", tmp_path)
+    monkeypatch.setattr(vllm, "MEMORY_NODES", tmp_path)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     if bound is not None:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bound)
     wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", **row})
-    assert parsed(flags.arguments(wanted, MODEL)).distributed_executor_backend == expected
+    assert parsed(vllm.arguments(wanted, MODEL)).distributed_executor_backend == expected
 
 
 def test_weights_in_mistrals_own_format(tmp_path: Path) -> None:
     for name in ("params.json", "consolidated.safetensors"):
         (tmp_path / name).write_text("{}")
     wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}"})
-    got = parsed(flags.arguments(wanted, tmp_path))
+    got = parsed(vllm.arguments(wanted, tmp_path))
     assert (got.load_format, got.config_format) == ("mistral", "mistral")
     for name in ("config.json", "model-00001-of-00003.safetensors"):  # v0.3 has both: one of them is enough
         (tmp_path / name).write_text("{}")
-    got = parsed(flags.arguments(wanted, tmp_path))
+    got = parsed(vllm.arguments(wanted, tmp_path))
     assert (got.load_format, got.config_format) == ("safetensors", "hf")
 
 
@@ -110,7 +111,7 @@ def test_the_method_is_that_of_the_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     for config, method in (({}, None), ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"), (AWQ, "awq")):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
-        assert parsed(flags.arguments(wanted, tmp_path)).quantization == method
+        assert parsed(vllm.arguments(wanted, tmp_path)).quantization == method
 
 
 @pytest.mark.parametrize(
@@ -127,13 +128,13 @@ def test_a_method_that_the_weights_do_not_have_ends_the_launcher(
     wanted = contract.read({**GOOD, "MISTRALCTL_LORA": "{}", "MISTRALCTL_QUANTIZATION": asked})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(LaunchError, match=says) as caught:
-        flags.arguments(wanted, tmp_path)
+        vllm.arguments(wanted, tmp_path)
     assert caught.value.code == Code.WEIGHTS
 
 
 def test_adapters_come_with_the_rank_that_takes_them(tmp_path: Path) -> None:
     wanted: Contract = dataclasses.replace(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), adapters=(("sql", tmp_path),))
-    got = parsed(flags.arguments(wanted, MODEL, 16))
+    got = parsed(vllm.arguments(wanted, MODEL, 16))
     assert got.enable_lora is True
     assert got.max_lora_rank == 16
     [module] = got.lora_modules
@@ -141,20 +142,20 @@ def test_adapters_come_with_the_rank_that_takes_them(tmp_path: Path) -> None:
 
 
 def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
-    got = flags.environment(contract.read(GOOD), {"PATH": "/bin"})
+    got = vllm.environment(contract.read(GOOD), {"PATH": "/bin"})
     assert got["HF_HUB_OFFLINE"] == "1"
     assert got["VLLM_PLUGINS"] == "mistral_swa"
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert got["TORCH_COMPILE_DISABLE"] == "1"
     assert got["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
-    assert got["GOMP_SPINCOUNT"] == flags.SPINS
+    assert got["GOMP_SPINCOUNT"] == vllm.SPINS
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_how_threads_wait_is_whose_machine_it_is_to_say(name: str) -> None:
-    got = flags.environment(contract.read(GOOD), {name: "1"})
+    got = vllm.environment(contract.read(GOOD), {name: "1"})
     assert {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(got) == {name}
     assert got[name] == "1"
 
@@ -164,12 +165,12 @@ def test_on_a_gpu_nothing_is_built_with_what_the_image_may_have(monkeypatch: pyt
     from vllm.v1.sample.ops import topk_topp_sampler
 
     wanted = contract.read(GOOD | CUDA)
-    got = flags.environment(wanted, {"PATH": "/bin", "VLLM_USE_DEEP_GEMM": "1"})
+    got = vllm.environment(wanted, {"PATH": "/bin", "VLLM_USE_DEEP_GEMM": "1"})
     assert got["VLLM_USE_DEEP_GEMM"] == "1"  # whoever sets it means it
-    for name in flags.NOTHING_BUILT:
+    for name in vllm.NOTHING_BUILT:
         assert hasattr(envs, name)
     assert "TORCH_COMPILE_DISABLE" not in got
-    assert not set(flags.NOTHING_BUILT) & set(flags.environment(contract.read(GOOD), {}))
+    assert not set(vllm.NOTHING_BUILT) & set(vllm.environment(contract.read(GOOD), {}))
     # vLLM's own question, as it asks it on a GPU: without the variable it goes on to FlashInfer, which is not here.
     monkeypatch.setattr(type(topk_topp_sampler.current_platform), "is_cuda", lambda self: True)
     with monkeypatch.context() as without:
@@ -184,11 +185,11 @@ def test_libraries_of_the_images_toolkit_do_not_reach_the_engine(tmp_path: Path)
     (tmp_path / "libcuda.so.1").touch()
     apart, same = Isolation("mistralctl-serve"), Isolation()
     for given, kept in (("/usr/local/cuda/lib64", None), (f"/usr/local/cuda/lib64::{tmp_path}", str(tmp_path))):
-        environ = flags.environment(contract.read(GOOD | CUDA), {"PATH": "/bin", "LD_LIBRARY_PATH": given})
+        environ = vllm.environment(contract.read(GOOD | CUDA), {"PATH": "/bin", "LD_LIBRARY_PATH": given})
         assert same.environment(environ).get("LD_LIBRARY_PATH") == kept  # but the driver's, where nothing else says where it lies
         assert "LD_LIBRARY_PATH" not in apart.environment(environ)
         assert apart.environment(environ)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
-    environ = flags.environment(contract.read(GOOD), {"LD_LIBRARY_PATH": "/somewhere"})
+    environ = vllm.environment(contract.read(GOOD), {"LD_LIBRARY_PATH": "/somewhere"})
     assert same.environment(environ)["LD_LIBRARY_PATH"] == "/somewhere"  # this machine's own, where it has no GPU
     assert "LD_LIBRARY_PATH" not in apart.environment(environ)
 
@@ -205,10 +206,10 @@ def test_grammars_have_one_backend(tmp_path: Path, tokenizer: str, parser: str, 
     if version:
         (tmp_path / "tekken.json").write_text(json.dumps({"config": {"version": version}, "vocab": []}))
     named = {"MISTRALCTL_LORA": "{}", "MISTRALCTL_TOKENIZER_MODE": tokenizer, "MISTRALCTL_TOOL_PARSER": parser}
-    found = parsed(flags.arguments(contract.read({**GOOD, **named}), tmp_path))
+    found = parsed(vllm.arguments(contract.read({**GOOD, **named}), tmp_path))
     assert found.structured_outputs_config.backend == backend
 
 
 def test_vllms_own_bounds_are_those_of_the_guard() -> None:
-    found = flags.environment(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), {})
+    found = vllm.environment(contract.read({**GOOD, "MISTRALCTL_LORA": "{}"}), {})
     assert (found["VLLM_MAX_N_SEQUENCES"], found["VLLM_MAX_COMPLETION_PROMPTS"]) == ("6", "6")
