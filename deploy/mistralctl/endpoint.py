@@ -26,6 +26,19 @@ def is_free(port: int) -> bool:
     return True
 
 
+_chosen: dict[int, socket.socket | None] = {}
+
+
+def _choose(port: int) -> bool:
+    """Keep others from choosing a port while this process lives; whether no other process has chosen it."""
+    if port not in _chosen:
+        try:
+            _chosen[port] = ports.hold(port, ports.CHOSEN)
+        except OSError:
+            return False
+    return True
+
+
 def choose_port(asked: int | None, remembered: int | None, reserved: Collection[int], *, place: str, ours: bool) -> int:
     """The port of a name: the one asked for, else the one it had before, else the first that nobody has.
 
@@ -35,7 +48,7 @@ def choose_port(asked: int | None, remembered: int | None, reserved: Collection[
     port = asked or remembered
     if port is None:
         for port in range(FIRST_PORT, FIRST_PORT + PORTS):
-            if port not in reserved and is_free(port):
+            if port not in reserved and is_free(port) and _choose(port):
                 return port
         raise UserError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free; give one with --port", Exit.CONFLICT)
     if port in reserved:
@@ -43,5 +56,9 @@ def choose_port(asked: int | None, remembered: int | None, reserved: Collection[
     if not is_free(port) and not (ours and port == remembered):
         raise UserError(
             f"{place}: port {port} is taken by another program; stop that program or give another --port", Exit.CONFLICT
+        )
+    if not _choose(port):
+        raise UserError(
+            f"{place}: port {port} is what another mistralctl up has chosen just now; give another one", Exit.CONFLICT
         )
     return port

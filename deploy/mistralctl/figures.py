@@ -29,9 +29,12 @@ def known(model: str, note: Callable[[str], None]) -> list[dict[str, Any]]:
     for path in sorted(_folder().glob("*.json")):
         try:
             one = figures.read(own_files.read(path), path.stem)
+        except FileNotFoundError:  # another command has set it aside
+            continue
         except (OSError, ValueError) as error:
             kept = path.with_name(f"{path.name}.damaged")
-            path.replace(kept)
+            with suppress(FileNotFoundError):
+                path.replace(kept)
             note(
                 f"the canary's figures {path} are damaged ({error}) and now lie in {kept.name}; if this machine is to be held to them, restore "
                 "them before the next up: without them an engine is compared with what its node has kept, or with itself"
@@ -47,6 +50,10 @@ def keep(record: Record, canary: dict[str, Any] | None) -> None:
     key = (canary or {}).get("weights")
     if not figures.is_key(key) or (path := _folder() / f"{key}.json").exists():
         return
+    from filelock import FileLock
+
     with suppress(OSError, UserError, ValueError):  # a node that is out of reach, or has none: no `up` fails for that
-        text = runtime.of(record.cloud).read(record, f"{files.CANARIES.name}/{key}.json")
-        state.write_private(path, json.dumps(figures.read(text, str(key))) + "\n")
+        text = json.dumps(figures.read(runtime.of(record.cloud).read(record, f"{files.CANARIES.name}/{key}.json"), str(key)))
+        with FileLock(own_files.folder(_folder()) / ".lock", mode=0o600):
+            if not path.exists():
+                state.write_private(path, f"{text}\n")

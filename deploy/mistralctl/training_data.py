@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mistral_contract import files
 
-from mistralctl import node, state
+from mistralctl import node, own_files, state
 from mistralctl.adapters import folder_of
 from mistralctl.config import Sourced
 from mistralctl.errors import Exit, UserError
@@ -119,7 +120,11 @@ def _chats(
         path = Path(value).expanduser().absolute()
         if not path.is_file():
             raise UserError(f"{sourced.place(name)}: {path} is not a file; name one with chats", Exit.NOT_FOUND)
-        return str(path), chats.read_chats(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = chats.read_chats(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:  # which names the run
+            raise UserError(f"{sourced.place(name)}: {path} changed while it was read; run the same again", Exit.CONFLICT)
+        return str(path), found, digest
     from mistralctl import weights
 
     target = scratch / f"{name}{Path(value).suffix}"
@@ -160,15 +165,31 @@ def _brought(place: Place) -> Path | None:
             names = [name for name in (held.sizes if held else {}) if name.startswith(TOKENIZER) and "/" not in name]
             if held is None or not names or max(held.sizes[name] for name in names) > MOST_TOKENIZER_BYTES:
                 return None
-            target.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for name in names:
-                (target / name).write_bytes(held.read(name, 0, held.sizes[name]))
+            own_files.folder(target.parent)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as made:
+                for name in names:
+                    with (Path(made) / name).open("wb") as file:
+                        file.write(held.read(name, 0, held.sizes[name]))
+                        file.flush()
+                        os.fsync(file.fileno())
+                (Path(made) / ".complete").touch()
+                _take_name(Path(made), target)
     except UserError as error:
         if error.code == Exit.NETWORK or (error.code in (Exit.CLOUD, Exit.MACHINE) and not uri.startswith("hf://")):
             return None
         raise
-    (target / ".complete").touch()
     return target
+
+
+def _take_name(made: Path, target: Path) -> None:
+    """Give a whole folder its name, unless another command was faster."""
+    try:
+        made.rename(target)
+    except OSError:
+        if (target / ".complete").exists():
+            return
+        own_files.remove(target)  # an earlier version left it half made
+        made.rename(target)
 
 
 def _estimated(chats: Chats) -> Tokens:

@@ -28,19 +28,18 @@ class DownResult:
 
 
 def _one(name: str) -> DownResult:
-    with state.locked(name, "down", seconds=LOCK_SECONDS):
-        try:
-            record = state.known(name)
-        except Unreadable as error:
-            return _unreadable(name, error)
-        left = key_places.leave(record)
-        there = _take_down(record)
-        if record.failure and record.state == "down" and not there and not receipt.path(name).exists():
-            state.forget(name)
-            return DownResult(name, "failed", left)
-        if record.failure:
-            state.save(replace(state.known(name), failure=""))
-        return DownResult(name, "up" if there else "down", left)
+    try:
+        record = state.known(name)
+    except Unreadable as error:
+        return _unreadable(name, error)
+    left = key_places.leave(record)
+    there = _take_down(record)
+    if record.failure and record.state == "down" and not there and not receipt.path(name).exists():
+        state.forget(name)
+        return DownResult(name, "failed", left)
+    if record.failure:
+        state.save(replace(state.known(name), failure=""))
+    return DownResult(name, "up" if there else "down", left)
 
 
 def _take_down(record: Record) -> bool:
@@ -84,8 +83,9 @@ def run(names: Sequence[str], *, everything: bool) -> tuple[list[DownResult], li
             continue
     for name in wanted:
         try:
-            done.append(_one(name))
-            receipt.close(name)
+            with state.locked(name, "down", seconds=LOCK_SECONDS):
+                done.append(_one(name))
+                receipt.close(name)  # before the next `up` writes another
         except UserError as error:
             failures.append(error)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from mistralctl.errors import Exit, UserError
 from mistralctl.state import Record
 from mistralctl.tasks import env, finetune
 
-HEARD_SECONDS = 10.0
+HEARD_SECONDS, LOCK_SECONDS = 10.0, 5.0
 AT_WORK = ("train", "prove", "publish")  # states of a run of fine-tuning
 
 
@@ -65,7 +66,10 @@ def _extend_run(record: Record, by: str, minutes: int) -> Extended:
         raise UserError(f"{record.name}: its budget of {float(budget):.2f} USD is spent before that", Exit.CONFLICT)
     where.extend(record, until)
     where.write(record, file, f"{until}\n")
-    state.save(replace(record, ends_at=float(until)))
+    with contextlib.suppress(UserError), state.locked(record.name, "extend", seconds=LOCK_SECONDS):  # its machine knows already
+        now = state.known(record.name)  # the run may have ended meanwhile
+        if now.state != "down":
+            state.save(replace(now, ends_at=float(until)))
     return Extended(record.name, by, float(until), round(left, 1))
 
 

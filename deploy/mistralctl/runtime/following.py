@@ -38,7 +38,7 @@ class Following:
         self._lines = sky.Lines(log, on_line)
         self._process: subprocess.Popen[str] | None = None
         self._closed = threading.Event()
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -72,7 +72,7 @@ class Following:
                     sky.tail(self._cluster, self._job, self._lines)
                     return
                 self._closed.wait(PAUSE_SECONDS)
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - `wait` raises it
             self._failure = error
 
     def wait(self, seconds: float, until: Callable[[], bool], failed: Callable[[], bool]) -> bool:

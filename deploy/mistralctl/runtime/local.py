@@ -64,6 +64,7 @@ class Session:
 
     def __init__(self, record: Record, script: str, log: Path, progress: Progress) -> None:
         self._log, self._progress, self._offset = log, progress, log.stat().st_size
+        self._older = _Older(log)
         self._process = _spawn(script, record.task, log)
         self.record = processes.noted(record, self._process.pid)
 
@@ -75,13 +76,17 @@ class Session:
     def _hear(self) -> None:
         """Take the whole lines that were written since the last call."""
         with self._log.open("rb") as file:
-            if file.seek(0, 2) < self._offset:  # it was rotated
+            if file.seek(0, 2) < self._offset:
+                self._tell(self._older.since(self._offset))
                 self._offset = 0
             file.seek(self._offset)
             block = file.read()
         whole = block.rfind(b"\n") + 1
         self._offset += whole
-        for line in block[:whole].decode("utf-8", "replace").splitlines():
+        self._tell(block[:whole])
+
+    def _tell(self, lines: bytes) -> None:
+        for line in lines.decode("utf-8", "replace").splitlines():
             self._progress.line(line)
 
     def _code(self) -> int | None:
@@ -128,6 +133,7 @@ class Attached(Session):
 
     def __init__(self, record: Record, log: Path, progress: Progress) -> None:
         self._log, self._progress, self._offset, self.record = log, progress, 0, record
+        self._older = _Older(log)
 
     def _code(self) -> int | None:
         return None if processes.alive(self.record) else -1
@@ -253,7 +259,7 @@ class Local:
         log, task = _log(attempt.record.name), attempt.record.task
         progress = Progress(attempt.on_phase, attempt.on_line)
         own_files.begin_log(log)
-        log.with_name(f"{log.name}.1").unlink(missing_ok=True)
+        _Older(log).path.unlink(missing_ok=True)
         place_files(task)
         file = _run_dir(task) / files.SECRETS.name
         if attempt.secrets:
@@ -334,7 +340,8 @@ class Local:
         path = _log(record.name)
         if not path.is_file():
             raise UserError(f"{record.name} has no log yet; run {record.again} first", Exit.NOT_FOUND)
-        older = path.with_name(f"{path.name}.1")  # the launcher moves there what is too long
+        rotated = _Older(path)
+        older = rotated.path
         with path.open("rb") as file:
             if lines is None:
                 if older.is_file():
@@ -353,7 +360,9 @@ class Local:
                     yield block.decode("utf-8", "replace")
                 elif not follow:
                     return
-                elif file.tell() > path.stat().st_size:
+                elif (read := file.tell()) > path.stat().st_size:
+                    if missed := rotated.since(read):
+                        yield missed.decode("utf-8", "replace")
                     file.seek(0)
                 else:
                     record = state.known(record.name)
@@ -370,10 +379,7 @@ class Local:
 
     def write(self, record: Record, file: str, text: str) -> None:
         """Replace a file below the node's folder as a whole."""
-        path = Path(record.node_dir) / file
-        temporary = path.with_suffix(".new")
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
+        keys.put(Path(record.node_dir) / file, text)
 
     def exchange(self, record: Record, text: str, old: str) -> bool:
         """Replace the node's file of keys if its text is still `old`; False if it is not."""
@@ -387,6 +393,33 @@ class Local:
 
     def extend(self, record: Record, until: float) -> None:
         """Do nothing: no cloud ends this machine."""
+
+
+class _Older:
+    """What was in a log before it was rotated: the launcher copies it there, where the disk has room."""
+
+    def __init__(self, log: Path) -> None:
+        self.path = log.with_name(f"{log.name}.1")
+        self._seen = self._made()
+
+    def _made(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def since(self, read: int) -> bytes:
+        """Return what was behind the first `read` bytes of the log that was rotated now."""
+        before, self._seen = self._seen, self._made()
+        if self._seen in (None, before):
+            return b""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(read)
+                return file.read()
+        except OSError:  # it is rotated again
+            return b""
 
 
 def _last(file: BinaryIO, lines: int) -> list[bytes]:

@@ -90,7 +90,7 @@ class SecretsSender:
             except ssh.HostKeyChanged as error:
                 self._error = error
                 return
-            except UserError as error:
+            except Exception as error:  # noqa: BLE001 - `finish` raises it
                 self._error = error
             if time.monotonic() > deadline:
                 return
@@ -101,6 +101,9 @@ class SecretsSender:
         self.begin()
         if self._thread is not None:
             self._thread.join(SECRETS_SECONDS + 10)
+            if self._thread.is_alive() and self._error is None:
+                what = f"{self._record.name}: its machine did not take the secrets within {SECRETS_SECONDS:.0f} s"
+                raise UserError(f"{what}; run {self._record.again}", Exit.NETWORK)
         if self._error is not None:
             raise self._error
         return self._record
@@ -415,14 +418,15 @@ class Rented:
 
     def write(self, record: Record, file: str, text: str) -> None:
         """Replace a file below the node's folder as a whole."""
-        ssh.run(record.name, f'cd "{ssh.NODE_DIR}" && cat > "{file}.new" && mv "{file}.new" "{file}"', given=text, seconds=30)
+        script = f'cd "{ssh.NODE_DIR}" && {ssh.received(file, text)} && mv "$new" "{file}"'
+        ssh.run(record.name, script, given=text, seconds=30)
 
     def exchange(self, record: Record, text: str, old: str) -> bool:
         """Replace the node's file of keys if its text is still `old`; False if it is not. UserError if the node cannot be reached."""
         file, lock = files.KEYS_FILE.of(record.name), files.KEYS_LOCK.of(record.name)
         script = (
-            f'cd "{ssh.NODE_DIR}" && exec 9>> "{lock}" && flock -w {LOCK_SECONDS} 9 && cat > "{file}.new" && '
-            f'if [ "$(sha256sum < "{file}")" = "{keys.digest(old)}  -" ]; then mv "{file}.new" "{file}"; else rm "{file}.new"; echo changed; fi'
+            f'cd "{ssh.NODE_DIR}" && exec 9>> "{lock}" && flock -w {LOCK_SECONDS} 9 && {ssh.received(file, text)} && '
+            f'if [ "$(sha256sum < "{file}")" = "{keys.digest(old)}  -" ]; then mv "$new" "{file}"; else rm "$new"; echo changed; fi'
         )
         return not ssh.run(record.name, script, given=text, seconds=2 * LOCK_SECONDS)
 

@@ -114,11 +114,37 @@ def own_identity(cloud: str) -> bool:
     return named not in (*COPIES_KEYS, "NO_UPLOAD", "SERVICE_ACCOUNT")
 
 
+class _Silence:
+    """Standard output and error go nowhere while any thread wants that."""
+
+    def __init__(self) -> None:
+        self._lock, self._wanted, self._stack = threading.Lock(), 0, contextlib.ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._wanted:
+                self._stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                self._stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            self._wanted += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                self._stack.close()
+
+
+_silence = _Silence()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What SkyPilot prints by itself while it is called goes nowhere."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    _silence.begin()
+    try:
         yield
+    finally:
+        _silence.end()
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_contract import files
+from mistral_contract import files, keys
 
 from mistralctl import own_files, processes, state, tasks
 from mistralctl.errors import Exit, UserError
@@ -78,8 +78,22 @@ def config_file(name: str) -> Path:
     return state.folder(name) / "ssh_config"
 
 
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """While this lasts no other command changes the way to a deployment's machine."""
+    from filelock import FileLock
+
+    with FileLock(own_files.folder(state.folder(name)) / "ssh.lock", mode=0o600):
+        yield
+
+
 def remember(name: str, address: Address) -> None:
     """Writes the SSH configuration; the key itself stays where SkyPilot keeps it."""
+    with _alone(name):
+        _remember(name, address)
+
+
+def _remember(name: str, address: Address) -> None:
     given = {"HostName": address.host, "Port": str(address.port), "User": address.user, "IdentityFile": f'"{address.key_file}"'}
     kept, unnamed = _alias(name), f"machine-of-{name}"
     named = re.sub(r"[^A-Za-z0-9._-]", "_", address.machine)
@@ -119,18 +133,22 @@ def _is_known(name: str) -> bool:
 
 def forget_machine(name: str) -> None:
     """Forget the way to a machine and its host key, before there is another one or none."""
-    for file in (config_file(name), known_hosts(name)):
-        file.unlink(missing_ok=True)
+    with _alone(name):
+        for file in (config_file(name), known_hosts(name)):
+            file.unlink(missing_ok=True)
 
 
 def command(name: str, *arguments: str) -> list[str]:
     """`ssh` to the node of a deployment; UserError if none is known. It takes a new host key only from a machine of which none is remembered."""
-    if not config_file(name).exists():
-        raise UserError(f"{name}: no machine is known; run {state.again(name)} first", Exit.NOT_FOUND)
     own_files.require(known_hosts(name))
-    text = own_files.read(config_file(name))  # it may name a command to run
-    if FIRST in text and _is_known(name):
-        state.write_private(config_file(name), text.replace(FIRST, STRICT))
+    try:
+        if FIRST in own_files.read(config_file(name)) and _is_known(name):  # it may name a command to run
+            with _alone(name):  # `remember` may have written another machine's meanwhile
+                text = own_files.read(config_file(name))
+                if _is_known(name):
+                    state.write_private(config_file(name), text.replace(FIRST, STRICT))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{name}: no machine is known; run {state.again(name)} first", Exit.NOT_FOUND) from None
     return ["ssh", "-F", str(config_file(name)), *arguments]
 
 
@@ -191,9 +209,18 @@ def _run(name: str, arguments: Sequence[str], given: str, seconds: float) -> str
 
 def write_secrets(name: str, secrets: Mapping[str, str]) -> None:
     """Puts the secrets into the node's file of mode 0600, over standard input, so that they are in no argument and no log."""
-    folder, file = f"{NODE_DIR}/{files.RUN.of(name)}", files.SECRETS.name
-    script = f'umask 077; mkdir -p "{folder}" && cat > "{folder}/.secrets" && mv "{folder}/.secrets" "{folder}/{file}"'
-    run(name, script, given=json.dumps(dict(secrets)))
+    folder, text = f"{NODE_DIR}/{files.RUN.of(name)}", json.dumps(dict(secrets))
+    file = f"{folder}/{files.SECRETS.name}"
+    run(name, f'umask 077; mkdir -p "{folder}" && {received(file, text)} && mv "$new" "{file}"', given=text)
+
+
+def received(file: str, text: str) -> str:
+    """A command of a shell on the node that writes standard input to `$new`, beside a file; it fails unless that is this very text.
+
+    Where the connection is lost, standard input ends early and the shell goes on.
+    """
+    whole = f'[ "$(sha256sum < "$new")" = "{keys.digest(text)}  -" ]'
+    return f'new="{file}.$$.new" && {{ {{ cat > "$new" && {whole}; }} || {{ rm -f "$new"; echo "what was sent was cut off" >&2; false; }}; }}'
 
 
 def read_status(name: str, *, seconds: float = 20, shared: bool = False) -> str:

@@ -160,11 +160,18 @@ def read(text: str) -> Keys:
 
 def write(path: Path, found: Keys) -> None:
     """Replaces the file as a whole; a reader sees the old keys or the new ones."""
+    put(path, found.dump() + "\n")
+
+
+def put(path: Path, text: str) -> None:
+    """Replaces a file that everybody may read as a whole. It is on the disk then: a key that was revoked stays so over a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(found.dump() + "\n")
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
         Path(temporary).chmod(0o644)  # the server may be another user; there is nothing to hide in it
         Path(temporary).replace(path)
     except BaseException:

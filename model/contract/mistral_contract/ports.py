@@ -6,16 +6,19 @@ import socket
 import sys
 
 # Linux's abstract sockets are of a network namespace, as ports are, whichever user or folder a deployment has, and end with their process.
-_HOLDER = "\0mistralctl-port-{}"
+_HOLDER, CHOSEN = "\0mistralctl-port-{}", "\0mistralctl-chosen-{}"
 
 
-def hold(port: int) -> socket.socket | None:
-    """Take the name of a port until the socket is closed; None where there are no such names. OSError if another process has it."""
+def hold(port: int, name: str = _HOLDER) -> socket.socket | None:
+    """Take the name of a port until the socket is closed; None where there are no such names. OSError if another process has it.
+
+    A launcher holds the one, an `up` that has CHOSEN a port and not written it down yet the other.
+    """
     if sys.platform != "linux":
         return None
     holder = socket.socket(socket.AF_UNIX)
     try:
-        holder.bind(_HOLDER.format(port))
+        holder.bind(name.format(port))
     except OSError:
         holder.close()
         raise
