@@ -13,7 +13,19 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from mistralctl import cli_finetune, cli_keys, cli_weights, documents, interrupts, shells
-from mistralctl.answers import DeployedName, Form, Output, known_names, note, note_rights, say, say_task
+from mistralctl.answers import (
+    Commands,
+    DeployedName,
+    DeployedOrOnly,
+    Form,
+    Output,
+    deployed,
+    known_names,
+    note,
+    note_rights,
+    say,
+    say_task,
+)
 from mistralctl.errors import Exit, UserError
 from mistralctl.flags import with_spec
 from mistralctl.heavy import uncollected
@@ -26,7 +38,7 @@ app = typer.Typer(
     help="Mistral 7B on AWS, GCP, Azure or this machine: one command brings it up, one takes it away.",
     epilog="First steps: mistralctl up smollm2-135m-instruct --cloud local; then mistralctl chat smollm2-135m-instruct. "
     "mistralctl doctor says what is missing.",
-    no_args_is_help=True,
+    cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -112,7 +124,7 @@ def down(
     """Take deployments away and make sure that they are gone."""
     from mistralctl.commands import down as down_command
 
-    done, failures = down_command.run(names or [], everything=everything)
+    done, failures = down_command.run([*map(deployed, names or [])], everything=everything)
     if done or not failures:
         say(done, output, "down_text")
     down_command.check(failures)
@@ -130,14 +142,14 @@ def status(
     from mistralctl.commands import status as status_command
 
     with uncollected():
-        found = status_command.run(name)
+        found = status_command.run(deployed(name) if name else None)
     say(found, output, "status_text")
     status_command.check(found)
 
 
 @app.command(epilog="Example: mistralctl logs smollm2-135m-instruct -f")
 def logs(
-    name: DeployedName,
+    name: DeployedOrOnly,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what comes")] = False,
     lines: Annotated[int | None, typer.Option("-n", "--lines", min=0, help="only the last so many lines")] = None,
 ) -> None:
@@ -186,7 +198,7 @@ def extend(
 
 
 @app.command(epilog="Example: mistralctl receipt mistral -o json")
-def receipt(name: DeployedName, output: Output = Form.text) -> None:
+def receipt(name: DeployedOrOnly, output: Output = Form.text) -> None:
     """Print what was brought up, from what, where, and how it was checked; also after down."""
     from mistralctl.commands import receipt as receipt_command
 
@@ -194,7 +206,7 @@ def receipt(name: DeployedName, output: Output = Form.text) -> None:
 
 
 @app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")
-def connect(name: DeployedName, output: Output = Form.text) -> None:
+def connect(name: DeployedOrOnly, output: Output = Form.text) -> None:
     """Open the tunnel to a deployment on a cloud again, on the same port."""
     from mistralctl.commands import connect as connect_command
 
@@ -217,7 +229,7 @@ def ssh(
 
 @app.command(epilog='Examples: eval "$(mistralctl env mistral)"; mistralctl env mistral --shell fish | source')
 def env(
-    name: DeployedName,
+    name: DeployedOrOnly,
     shell: Annotated[shells.Shell, typer.Option(help="whose words")] = shells.Shell.sh,
     output: Output = Form.text,
 ) -> None:
@@ -233,7 +245,7 @@ def env(
 
 @app.command(epilog='Examples: mistralctl chat mistral -m "Why is the sky blue?"; mistralctl chat mistral')
 def chat(
-    name: DeployedName,
+    name: DeployedOrOnly,
     message: Annotated[str | None, typer.Option("-m", "--message", help="one question; without it, a conversation")] = None,
 ) -> None:
     """Ask one question, or talk until an empty line."""

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mistralctl.answers import DeployedName, Form, Output, say
+from mistralctl.answers import Commands, DeployedName, Form, Output, say
 
 app = typer.Typer(
-    help="Keys: who may ask a deployment, and how much; changed while it serves.", no_args_is_help=True, rich_markup_mode=None
+    help="Keys: who may ask a deployment, and how much; changed while it serves.", cls=Commands, rich_markup_mode=None
 )
 
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, max=1_000_000_000_000, help="no more than N [default: no limit]")]

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mistralctl.answers import Form, Output, note, note_rights, say, say_result, say_task
+from mistralctl.answers import Commands, Form, Output, note, note_rights, say, say_result, say_task
 from mistralctl.errors import UserError
 
 app = typer.Typer(
-    help="Weights: pulled, mirrored to a bucket of yours, verified to the last bit.", no_args_is_help=True, rich_markup_mode=None
+    help="Weights: pulled, mirrored to a bucket of yours, verified to the last bit.", cls=Commands, rich_markup_mode=None
 )
 
 

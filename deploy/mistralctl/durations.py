@@ -22,7 +22,7 @@ NEVER = ("0", "off", "no", "none", "null", "false", "disabled", "infinite", "inf
 
 
 def minutes(text: str) -> int | None:
-    """Minutes of a duration such as `90m`, `12h` or `2d`; None for `never`.
+    """Return the minutes of a duration such as `90m`, `12h` or `2d`; None for `never`.
 
     >>> minutes("2h"), minutes("never")
     (120, None)
@@ -31,12 +31,23 @@ def minutes(text: str) -> int | None:
     """
     if text == "never":
         return None
+    if text.strip().lower() in NEVER:
+        raise ValueError(f"{text!r} is not a duration; write never to switch it off")
+    return length(text, "30m, 12h, 2d or never", "1m and 365d, or never")
+
+
+def length(text: str, examples: str = "30m, 12h or 2d", bounds: str = "1m and 365d") -> int:
+    """Return the minutes of a duration that has an end; ValueError with what to write instead, `examples` and `bounds` among it.
+
+    >>> length("2h")
+    120
+    """
     match = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
     if match is None:
-        raise ValueError(f"{text!r} is not a duration; {_spelling(text)}")
+        raise ValueError(f"{text!r} is not a duration; {_spelling(text) or f'write for example {examples}'}")
     value = int(match[1]) * MINUTES[match[2]]
     if not 1 <= value <= LONGEST:
-        raise ValueError(f"{text!r} is out of range; between 1m and 365d, or never")
+        raise ValueError(f"{text!r} is out of range; between {bounds}")
     return value
 
 
@@ -51,13 +62,11 @@ def text(minutes: int) -> str:
 
 
 def _spelling(text: str) -> str:
-    """How to write what was probably meant."""
+    """How to write what was probably meant; empty where nothing is known."""
     word = text.strip().lower()
-    if word in NEVER:
-        return "write never to switch it off"
     if word.isascii() and word.isdigit():
         return f"write {word}m for minutes, {word}h for hours or {word}d for days"
     match = re.fullmatch(r"([0-9]{1,6})[ _-]*([a-z]+)", word)
     if match and (unit := WORDS.get(match[2], match[2])) in MINUTES:
         return f"write {match[1]}{unit}"
-    return "write for example 30m, 12h, 2d or never"
+    return ""

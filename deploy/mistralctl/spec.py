@@ -151,6 +151,10 @@ def _vllm_args(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def check_model(value: str) -> str:
     if value in MODELS:
         return value
@@ -158,7 +162,9 @@ def check_model(value: str) -> str:
         return check_uri(value)
     if value.startswith(("/", "./", "../", "~")):
         return value
-    near = suggest(value, MODELS, 0.4)
+    near = (
+        DEFAULT_MODEL if len(_letters(value)) > 3 and _letters(value) in _letters(DEFAULT_MODEL) else suggest(value, MODELS, 0.4)
+    )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value):
         row = next((model.name for model in MODELS.values() if model.weights.lower() == f"hf://{value}".lower()), None)
         raise ValueError(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import yaml
+from mistralctl import state
 
 Run = Callable[..., CompletedProcess[str]]
 
 ERRORS = [
-    (("up", "mistral-7b"), 2, "MODEL: unknown model 'mistral-7b'; did you mean mistral-7b-v0.3? (mistralctl models lists them; "
+    (("up", "mistral-7b"), 2, "MODEL: unknown model 'mistral-7b'; did you mean mistral-7b-instruct-v0.1? (mistralctl models lists them; "
      "a folder begins with ./ or /)"),
     (("up", "--cloud", "gpc"), 2, "--cloud[0]: 'gpc' is not one of aws, gcp, azure, local; did you mean gcp?"),
     (("up", "--accelerators", "T4", "--dry-run"), 3, "--accelerators: mistral-7b-instruct-v0.1 does not fit: T4:1: no bf16, and "
@@ -35,11 +37,15 @@ ERRORS = [
     (("chat", "ghost", "-m", "hi"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
     (("status", "../../etc"), 4, "there is no deployment '../../etc'; mistralctl status lists what there is"),
     (("extend", "ghost", "2h"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
-    (("extend", "ghost", "soon"), 2, "DURATION: 'soon' is not a duration; write for example 30m, 12h, 2d or never"),
+    (("extend", "ghost", "soon"), 2, "DURATION: 'soon' is not a duration; write for example 30m, 12h or 2d"),
     (("extend", "ghost", "never"), 2, "DURATION: never is no length; write for example 2h, or run mistralctl up with --ttl never"),
     (("receipt", "ghost"), 4, "there is no deployment 'ghost'; mistralctl status lists what there is"),
     (("up", "--vllm-arg=--hf-token=hf_x"), 2, "--vllm-arg: --hf-token would set --hf-token, which mistralctl sets itself: a token "
      "in an argument is read by everybody; set HF_TOKEN or log in with hf auth login"),
+    (("extend", "ghost", "5x"), 2, "DURATION: '5x' is not a duration; write for example 30m, 12h or 2d"),
+    (("chat",), 4, "NAME: nothing is up; mistralctl up brings a model up"),
+    (("plan", "mistral7b"), 2, "MODEL: unknown model 'mistral7b'; did you mean mistral-7b-instruct-v0.1? (mistralctl models lists them; a folder "
+     "begins with ./ or /)"),
     (("nonsense",), 2, "No such command 'nonsense'. (mistralctl --help)"),
 ]  # fmt: skip
 
@@ -51,6 +57,34 @@ def test_an_error_is_one_line_with_a_code_and_creates_nothing(
     done = mistralctl(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"mistralctl: {line}\n")
     assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ((), ("--help",)),
+        (("help",), ("--help",)),
+        (("weights",), ("weights", "--help")),
+        (("help", "weights", "pull"), ("weights", "pull", "-h")),
+    ],
+)
+def test_a_command_alone_and_help_print_the_help(words: tuple[str, ...], same: tuple[str, ...], mistralctl: Run) -> None:
+    done = mistralctl(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == mistralctl(*same).stdout
+    assert "..." not in done.stdout.replace("]...", "")
+
+
+def test_a_name_may_be_left_out_or_written_as_the_model_is(mistralctl: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRALCTL_HOME", str(home / ".mistralctl"))
+    one = state.Record("mistral-7b-v0-1", "local", "down", "mistral-7b-v0.1", "m", 8000, "/node", "s", 1.0)
+    state.save(one)
+    for words in ((), ("mistral-7b-v0.1",), ("mistral-7b-v0-1",)):
+        assert mistralctl("env", *words).stderr == f"mistralctl: mistral-7b-v0-1 is down; run {one.again} first\n"
+    state.save(replace(one, name="other"))
+    assert mistralctl("env").stderr == "mistralctl: NAME: say which of mistral-7b-v0-1, other is meant\n"
+    state.save(replace(one, name="other", state="starting"))
+    assert mistralctl("env").stderr.startswith("mistralctl: other is starting")
 
 
 @pytest.mark.interpreter  # whose hashes differ from run to run

@@ -30,13 +30,12 @@ class Extended:
 
 
 def _minutes(by: str) -> int:
+    if by == "never":
+        raise UserError("DURATION: never is no length; write for example 2h, or run mistralctl up with --ttl never")
     try:
-        minutes = durations.minutes(by)
+        return durations.length(by)
     except ValueError as error:
         raise UserError(f"DURATION: {error}") from error
-    if minutes is None:
-        raise UserError("DURATION: never is no length; write for example 2h, or run mistralctl up with --ttl never")
-    return minutes
 
 
 def _launcher(record: Record) -> dict[str, Any]:
