@@ -22,7 +22,7 @@ PYTEST_OPTIONS ?= -q
 # Lanes of tests/e2e (conftest.py) that run at a time: each waits for others' work half of its time.
 E2E_WORKERS ?= 2
 
-.PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-tune test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
+.PHONY: help setup node up down test test-fast test-others test-deploy test-weights test-plugin test-tune test-evaluate test-e2e e2e azurite simcloud-packages check lint format schema docs-contract house lines vllm-options cuda-environment bench real gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 4
@@ -59,6 +59,17 @@ node: .venv/.made
 	bash model/tune/environment.sh "$(patsubst %/bin/python,%,$(NODE_PYTHON))" "$(CURDIR)/.venv-tune" "$(CURDIR)/$(UV)"
 	$(UV) pip install --quiet --verify-hashes --python .venv-tune/bin/python --no-deps --requirement tests/plugin/requirements.txt \
 	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights --editable model/chats --editable model/tune
+	touch $@
+
+# The tests of evaluation run beside what evaluates. They see vLLM's environment, to serve a model and to compute with transformers.
+.venv-evaluate/.made: model/evaluate/requirements.txt model/evaluate/environment.sh model/evaluate/pyproject.toml tests/plugin/requirements.txt tests/evaluate/requirements.txt $(wildcard model/node/vllm-cpu/*) | node
+	rm -rf .venv-evaluate
+	bash model/evaluate/environment.sh $(NODE_PYTHON) "$(CURDIR)/.venv-evaluate" "$(CURDIR)/$(UV)"
+	$(NODE_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-evaluate/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/node.pth"
+	$(UV) pip install --quiet --verify-hashes --python .venv-evaluate/bin/python --no-deps --requirement tests/plugin/requirements.txt \
+	  --requirement tests/evaluate/requirements.txt \
+	  --editable model/contract --editable model/plugin --editable model/node --editable model/weights --editable model/chats --editable model/evaluate
 	touch $@
 
 # The tests of mistral_weights run in an environment of their own, with the stores' SDKs and real protocol servers.
@@ -98,7 +109,7 @@ test: setup node azurite simcloud-packages
 	  test-e2e test-plugin test-others
 
 test-others: .venv/.made
-	@failed=0; for suite in test-deploy test-weights test-tune; do \
+	@failed=0; for suite in test-deploy test-weights test-tune test-evaluate; do \
 	  $(MAKE) --no-print-directory $$suite || failed=1; \
 	done; exit $$failed
 
@@ -118,6 +129,9 @@ test-plugin: .venv-node/.made
 
 test-tune: .venv-tune/.made
 	cd tests/tune && ../../.venv-tune/bin/python -m pytest $(PYTEST_OPTIONS) .
+
+test-evaluate: .venv-evaluate/.made
+	cd tests/evaluate && ../../.venv-evaluate/bin/python -m pytest $(PYTEST_OPTIONS) .
 
 test-e2e: .venv/.made azurite simcloud-packages
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --numprocesses $(E2E_WORKERS) --dist loadfile tests/e2e
@@ -196,4 +210,4 @@ real: .venv/.made
 	$(BIN)/python benchmarks/real_run.py --cloud "$(CLOUD)" --max-price "$(MAX_PRICE)" $(REAL_OPTIONS)
 
 clean:
-	rm -rf .venv .venv-node .venv-tune .venv-tune.lock .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-node .venv-tune .venv-tune.lock .venv-evaluate .venv-evaluate.lock .venv-weights build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

