@@ -34,8 +34,8 @@ GOES_ON = {
 
 def said(arguments: Sequence[str]) -> str:
     """What is left to know after a command was interrupted."""
-    words = [word for word in arguments if not word.startswith("-")]
-    command, name = words[0] if words else "", words[1] if len(words) > 1 else "it"
+    command, name = ([word for word in [*arguments, "", ""] if word != "--debug"])[:2]
+    name = name if name and not name.startswith("-") else "it"  # it may be left out
     text = GOES_ON.get(command, "nothing was left half-done")
     return f"interrupted; {text.replace('NAME', name)}"
 

@@ -98,6 +98,7 @@ def test_a_second_signal_ends_it_at_once(started: Started, number: signal.Signal
 
 def test_what_goes_on_is_said_by_name() -> None:
     assert interrupts.said(["chat", "m", "-m", "hello"]) == "interrupted; m serves on; an answer that had begun is not finished"
+    assert interrupts.said(["chat", "-m", "hello"]) == "interrupted; it serves on; an answer that had begun is not finished"
     assert interrupts.said(["keys", "m", "add"]).endswith("mistralctl keys m list shows who may ask")
     assert interrupts.said([]) == "interrupted; nothing was left half-done"
 
