@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mistralctl import endpoint
 from mistralctl.runtime import api_server
 
 SERVER = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
@@ -84,9 +85,12 @@ def test_a_stranger_in_a_killed_servers_session_is_let_be(tmp_path: Path, monkey
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports that are free, and stay so until they are used: connections take theirs from 32768 on."""
+    found: set[int] = set()
+    while len(found) < count:
+        if endpoint.is_free(port := 22000 + secrets.randbelow(10000)):
+            found.add(port)
+    return list(found)
 
 
 class Clock:

@@ -109,12 +109,12 @@ def test_only_the_pinned_certificate_is_trusted(tmp_path: Path) -> None:
     cert, key = files(tmp_path / "own", ["127.0.0.1"])
     other = files(tmp_path / "other", ["127.0.0.1"])
     certificates.pin("pinned", cert.read_text())
-    with serving(cert, key) as port, connection.client(record(port), 5) as client:
+    with serving(cert, key) as port, connection.client(record(port), 300) as client:
         assert client.get("/").status_code == 200
         assert record(port).base_url == f"https://127.0.0.1:{port}/v1"
     with (
         serving(*other) as port,
-        connection.client(record(port), 5) as client,
+        connection.client(record(port), 300) as client,
         pytest.raises(httpx.ConnectError, match="certificate"),
     ):
         client.get("/")
@@ -124,9 +124,9 @@ def test_a_name_in_the_certificate_is_what_clients_expect_wherever_the_machine_i
     cert, key = files(tmp_path / "own", ["llm.example.org"])
     certificates.pin("pinned", cert.read_text())
     with serving(cert, key) as port:
-        with connection.client(record(port, "llm.example.org"), 5) as client:
+        with connection.client(record(port, "llm.example.org"), 300) as client:
             assert client.get("/").status_code == 200
-        with connection.client(record(port), 5) as client, pytest.raises(httpx.ConnectError, match="certificate"):
+        with connection.client(record(port), 300) as client, pytest.raises(httpx.ConnectError, match="certificate"):
             client.get("/")
         assert record(port, "llm.example.org").base_url == f"https://llm.example.org:{port}/v1"
 
@@ -140,7 +140,7 @@ def test_other_clients_trust_it_beside_the_systems_authorities_also_by_the_stric
     context = ssl.create_default_context(cafile=str(bundle))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # Python 3.13's default
     with serving(cert, key) as port:
-        assert httpx.get(f"https://127.0.0.1:{port}/", verify=context, trust_env=False).status_code == 200
+        assert httpx.get(f"https://127.0.0.1:{port}/", verify=context, trust_env=False, timeout=300).status_code == 200
 
 
 def test_what_is_no_certificate_is_not_pinned() -> None:

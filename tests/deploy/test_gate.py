@@ -214,17 +214,17 @@ def test_it_is_closed_to_everybody_else_until_the_node_has_walked(serve: Callabl
     url, bearer = f"http://127.0.0.1:{record.port}", {"Authorization": f"Bearer {state.api_key(NAME)}"}
     for headers in ({}, bearer, bearer | {"x-mistralctl-probe": state.api_key(NAME)}):
         for path in ("/health", "/v1/models", "/metrics"):
-            assert httpx.get(url + path, headers=headers).status_code == 503
+            assert httpx.get(url + path, headers=headers, timeout=300).status_code == 503
     assert readiness.reached(record)
     assert not readiness.answers(record)
     on_the_node(record, run_dir)
-    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/health", timeout=300).status_code == 200
     assert readiness.answers(record)
     for node in (
         {"Authorization": f"Bearer {NODE_KEY}"},
         {"Authorization": f"Bearer {NODE_KEY}", "x-mistralctl-probe": NODE_KEY},
     ):
-        assert httpx.get(f"{url}/v1/models", headers=node).status_code == 401  # it opened the door, and is no key
+        assert httpx.get(f"{url}/v1/models", headers=node, timeout=300).status_code == 401  # it opened the door, and is no key
 
 
 @pytest.mark.parametrize(

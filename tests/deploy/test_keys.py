@@ -8,7 +8,8 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def own() -> str:
     return state.api_key(NAME)
 
 
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
 def let_in(callers: Callers, secret: str) -> bool:
     key = callers.find(secret.encode())
     return key is not None and not key.expired(time.time())
@@ -127,8 +135,7 @@ def test_this_laptops_key_is_rotated_without_a_moment_without_one(
 
     def exchange(self: Local, record: Record, text: str, old: str) -> bool:
         done = put(self, record, text, old)
-        time.sleep(0.3)
-        callers.look()
+        until(lambda: callers._serial >= contract.read(text).serial)
         seen.append((own() == before, let_in(callers, own())))
         return done
 
@@ -143,8 +150,8 @@ def test_this_laptops_key_is_rotated_without_a_moment_without_one(
     assert old.expires == done.old_expires
     assert 590 < (done.old_expires or 0) - time.time() <= 600
     contract.write(record.run_dir / KEYS_FILE, keys.known(NAME).changed([replace(old, expires=1.0), new]))
-    time.sleep(0.4)
-    assert (let_in(callers, before), let_in(callers, own())) == (False, True)
+    until(lambda: not let_in(callers, before))
+    assert let_in(callers, own())
     command.add(NAME, Wanted(name="next"))
     assert [key.name for key in keys.known(NAME).keys] == ["own", "next"]  # the expired one is gone
     assert command.revoke(NAME, "next").effective == "now"
@@ -312,11 +319,8 @@ def test_of_changes_at_the_same_moment_none_is_lost(place: key_places.Place, mon
             key = keys.entry(f"{who}{number}{GOOD}", f"{who}-{number}")
             key_places.changed(place, NAME, lambda found, key=key: found.changed([*found.keys, key]))  # type: ignore[misc]
 
-    laptops = [threading.Thread(target=add, args=(who,)) for who in range(2)]
-    for laptop in laptops:
-        laptop.start()
-    for laptop in laptops:
-        laptop.join()
+    with ThreadPoolExecutor(2) as laptops:
+        list(laptops.map(add, range(2)))
     assert sorted(key.name for key in place.read().keys.keys) == sorted(
         ["own", *(f"{who}-{n}" for who in range(2) for n in range(4))]
     )

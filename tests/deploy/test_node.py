@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -270,13 +269,12 @@ def test_only_a_hub_whose_token_comes_is_waited_for(tmp_path: Path, uri: str, aw
     """The function of setup.sh, with the tool replaced by a word."""
     pull = re.search(r"^pull\(\) .*?^}$", (NODE / "setup.sh").read_text(), re.MULTILINE | re.DOTALL)
     assert pull is not None
-    script = f'run_dir={tmp_path}; mistral_weights() {{ [ -e "$run_dir/secrets.json" ] && echo late || echo soon; }}\n{pull[0]}\npull {uri} folder'
+    replaced = 'sleep() { echo waits; echo {} > "$run_dir/secrets.json"; }; mistral_weights() { echo pulls; }'
+    script = f"run_dir={tmp_path}; {replaced}\n{pull[0]}\npull {uri} folder"
     process = subprocess.Popen(
         ["bash", "-c", script], stdout=subprocess.PIPE, env={"PATH": os.defpath, "MISTRALCTL_SECRETS": awaited}
     )
-    time.sleep(1)
-    (tmp_path / "secrets.json").write_text("{}")
-    assert process.communicate(timeout=600)[0] == (b"late\n" if waits else b"soon\n")
+    assert process.communicate(timeout=600)[0] == (b"waits\npulls\n" if waits else b"pulls\n")
 
 
 def test_a_mirror_that_fails_says_why_in_its_phase(tmp_path: Path) -> None:

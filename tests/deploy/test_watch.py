@@ -134,11 +134,13 @@ def test_it_outlives_its_job_with_all_its_children_and_holds_no_log_open(machine
 
 
 def test_a_later_one_replaces_it(machine: Machine) -> None:
+    named = machine.run_dir / "watch"
     first = machine.start(SETUP, MISTRALCTL_SETUP_MINUTES="60")
-    until(machine.watches)
+    until(lambda: machine.watches() and named.exists() and named.read_text())
+    before = named.read_text()
     second = machine.start(SETUP, MISTRALCTL_SETUP_MINUTES="60")
-    until(lambda: machine.watches() == ["setup", "setup"])
-    until(lambda: machine.watches() == ["setup"])
+    until(lambda: named.read_text() not in ("", before))
+    until(lambda: not psutil.pid_exists(int(before)) and machine.watches() == ["setup"])
     server = machine.start("sleep 1000 & bash watch.sh start run $!; wait", MISTRALCTL_TTL_MINUTES="60")
     until(lambda: machine.watches() == ["run"])
     assert int((machine.run_dir / "ends_at").read_text()) > time.time() + 50

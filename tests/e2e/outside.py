@@ -29,7 +29,7 @@ def routes(url: str, certificates: str, key: str) -> dict[str, list[int]]:
 
     callers = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {key}"}]
     found = {}
-    with httpx.Client(verify=ssl.create_default_context(cafile=certificates), trust_env=False) as client:
+    with httpx.Client(verify=ssl.create_default_context(cafile=certificates), trust_env=False, timeout=300) as client:
         for route in json.loads(sys.stdin.read()):
             path = re.sub(r"\{[^}]*\}", "x", route["path"])
             for method in route["methods"]:
@@ -50,7 +50,7 @@ def tls(address: str, port: int) -> dict[str, str]:
         context.set_ciphers("ALL:@SECLEVEL=0")
         context.minimum_version = context.maximum_version = version
         try:
-            with socket.create_connection((address, port), 10) as plain, context.wrap_socket(plain) as safe:
+            with socket.create_connection((address, port), 300) as plain, context.wrap_socket(plain) as safe:
                 found[version.name] = str(safe.version())
         except (ssl.SSLError, OSError) as error:
             found[version.name] = f"refused: {getattr(error, 'reason', error)}"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from nodes import KEY
 
 
-def raw(url: str, pieces: Iterable[bytes], *, pause: float = 0, wait: float = 15) -> int | str:
+def raw(url: str, pieces: Iterable[bytes], *, pause: float = 0, wait: float = 300) -> int | str:
     """The status of what a server says to these bytes; `closed` if it hangs up without a word, `silent` if it says nothing."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), wait) as wire:

@@ -13,13 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from mistral_contract import files, keys
+from mistral_node.traffic import Traffic
 
 KEY = "sk-test-0123456789abcdef0123456789abcdef"
 
@@ -126,7 +127,31 @@ class Launcher:
         events = [json.loads(line.split(" ", 1)[1]) for line in lines if line.startswith("mistralctl-phase ")]
         return [(event["phase"], event["event"]) for event in events]
 
-    def wait(self, seconds: float = 60) -> int:
+    def usage(self) -> dict[str, Any]:
+        """What the guard has written of all that was asked until now: it writes when something is new, as one more refusal is."""
+        file, traffic = self.run_dir / "shared" / "usage.json", Traffic(self.run_dir / "shared")
+
+        def refused() -> int:
+            return int(json.loads(file.read_text())["refused"].get("401", 0))
+
+        self._until(lambda: not traffic.read().running)
+        before = refused()
+        self.ask("/v1/models", key="wrong")
+        self._until(lambda: refused() > before)
+        return dict(json.loads(file.read_text()))
+
+    def until_draining(self) -> None:
+        """Waits until the guard takes no more requests."""
+        traffic = Traffic(self.run_dir / "shared")
+        self._until(lambda: traffic.draining)
+
+    def _until(self, happened: Callable[[], bool], seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            time.sleep(0.02)
+
+    def wait(self, seconds: float = 300) -> int:
         return self.process.wait(seconds)
 
 

@@ -41,10 +41,10 @@ def body(size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Such a server, that waits for nothing longer than a second; its port."""
-    monkeypatch.setattr(front, "HEAD_SECONDS", 1.0)
-    monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", 1.0)
+def serving(run_dir: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[int]:
+    """Such a server, that waits so long for a request; its port."""
+    monkeypatch.setattr(front, "HEAD_SECONDS", seconds)
+    monkeypatch.setattr("mistral_node.guard.BODY_SECONDS", seconds)
     Traffic(run_dir, fresh=True).open()
     app = FastAPI()
     app.add_api_route("/health", lambda: None)
@@ -67,7 +67,7 @@ def serving(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     app.add_api_route("/v1/completions", size, methods=["POST"])
     app.add_middleware(front.Guard, run_dir=run_dir)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_keep_alive=2))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_keep_alive=int(2 * seconds)))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -80,25 +80,36 @@ def serving(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @pytest.fixture
-def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with serving(write_keys(tmp_path), monkeypatch) as port:
+def patient() -> None:
+    """The server of this test waits longer than a busy machine takes, where the others wait for a second."""
+
+
+def waits(request: pytest.FixtureRequest) -> float:
+    return 300.0 if "patient" in request.fixturenames else 1.0
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    with serving(write_keys(tmp_path), monkeypatch, waits(request)) as port:
         yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
-def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, ssl.SSLContext]]:
+def secure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[tuple[int, ssl.SSLContext]]:
     """The same with TLS, and what to trust."""
     run_dir = write_keys(tmp_path)
     private, certificate = tls.self_signed(["127.0.0.1"])
     (run_dir / files.PRIVATE_KEY.name).write_text(private)
     (run_dir / files.CERTIFICATE.name).write_text(certificate)
     monkeypatch.setenv("MISTRALCTL_TLS", "self-signed")
-    with serving(run_dir, monkeypatch) as port:
+    with serving(run_dir, monkeypatch, waits(request)) as port:
         yield port, tls.trusting(certificate)
 
 
-def test_ordinary_requests_share_a_connection_also_when_it_rests(url: str) -> None:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+def test_ordinary_requests_share_a_connection_also_when_it_rests(url: str, patient: None) -> None:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as client:
         for size in (20, 1 << 20, 8 << 20):
             assert client.post("/v1/completions", content=body(size)).json() == {"size": size}
             assert client.get("/health").status_code == 200
@@ -107,7 +118,7 @@ def test_ordinary_requests_share_a_connection_also_when_it_rests(url: str) -> No
         assert client.post("/v1/completions", content=iter(pieces)).json() == {"size": 15000}
 
 
-def test_a_body_in_chunks_of_one_byte_is_taken(url: str) -> None:
+def test_a_body_in_chunks_of_one_byte_is_taken(url: str, patient: None) -> None:
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body(60000))
     assert raw(url, [HEAD, chunks, b"0\r\n\r\n"]) == 200
 
@@ -134,10 +145,10 @@ def test_what_never_ends_is_cut_off(pieces: list[bytes], url: str) -> None:
 
     assert raw(url, counted(), pause=0.02) in ("closed", 400, 413, 414, 431)
     assert sent < 3 << 20, "it took it all"
-    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/health", timeout=300).status_code == 200
 
 
-def test_too_large_a_body_is_cut_off(url: str) -> None:
+def test_too_large_a_body_is_cut_off(url: str, patient: None) -> None:
     piece = b"%x\r\n" % (1 << 20) + b"x" * (1 << 20) + b"\r\n"
     assert raw(url, [HEAD, *[piece] * (LARGEST_BODY // (1 << 20) + 1)]) in ("closed", 413)
     assert raw(url, [request("POST", "/v1/completions", b"Content-Length: %d" % (LARGEST_BODY + 1))]) == 413
@@ -216,7 +227,7 @@ def test_after_a_refusal_nothing_more_is_read_and_the_connection_ends(what: str,
     said, status = REFUSED[what]
     before = server.refused[str(status)]
     with connected(url, said) as wire:
-        wire.settimeout(10)
+        wire.settimeout(300)
         until(lambda: server.refused[str(status)] > before)
         sent = 0
         with contextlib.suppress(OSError):
@@ -268,16 +279,17 @@ def test_requests_that_do_not_wait_for_answers_are_few(url: str) -> None:
         assert answer(wire).count(b"HTTP/1.1 200") <= MOST_PIPELINED + 1
 
 
-def test_the_oldest_strangers_go_and_whoever_asks_is_answered(url: str, server: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_strangers_go_and_whoever_asks_is_answered(
+    url: str, server: Held, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "_strangers", 50)
-    monkeypatch.setattr(front, "HEAD_SECONDS", 300.0)
     with contextlib.ExitStack() as stack:
-        good = stack.enter_context(httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}))
+        good = stack.enter_context(httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300))
         assert good.get("/v1/models").status_code == 200
         wires = [stack.enter_context(connected(url)) for _ in range(200)]
         until(lambda: server.refused["too many connections"] >= 150)
         assert len(server) <= 51
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=300).status_code == 200
         assert wires[0].recv(1) == b""  # the first has gone
         wires[-1].sendall(request("GET", "/health"))  # the last has not
         assert wires[-1].recv(100).startswith(b"HTTP/1.1 200")
@@ -305,7 +317,9 @@ def test_a_stream_that_nobody_reads_ends_before_the_kernel_has_kept_it_all(
     until(lambda: not len(server))
 
 
-def test_a_large_answer_that_is_read_slowly_comes_as_a_whole(url: str, server: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_answer_that_is_read_slowly_comes_as_a_whole(
+    url: str, server: Held, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(front, "LINGER_SECONDS", 0.1)
     said = request("POST", "/v1/completions", b"Content-Length: %d" % len(ASK_BIG), b"Connection: close", body=ASK_BIG)
     with connected(url, said) as wire:
@@ -317,10 +331,10 @@ def test_a_large_answer_that_is_read_slowly_comes_as_a_whole(url: str, server: H
 def test_what_steers_vllm_beside_the_body_does_not_reach_it(url: str) -> None:
     odd = {"X-VLLM-Priority": "9" * 5000, "X-Request-Priority": "x", "Priority": "1e99", "X-data-parallel-rank": "7", "X-Request-Id": "a\tb",
            "endpoint-load-metrics-format": "x", "Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}  # fmt: skip
-    seen = httpx.get(f"{url}/v1/models", headers=odd).json()
+    seen = httpx.get(f"{url}/v1/models", headers=odd, timeout=300).json()
     assert set(seen) <= {"accept", "content-type", "host", "user-agent"}
     assert seen["content-type"] == "application/json"
-    assert httpx.get(f"{url}/v1/models", headers=odd | {"X-Request-Id": "mine-1"}).json()["x-request-id"] == "mine-1"
+    assert httpx.get(f"{url}/v1/models", headers=odd | {"X-Request-Id": "mine-1"}, timeout=300).json()["x-request-id"] == "mine-1"
 
 
 def test_refusals_are_counted_and_not_logged(url: str, server: Held, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -332,7 +346,7 @@ def test_refusals_are_counted_and_not_logged(url: str, server: Held, caplog: pyt
         raw(url, [said])
     assert server.refused - before == Counter(str(status) for _, status in REFUSED.values())
     assert not [record for record in caplog.records if record.name != "httpx"]
-    assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=300).status_code == 200
     assert ["/v1/models" in record.getMessage() for record in caplog.records if record.name == "uvicorn.access"] == [True]
     usage = tmp_path / "shared" / "usage.json"
     until(lambda: json.loads(usage.read_text())["refused"] == dict(server.refused))
@@ -341,19 +355,21 @@ def test_refusals_are_counted_and_not_logged(url: str, server: Held, caplog: pyt
 def test_a_handshake_that_does_not_end_is_not_waited_for(secure: tuple[int, ssl.SSLContext], server: Held) -> None:
     port, context = secure
     for said in (b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", port), 10) as wire:
+        with socket.create_connection(("127.0.0.1", port), 300) as wire:
             wire.sendall(said)
             answer(wire)
         until(lambda: not len(server))
-    with socket.create_connection(("127.0.0.1", port), 10) as plain, context.wrap_socket(plain) as wire:
+    with socket.create_connection(("127.0.0.1", port), 300) as plain, context.wrap_socket(plain) as wire:
         wire.sendall(request("GET", "/v1/models", key="wrong"))
         assert wire.recv(65536).startswith(b"HTTP/1.1 401")
         until(lambda: not len(server))
 
 
-def test_ordinary_requests_pass_over_tls(secure: tuple[int, ssl.SSLContext]) -> None:
+def test_ordinary_requests_pass_over_tls(secure: tuple[int, ssl.SSLContext], patient: None) -> None:
     port, context = secure
-    with httpx.Client(base_url=f"https://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, verify=context) as client:
+    with httpx.Client(
+        base_url=f"https://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, verify=context, timeout=300
+    ) as client:
         for size in (20, 1 << 20, 8 << 20):
             assert client.post("/v1/completions", content=body(size)).json() == {"size": size}
         assert len(client.post("/v1/completions", content=ASK_BIG).text) == BIG
@@ -362,7 +378,7 @@ def test_ordinary_requests_pass_over_tls(secure: tuple[int, ssl.SSLContext]) -> 
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
     old.maximum_version = ssl.TLSVersion.TLSv1_1
-    with socket.create_connection(("127.0.0.1", port), 10) as plain, pytest.raises((ssl.SSLError, OSError)):
+    with socket.create_connection(("127.0.0.1", port), 300) as plain, pytest.raises((ssl.SSLError, OSError)):
         old.wrap_socket(plain)
 
 

@@ -30,7 +30,7 @@ from mistral_node.guard import LARGEST_BODY, WITH_KEY
 from nodes import KEY, Launcher, known, launched
 from schemathesis import GenerationMode
 
-SLOW_SECONDS = 3.0
+SLOW_SECONDS = 6.0
 # In the server's process: writes down what the application says of itself, and waits for slow clients less long than usual.
 INSIDE = f"""
 import json, os, pathlib
@@ -178,7 +178,7 @@ def test_held_connections_and_streams_that_nobody_reads_hold_nobody_up(served: L
     stream = request("POST", COMPLETIONS[1], b"Content-Type: application/json", b"Content-Length: %d" % len(asked), body=asked)
     with ExitStack() as held:
         for first in [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n", ended + b"P", request("GET", "/health") + b"\r\n", stream] * 8:
-            wire = held.enter_context(socket.create_connection((host, int(port)), 15))
+            wire = held.enter_context(socket.create_connection((host, int(port)), 300))
             with suppress(OSError):
                 wire.sendall(first)
             tally["held"] += 1
@@ -283,8 +283,7 @@ def test_huge_and_slow_requests_are_cut_off(served: Launcher, tally: Counter[Any
 
 
 def test_strangers_left_no_account_and_the_key_is_in_no_file(served: Launcher) -> None:
-    time.sleep(1)
-    counted = json.loads((served.run_dir / "shared" / "usage.json").read_text())
+    counted = served.usage()
     assert list(counted["keys"]) == [known().keys[0].id]
     assert counted["keys"][known().keys[0].id]["requests"] > 100
     holders = [path for path in [served.log, *served.run_dir.rglob("*")] if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -423,7 +423,8 @@ def test_the_engine_is_asked_for_a_token_while_nobody_else_is(
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await send({"type": "lifespan.startup.complete"})
-            await asyncio.sleep(0.2)
+            while len(bodies) < 3:
+                await asyncio.sleep(0.01)
         else:
             bodies.append(json.loads((await receive())["body"]))
             await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -9,7 +9,8 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import psutil
 import pytest
 from checkpoints import consolidated, mistral_tokenizer, write
 from mistral_contract import files, keys, sets
+from mistral_node import serve
+from mistral_node.traffic import Traffic
 from nodes import KEY, Launcher, known, launched
 from test_model import adapter_of
 from vllm_mistral import reference
@@ -59,6 +62,13 @@ def test_ready_says_what_runs(served: Launcher) -> None:
     assert status["canary"]["max_difference"] < 1e-4
 
 
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
 def test_keys_come_and_go_while_it_serves_and_have_limits(served: Launcher) -> None:
     other, file = "mctl-" + "fedcba9876543210" * 3, served.run_dir / "keys" / "keys.json"
     body = {"model": "tiny", "prompt": "a", "max_tokens": 5, "ignore_eos": True}
@@ -82,8 +92,7 @@ def test_keys_come_and_go_while_it_serves_and_have_limits(served: Launcher) -> N
     assert found[0] == 429
     assert json.loads(found[1])["error"]["param"] == "tokens_per_minute"
     assert sum(answers[:-1]) < 20 <= sum(answers)
-    time.sleep(1)
-    counted = json.loads((served.run_dir / "shared" / "usage.json").read_text())["keys"]
+    counted = served.usage()["keys"]
     assert {name: counted[others.id][name] for name in ("requests", "tokens", "refused")} == {
         "requests": len(answers), "tokens": sum(answers), "refused": 1,
     }  # fmt: skip
@@ -98,8 +107,7 @@ def test_tokens_of_a_stream_are_counted_whether_its_client_asks_for_them_or_not(
     """And it gets what vLLM says without being asked for them."""
 
     def counted() -> int:
-        time.sleep(1)
-        found = json.loads((served.run_dir / "shared" / "usage.json").read_text())["keys"]
+        found = served.usage()["keys"]
         return int(found.get(known().keys[0].id, {"tokens": 0})["tokens"])
 
     def events(stream: bytes) -> list[dict[str, Any]]:
@@ -176,15 +184,14 @@ def stream(served: Launcher, tokens: int) -> Iterator[str]:
 
 
 def test_requests_are_counted_and_refusals_are_not(served: Launcher) -> None:
-    time.sleep(1.2)  # two looks of the launcher at the counts
-    before = served.status()["requests"]["served"]
+    traffic = Traffic(served.run_dir / "shared")
+    until(lambda: not traffic.read().running and served.status()["requests"]["served"] == traffic.read().served)
+    before = traffic.read().served
     served.json("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
     assert served.ask("/v1/completions", {"model": "tiny", "prompt": "a"}, key="sk-wrong")[0] == 401
     assert served.ask("/health", key=None)[0] == 200
     served.json("/v1/models")
-    deadline = time.monotonic() + 300
-    while served.status()["requests"]["served"] == before and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: served.status()["requests"]["served"] != before)
     time.sleep(0.7)
     assert served.status()["requests"]["served"] == before + 1
 
@@ -206,11 +213,8 @@ def test_it_serves_on_while_no_file_can_grow(served: Launcher) -> None:
     finally:
         for process in running:
             process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    deadline = time.monotonic() + 300
-    while served.status()["requests"]["served"] != before + 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert json.loads((served.run_dir / "shared" / "usage.json").read_text())["refused"]["401"] >= 3
+    until(lambda: served.status()["requests"]["served"] == before + 3)
+    until(lambda: json.loads((served.run_dir / "shared" / "usage.json").read_text())["refused"]["401"] >= 3)
 
 
 def test_a_stream_in_flight_ends_well_and_new_requests_are_refused(served: Launcher) -> None:
@@ -228,7 +232,7 @@ def test_a_stream_in_flight_ends_well_and_new_requests_are_refused(served: Launc
     reader.start()
     assert begun.wait(300)
     served.process.send_signal(signal.SIGTERM)
-    time.sleep(0.6)
+    served.until_draining()
     refused: Any = served.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
     assert reader.is_alive(), "the stream was too short for this test"
     assert refused[0] == 503
@@ -279,23 +283,21 @@ def test_consolidated_weights_with_an_adapter(second: Launcher) -> None:
 def test_a_second_signal_ends_it_at_once_and_leaves_nothing(second: Launcher) -> None:
     """The last test of this server."""
     pieces: list[str] = []
-    broken = threading.Event()
 
     def read() -> None:
-        try:
-            pieces.extend(stream(second, 2900))
-        except OSError:
-            broken.set()
+        with suppress(OSError, http.client.HTTPException):
+            for piece in stream(second, 2900):
+                pieces.append(piece)
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    time.sleep(1)
+    until(lambda: pieces)
     second.process.send_signal(signal.SIGTERM)
-    time.sleep(1)
+    second.until_draining()
+    time.sleep(2 * serve.SAME_SECONDS)
     assert second.status()["state"] == "draining"
     second.process.send_signal(signal.SIGTERM)
     assert second.wait(300) == 0
     reader.join(300)
     assert pieces[-1:] != ["[DONE]"]
-    time.sleep(1)
-    assert not [child for child in second.children if child.is_running() and child.status() != "zombie"]
+    assert not psutil.wait_procs(second.children, timeout=300)[1]

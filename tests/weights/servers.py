@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _running(command: list[str], log: Path, ready: str, seconds: float = 60.0, patient: bool = True) -> Iterator[None]:
+def _running(command: list[str], log: Path, ready: str, seconds: float = 300.0, patient: bool = True) -> Iterator[None]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     try:

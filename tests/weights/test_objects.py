@@ -169,7 +169,7 @@ class Follower:
     def says(self) -> dict[str, Any]:
         """The next line."""
         assert self.process.stdout
-        assert select.select([self.process.stdout], [], [], 30)[0]
+        assert select.select([self.process.stdout], [], [], 300)[0]
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
 

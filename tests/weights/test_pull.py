@@ -141,7 +141,7 @@ def test_a_gated_model_names_the_page_and_a_token_opens_it(hub: hubs.Hub, tmp_pa
         secrets.write_text(json.dumps({"api_key": "k", "hf_token": hubs.TOKEN}))
 
     threading.Thread(target=later).start()
-    pull(replace(request, secrets=Secrets(secrets, wait=10)))
+    pull(replace(request, secrets=Secrets(secrets, wait=300)))
     assert contents(tmp_path / "set") == sets.a_set()
     assert hubs.TOKEN not in "".join(path.read_text(errors="replace") for path in (tmp_path / "set").iterdir())
 

@@ -16,6 +16,7 @@ from types import FrameType
 
 KILL_SECONDS = 60.0
 WORKER = (sys.executable, "-m", "mistral_tune", "worker")
+TOGETHER = "MISTRAL_TUNE_TOGETHER"  # what these processes have and no earlier ones had, whose port may have been the same
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -58,9 +59,12 @@ def run(count: int, arguments: Sequence[str], program: Sequence[str] = WORKER) -
     port = _free_port()
     rendezvous = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rendezvous["OMP_NUM_THREADS"] = _share(os.environ, count)
+    rendezvous[TOGETHER] = secrets.token_hex(8)
     started: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in started:
             process.send_signal(number)
 
@@ -68,7 +72,10 @@ def run(count: int, arguments: Sequence[str], program: Sequence[str] = WORKER) -
         signal.signal(number, pass_on)
     for rank in range(count):
         environ = os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(subprocess.Popen([*program, *arguments], env=environ))
+        process = subprocess.Popen([*program, *arguments], env=environ)
+        started.append(process)
+        for missed in list(asked):  # they came before this one could be told
+            process.send_signal(missed)
     return _together(started)
 
 

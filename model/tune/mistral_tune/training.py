@@ -39,6 +39,7 @@ from mistral_tune.checkpoints import Checkpoints
 from mistral_tune.data import Learnt, Packing, learnt, packing
 from mistral_tune.errors import Interrupted, TuneError
 from mistral_tune.job import Job
+from mistral_tune.processes import TOGETHER
 from mistral_tune.store import Store
 from mistral_tune.training_files import HISTORY
 
@@ -182,13 +183,16 @@ def train(job: Job) -> bool:
 
 def _prepare(checkpoints: Checkpoints, place: Place) -> Path | None:
     """Return the checkpoint to go on from. The first process looks, brings and clears; the others are told."""
-    told = checkpoints.job.folder / f"resume-{os.environ.get('MASTER_PORT', '0')}.json"
+    run = os.environ.get(TOGETHER) or os.environ.get("MASTER_PORT", "0")
+    told = checkpoints.job.folder / f"resume-{run}.json"
     if place.processes > 1 and not place.first:
         while not told.exists():
             time.sleep(0.2)
         return _path(json.loads(told.read_text("utf-8")))
     found = checkpoints.begin()
     if place.processes > 1:
+        for earlier in checkpoints.job.folder.glob("resume-*"):
+            earlier.unlink()
         told.with_suffix(".new").write_text(json.dumps(str(found) if found else None), "utf-8")
         told.with_suffix(".new").replace(told)
     return found
