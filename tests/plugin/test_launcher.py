@@ -551,6 +551,8 @@ def test_the_engine_must_be_ours_and_have_the_window(tmp_path: Path) -> None:
 class Alive:
     """An engine that never dies."""
 
+    kind = vllm
+
     def raise_if_dead(self) -> None:
         pass
 
