@@ -4,7 +4,8 @@ The formulas are those of vLLM 0.32: a request holds whole blocks of the KV cach
 most `cdiv(min(W - 1 + in_flight, max_model_len), block_size) + 1` of them, because blocks behind the window go back to the
 pool while it runs. `in_flight` is one prefill chunk for each step that is scheduled and not yet settled. Layers that attend alike
 share their blocks; a model with both kinds of layers has several such groups, which take blocks of one size from one pool.
-tests/plugin/test_fit.py holds these formulas against vLLM's own code, tests/e2e against the numbers that a running vLLM reports.
+tests/plugin/test_fit.py holds these formulas against vLLM's own code, tests/e2e against the numbers that a running vLLM reports. Those of the
+engine `reference` are its own (`_of_the_reference`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mistral_contract import tensors
+from mistral_contract.engines import REFERENCE, VLLM
 from mistral_contract.quantization import METHODS, Scheme
 
 from mistralctl.gpus import GIB, Gpu
@@ -25,12 +27,14 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANTIZED_BYTES = {"fp8": 1.0, "awq": 4.16 / 8, "gptq": 4.16 / 8, "compressed-tensors": 1.0}
 
 MEMORY_UTILIZATION = 0.92
-OVERHEAD_BYTES = GIB  # activations of one step, CUDA context and graphs
+# Activations of one step, CUDA context and graphs; of the reference its scores and log-probabilities, as its server takes them off, too.
+OVERHEAD_BYTES = {VLLM: GIB, REFERENCE: 3 * GIB}
 # Tokens of one scheduler step, the prefill chunk. With a window a request holds a chunk or two beside its window, and 1024 admit
 # a third more long requests than 2048; benchmarks/kv_blocks.py found them not slower (1.01 of it), 512 a little (0.98).
 CHUNK, WINDOWED_CHUNK = 2048, 1024
 STEPS_IN_FLIGHT = {"cuda": 2, "cpu": 1}  # on a GPU vLLM schedules a step while it still computes the one before
 BLOCK_SIZE = {"cuda": 16, "cpu": 128}
+REFERENCE_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Serving:
     requests: int = 1
     adapters: int = 0
     rank: int = 0
+    engine: str = VLLM
 
 
 @dataclass(frozen=True)
@@ -160,15 +165,18 @@ def groups(windows: Iterable[int | None]) -> tuple[int, tuple[int | None, ...]]:
 
 @dataclass(frozen=True)
 class _Pool:
-    """The blocks of a model's cache on one GPU: bytes of a block, groups of layers, and blocks that a request holds at most."""
+    """The blocks of a model's cache on one GPU: bytes and tokens of a block, groups of layers, and blocks that a request holds at most."""
 
     block_bytes: int
+    block_size: int
     groups: int
     held: int
     held_without_window: int
 
     @classmethod
     def of(cls, shape: Shape, serving: Serving) -> _Pool:
+        if serving.engine == REFERENCE:
+            return cls._of_the_reference(shape, serving)
         layers, windows = groups(shape.windows)
         token = cdiv(2 * shape.kv_heads * shape.head_dim * DTYPE_BYTES[serving.dtype], serving.gpus)
         chunk = max_batched_tokens(shape.sliding_window)
@@ -176,7 +184,17 @@ class _Pool:
             sum(blocks_per_request(serving.max_model_len, window, serving.device, chunk) for window in each)
             for each in (windows, (None,) * len(windows))
         )
-        return cls(BLOCK_SIZE[serving.device] * layers * token, len(windows), held, full)
+        size = BLOCK_SIZE[serving.device]
+        return cls(size * layers * token, size, len(windows), held, full)
+
+    @classmethod
+    def _of_the_reference(cls, shape: Shape, serving: Serving) -> _Pool:
+        """Every layer has blocks of its own; a step is settled before the next, as the `blocks_held` of its own code counts."""
+        size, chunk, length = REFERENCE_BLOCK_SIZE, max_batched_tokens(shape.sliding_window), serving.max_model_len
+        whole = cdiv(length, size)
+        held = sum(min(whole, cdiv(window - 1 + chunk, size) + 1) if window else whole for window in shape.windows)
+        token = 2 * shape.kv_heads * shape.head_dim * DTYPE_BYTES[serving.dtype]
+        return cls(size * token, size, len(shape.windows), held, whole * len(shape.windows))
 
 
 def cache_bytes(shape: Shape, serving: Serving) -> int:
@@ -187,14 +205,14 @@ def cache_bytes(shape: Shape, serving: Serving) -> int:
 
 def fit(shape: Shape, serving: Serving, *, memory_bytes: float, weights: int) -> Fit:
     """What fits into `memory_bytes` (for each GPU, already reduced to what vLLM may take) beside so many bytes of weights."""
-    pool, size = _Pool.of(shape, serving), BLOCK_SIZE[serving.device]
+    pool = _Pool.of(shape, serving)
     weights = cdiv(weights, serving.gpus)
     adapters = adapter_bytes(shape, serving)
-    cache = int(memory_bytes) - weights - OVERHEAD_BYTES - adapters
+    cache = int(memory_bytes) - weights - OVERHEAD_BYTES[serving.engine] - adapters
     blocks = max(0, cache // pool.block_bytes)
 
     def tokens(blocks: int) -> int:
-        return cdiv(blocks * size, pool.groups)
+        return cdiv(blocks * pool.block_size, pool.groups)
 
     length, requests, reason = serving.max_model_len, serving.requests, None
     if blocks < pool.held * requests:

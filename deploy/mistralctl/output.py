@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mistral_contract.engines import VLLM
+
 from mistralctl import quotas
 from mistralctl.clouds import LOCAL
 from mistralctl.commands.doctor import Doctor
@@ -61,7 +63,8 @@ def plan_text(plan: Plan) -> str:
     """The arithmetic, the machines that fit, and why the others were refused."""
     scheme = plan.model.stored.scheme
     lines = [f"{plan.name}: {plan.model.name}, {plan.max_model_len} tokens, {plan.dtype}"
-             + (f", {scheme.label if scheme else plan.spec.quantization}" if scheme or plan.spec.quantization else "")]  # fmt: skip
+             + (f", {scheme.label if scheme else plan.spec.quantization}" if scheme or plan.spec.quantization else "")
+             + (f", engine {plan.spec.engine}" if plan.spec.engine != VLLM else "")]  # fmt: skip
     fit = plan.chosen.fit
     windows = plan.model.shape.windows if plan.model.shape else (plan.sliding_window,)
     some = f" in {len(windows) - windows.count(None)} of {len(windows)} layers" if None in windows else ""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mistral_contract import quantization
+from mistral_contract.engines import ENGINES, VLLM
 from mistral_contract.quantization import METHODS
 from mistral_contract.suggest import suggest
 
@@ -32,6 +33,7 @@ CPU_OVERHEAD_BYTES = 4 * GIB  # a vLLM process on a CPU beside weights and cache
 CPU_WEIGHTS_FACTOR = 1.15
 CPU_CACHE_GIB = 4
 SMALLEST_CPU_NODE = (2, 8)  # cores, GiB
+SAYS = {name: "vLLM" if name == VLLM else f"the {name}" for name in ENGINES}
 DEFAULT_SEQS = {"cuda": 64, "cpu": 8}
 START_MINUTES = 15  # what a start takes on a rented machine: a budget that buys less would buy no answer
 
@@ -297,7 +299,9 @@ class _Draft:
 
     def serving(self, device: str, requests: int, gpus: int = 1) -> memory.Serving:
         """Return how so many requests are served, with a slot for each adapter."""
-        return memory.Serving(self.dtype, self.max_model_len, device, gpus, requests, len(self.spec.lora), self.lora_rank)
+        return memory.Serving(
+            self.dtype, self.max_model_len, device, gpus, requests, len(self.spec.lora), self.lora_rank, self.spec.engine
+        )
 
     @property
     def shape(self) -> Shape | None:
@@ -335,11 +339,11 @@ def _cpu_option(draft: _Draft, cloud: str, label: str | None, memory_bytes: floa
         weights = draft.weight_bytes
         if gib == 0:
             reason = (
-                f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for vLLM and the system leave no "
+                f"{weights / GIB:.1f} GiB of weights and {CPU_OVERHEAD_BYTES // GIB} GiB for {SAYS[draft.spec.engine]} and the system leave no "
                 f"room for the cache in {memory_bytes / GIB:.0f} GiB"
             )
         serving = draft.serving("cpu", draft.spec.max_concurrency or 1)
-        taken = weights + memory.OVERHEAD_BYTES + memory.adapter_bytes(draft.shape, serving)
+        taken = weights + memory.OVERHEAD_BYTES[draft.spec.engine] + memory.adapter_bytes(draft.shape, serving)
         fitted = memory.fit(draft.shape, serving, memory_bytes=gib * GIB + taken, weights=weights)
         reason = reason or fitted.reason
     if (method := _method(draft.model, draft.spec)) == "fp8" or (method and not draft.model.stored.known):
@@ -492,6 +496,24 @@ def _check_quantization(sourced: Sourced, model: Model, dtype: str) -> None:
         raise UserError(f"{sourced.place('dtype')}: {method} computes in {' or '.join(METHODS[method].dtypes)}, not in {dtype}")
 
 
+def _check_engine(sourced: Sourced, model: Model) -> None:
+    """UserError for what this engine does not have, before a machine is looked for."""
+    spec, engine = sourced.spec, ENGINES[sourced.spec.engine]
+    for name in engine.lacks:
+        if getattr(spec, name) not in (None, 1, (), {}):
+            _lacks(sourced, sourced.place(name), "leave one of the two out")
+    if "tensor_parallel" in engine.lacks and spec.accelerators and parse_accelerators(spec.accelerators)[1] > 1:
+        _lacks(sourced, f"{sourced.place('accelerators')} {spec.accelerators}", "ask for one GPU")
+    if not engine.quantized and model.stored.scheme:
+        _lacks(sourced, f"weights that are quantized with {model.stored.scheme.method}", "serve others, or with --engine vllm")
+    if not engine.scaled_rope and model.shape and model.shape.rope_type != "default":
+        _lacks(sourced, f"{model.name}'s rotary embedding of type {model.shape.rope_type}", f"serve it with --engine {VLLM}")
+
+
+def _lacks(sourced: Sourced, what: str, hint: str) -> None:
+    raise UserError(f"{sourced.place('engine')}: {sourced.spec.engine} does not have {what}; {hint}")
+
+
 def _auto_dtype(model: Model, method: str | None, on_cpu: bool) -> str:
     """What --dtype auto means: bfloat16, but float32 for a small model on a CPU.
 
@@ -521,6 +543,7 @@ def make(
         on_cpu = machine is not None and not machine.gpus
     dtype = _auto_dtype(model, _method(model, spec), on_cpu) if spec.dtype == "auto" else spec.dtype
     _check_quantization(sourced, model, dtype)
+    _check_engine(sourced, model)
     draft = _Draft(spec, model, dtype, _context(sourced, model), lora_rank)
     if model.shape and spec.tensor_parallel and model.shape.kv_heads % spec.tensor_parallel:
         raise UserError(

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mistral_contract import files, sets
+from mistral_contract.engines import ENGINES, VLLM
 from mistral_contract.suggest import suggest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,7 +18,9 @@ from mistralctl.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
     CloudName = str
+    Engine = str
 else:
+    Engine = Literal[(*ENGINES,)]
     CloudName = Literal[(*clouds.names(), clouds.LOCAL)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DiskTier = Literal["low", "medium", "high", "best"]
@@ -297,6 +300,9 @@ class DeploymentSpec(BaseModel):
     )
     lora: Annotated[dict[str, str], AfterValidator(_lora), About(MODEL, "{sql: s3://bucket/sql}", "NAME=URI", noun="adapter")] = (
         Field({}, description="a LoRA adapter: its name, and its URI or folder")
+    )
+    engine: Annotated[Engine, About(SERVER, "reference", "E")] = Field(
+        VLLM, description="what computes: {} (slower, in one file, docs/engines.md)"
     )
     served_model_name: Annotated[
         Annotated[str, AfterValidator(_served_model_name)] | None,

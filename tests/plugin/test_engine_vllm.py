@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from mistral_node import contract
+from mistral_node import contract, engines
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engines import vllm
 from mistral_node.isolation import Isolation
@@ -148,7 +148,7 @@ def test_the_environment_keeps_vllm_off_the_hub_and_to_our_plugin() -> None:
     assert got["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert got["TORCH_COMPILE_DISABLE"] == "1"
     assert got["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
-    assert got["GOMP_SPINCOUNT"] == vllm.SPINS
+    assert got["GOMP_SPINCOUNT"] == engines.SPINS
     assert got["MISTRALCTL_RUN_DIR"] == "/node/run/mistral/shared"
     assert not [value for value in got.values() if "mctl-" in value]
 

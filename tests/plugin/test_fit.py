@@ -59,7 +59,7 @@ def test_the_cache_is_what_vllm_computes(pattern: str, tmp_path: Path) -> None:
     )
     for requests in (1, 3):
         assert fit.cache_bytes(shape, replace(serving, requests=requests)) == requests * per_request + block
-    got = fit.fit(shape, serving, memory_bytes=cache + 10**6 + fit.OVERHEAD_BYTES, weights=10**6)
+    got = fit.fit(shape, serving, memory_bytes=cache + 10**6 + fit.OVERHEAD_BYTES["vllm"], weights=10**6)
     assert (got.concurrency, got.reason) == (round(concurrency, 2), None)
     assert got.cache_tokens == fit.cdiv(made.num_blocks * fit.BLOCK_SIZE["cpu"], len(groups))
 

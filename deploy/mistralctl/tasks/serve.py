@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import yaml
 from mistral_contract import envs, files
+from mistral_contract.engines import ENGINES
 from mistral_contract.envs import Serve
 
 from mistralctl import images, package_dir
@@ -107,6 +108,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         name=plan.name,
         node_dir=Path(node.folder),
         device=plan.device,
+        engine=spec.engine,
         python=node.python,
         env_id=environment_id(plan.device, node.python),
         model=model.name if model.shape else "custom",
@@ -130,7 +132,7 @@ def _envs(plan: Plan, node: Node, weights: str, lora: Mapping[str, str]) -> dict
         memory_utilization=MEMORY_UTILIZATION if plan.device == "cuda" else None,
         kv_cache_gib=plan.kv_cache_gib if plan.device == "cpu" else None,
         tokenizer_mode=model.tokenizer_mode,
-        tool_parser=model.tool_parser,
+        tool_parser=model.tool_parser if ENGINES[spec.engine].tools else None,
         chat_template="own" if model.chat else "none",
         lora=dict(lora),
         lora_versions=dict(plan.lora_versions),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mistral_contract import keys as key_files
 from mistral_contract import vllm_options
+from mistral_contract.engines import ENGINES, VLLM
 from mistral_contract.keys import Keys
 from mistral_contract.quantization import METHODS
 
@@ -244,6 +245,9 @@ class Serve:
         "set-up run watch launcher laptop",
     )  # fmt: skip
     device: str = _env(_one_of("cuda", "cpu"), "what the model runs on", "cuda", "set-up launcher")
+    engine: str = _env(
+        _one_of(*ENGINES), "what computes: vLLM with our class, or vllm_mistral.reference", "vllm", "launcher guard", default=VLLM, template=VLLM
+    )  # fmt: skip
     python: str = _env(TEXT, "Python version of the node's environment", "3.11", "set-up")
     env_id: str = _env(
         TEXT, "name of the node's environment, a hash of all that it is made from: requirements, the versions of all packages, the script "

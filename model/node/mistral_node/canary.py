@@ -179,7 +179,8 @@ def make(client: Client, wanted: Contract, facts: dict[str, Any], key: str) -> d
             f"prompt, {allowed:g} is allowed; the kernels of this machine compute something wrong",
         )
     at = time.strftime("%Y-%m-%d", time.gmtime())
-    how = ", ".join(part for part in (f"vLLM {facts['vllm']}", dtype, wanted.quantization) if part)
+    program = facts.get("program") or f"vLLM {facts['vllm']}"
+    how = ", ".join(part for part in (program, dtype, wanted.quantization) if part)
     return {
         "schema": 1, "prompt_token_ids": prompt, "forced_token_ids": forced, "logprobs": [min(0.0, value) for value in logprobs],
         "dtype": dtype, "sliding_window": facts["sliding_window"], "source": f"made on {facts['device']} by {how}, {at}",

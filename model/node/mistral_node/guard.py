@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_contract import envs, files
+from mistral_contract.engines import VLLM
 from mistral_contract.envs import Serve
 from mistral_contract.keys import Key
 from mistral_contract.routes import CHAT, COMPLETIONS, OPEN, WITH_KEY
@@ -168,7 +169,9 @@ class Guard:
         return grammars.vocabulary(config.model_config, config.structured_outputs_config.backend)
 
     def _tried(self, kind: str) -> str:
-        """What a constraint is tried as; empty where vLLM makes no grammar of it."""
+        """What a constraint is tried as; empty where the engine makes no grammar of it."""
+        if envs.value(Serve, "engine", os.environ) != VLLM:
+            return ""
         if kind != bodies.STRICT_TOOLS:
             return kind
         backend = self._application.state.vllm_config.structured_outputs_config.backend

@@ -27,7 +27,7 @@ from mistral_node import adapters, canary, contract, disk, engines, gate, lifeti
 from mistral_node.client import Client
 from mistral_node.contract import Code, Contract, LaunchError
 from mistral_node.engine import Command, Engine, check_port
-from mistral_node.engines import DRAIN_SECONDS, Kind, vllm
+from mistral_node.engines import DRAIN_SECONDS
 from mistral_node.isolation import prepare
 from mistral_node.key_source import KeySource
 from mistral_node.phases import Status, say
@@ -335,7 +335,7 @@ def _server(wanted: Contract, address: _Address, status: Status, signals: _Signa
     if address.certificate:
         private_files = {str(shared / files.PRIVATE_KEY.name): address.private}
         (shared / files.CERTIFICATE.name).write_text(address.certificate, "ascii")
-    kind: Kind = vllm
+    kind = engines.of(wanted.engine)
     client = Client(address.url, secrets.token_urlsafe(32), address.context)
     engine: Engine | None = None
     end_by: float | None = None

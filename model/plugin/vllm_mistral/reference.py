@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -551,10 +551,11 @@ class Request:
     `first_row` are not computed, and all others are kept if `keep_rows`."""
 
     token_ids: list[int]
-    max_length: int
+    sampling: Sampling
     first_row: int
     keep_rows: bool
     generator: torch.Generator
+    max_length: int
     tables: list[BlockTable] = field(default_factory=list)
     num_computed: int = 0
     rows: list[Tensor] = field(default_factory=list)
@@ -594,33 +595,53 @@ class Engine:
         requests = self.run(prompts, Sampling(max_tokens=0), last, keep_rows=True)
         return [torch.cat(request.rows) for request in requests]
 
-    @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], sampling: Sampling, last: int | None, keep_rows: bool) -> list[Request]:
-        config, requests = self.model.config, list[Request]()
+        requests = []
         for i, prompt in enumerate(prompts):
-            if not prompt or not all(0 <= token < config.vocab_size for token in prompt):
-                raise BadInput(f"prompt {i}: must be one or more token ids below {config.vocab_size}")
-            length, first_row = len(prompt) + sampling.max_tokens, 0 if last is None else max(0, len(prompt) - last)
-            if length > config.max_position_embeddings:
-                raise BadInput(f"prompt {i}: {length} tokens with its answer, the context is {config.max_position_embeddings}")
-            generator = torch.Generator().manual_seed(sampling.seed + i)
-            requests.append(Request(list(prompt), length, first_row, keep_rows, generator))
-
-        self.caches = []
-        for window in self.model.cache_windows:
-            held = [blocks_held(window, self.max_num_batched_tokens, self.block_size, r.max_length) for r in requests]
-            cache = self.model.new_cache(window, sum(held), self.block_size)
-            self.caches.append(cache)
-            for request in requests:
-                request.tables.append(BlockTable(cache.pool, self.block_size, window))
-
+            first_row = 0 if last is None else max(0, len(prompt) - last)
+            try:
+                requests.append(self.request(prompt, replace(sampling, seed=sampling.seed + i), first_row, keep_rows))
+            except BadInput as error:
+                raise BadInput(f"prompt {i}: {error}") from error
+        self.make_caches([sum(blocks) for blocks in zip(*(self.blocks_held(r.max_length) for r in requests), strict=True)])
+        for request in requests:
+            self.admit(request)
         total = sum(request.max_length for request in requests)
         while running := [request for request in requests if not request.finished]:
-            self.step(running, sampling)
+            self.step(running)
             self.progress(sum(request.num_computed for request in requests), total)
         return requests
 
-    def step(self, running: list[Request], sampling: Sampling) -> None:
+    def request(self, prompt: Sequence[int], sampling: Sampling, first_row: int, keep_rows: bool) -> Request:
+        config, length = self.model.config, len(prompt) + sampling.max_tokens
+        if not prompt or not all(0 <= token < config.vocab_size for token in prompt):
+            raise BadInput(f"must be one or more token ids below {config.vocab_size}")
+        if length > config.max_position_embeddings:
+            raise BadInput(f"{length} tokens with its answer, the context is {config.max_position_embeddings}")
+        generator = torch.Generator().manual_seed(sampling.seed)
+        return Request(list(prompt), sampling, first_row, keep_rows, generator, length)
+
+    def blocks_held(self, length: int) -> list[int]:
+        """The most blocks of each cache that a sequence of so many tokens holds."""
+        windows = self.model.cache_windows
+        return [blocks_held(window, self.max_num_batched_tokens, self.block_size, length) for window in windows]
+
+    def make_caches(self, num_blocks: Sequence[int]) -> None:
+        windows = self.model.cache_windows
+        self.caches = [self.model.new_cache(w, blocks, self.block_size) for w, blocks in zip(windows, num_blocks, strict=True)]
+
+    def admit(self, request: Request) -> None:
+        """From now on `step` may compute it: with the others that run, it never holds more blocks than there are."""
+        request.tables = [BlockTable(cache.pool, self.block_size, cache.window) for cache in self.caches]
+
+    def release(self, request: Request) -> None:
+        """Give its blocks back."""
+        for table in request.tables:
+            table.recycle(len(table.blocks))
+
+    @torch.inference_mode()
+    def step(self, running: Sequence[Request]) -> None:
+        """Compute the next tokens of some sequences. Which they are may change from step to step."""
         budget, device = self.max_num_batched_tokens, self.model.device
         token_ids, positions = list[int](), list[int]()
         slot_mappings: list[list[int]] = [[] for _ in self.caches]
@@ -644,11 +665,11 @@ class Engine:
         as_tensor = [torch.tensor(numbers, device=device) for numbers in (token_ids, positions, *slot_mappings)]
         hidden = self.model.forward(as_tensor[0], as_tensor[1], as_tensor[2:], chunks, self.caches)
         for request, chunk in zip(scheduled, chunks, strict=True):
-            self.receive(request, sampling, chunk.end, hidden[chunk.rows][max(0, request.first_row - chunk.start) :])
+            self.receive(request, chunk.end, hidden[chunk.rows][max(0, request.first_row - chunk.start) :])
 
-    def receive(self, request: Request, sampling: Sampling, num_computed: int, hidden: Tensor) -> None:
+    def receive(self, request: Request, num_computed: int, hidden: Tensor) -> None:
         """Take the rows that a request wants of a step; when its prompt is computed, give it its next token or let it finish."""
-        request.num_computed = num_computed
+        request.num_computed, sampling = num_computed, request.sampling
         logprobs = self.model.logprobs(hidden)
         if request.keep_rows:
             request.rows.append(logprobs)
@@ -662,8 +683,7 @@ class Engine:
         stopped = bool(request.generated) and request.generated[-1] in sampling.stop_token_ids
         if stopped or len(request.generated) == sampling.max_tokens:
             request.finished = True
-            for table in request.tables:
-                table.recycle(len(table.blocks))
+            self.release(request)
 
 
 # --- the canary --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from mistral_contract import envs, untrusted
+from mistral_contract import untrusted
 from mistral_node.bodies import Bounds
 from mistral_node.contract import Code, Contract, LaunchError
-from mistral_node.engines import DRAIN_SECONDS
+from mistral_node.engines import DRAIN_SECONDS, surroundings
 from mistral_node.grammars import GUIDANCE, TEKKEN
 from mistral_node.weights import is_consolidated, quantization
 from vllm_mistral import ARCHITECTURE, MODEL_CLASS
@@ -34,10 +34,6 @@ NOTHING_BUILT = {
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",  # vLLM's own all-reduce, NCCL
     "VLLM_USE_DEEP_GEMM": "0",  # CUTLASS, for weights in blocks of fp8
 }
-# How often one of OpenMP's threads looks for the others before it sleeps, as libgomp has it where threads outnumber cores. By itself it looks
-# 300,000 times, also while those for whom it waits have no core: two servers at once on two cores are 3.8 times as fast with this, one that is
-# alone 0.89 times (benchmarks/neighbours.py).
-SPINS = "1000"
 NOTHING_BUILT_FLAGS = ("--no-enable-flashinfer-autotune", "--compilation-config.pass_config.fuse_allreduce_rms=false")
 
 
@@ -126,36 +122,21 @@ def arguments(contract: Contract, model_dir: Path, lora_rank: int = 0) -> list[s
 
 def environment(contract: Contract, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the vLLM process: off the hub, our plugin alone, the cache's size on a CPU, nothing built with nvcc on a GPU."""
-    found = dict(environ)
     sequences = str(Bounds(contract.max_model_len, contract.max_num_seqs).sequences)
-    found |= {
-        envs.RUN_DIR: str(contract.shared_dir),
+    found = surroundings(contract, environ) | {
         "VLLM_MAX_N_SEQUENCES": sequences,  # the guard's bounds, once more
         "VLLM_MAX_COMPLETION_PROMPTS": sequences,
-        "FORWARDED_ALLOW_IPS": "",  # no proxy stands in front of it, whose word on a client's address would count
         "VLLM_PLUGINS": "mistral_swa",
-        "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
-    if contract.device == "cpu":
-        # Our engines on a CPU are eager; what vLLM compiles nevertheless (the first log-probabilities) takes a C++ compiler and 15 s.
-        found.setdefault("TORCH_COMPILE_DISABLE", "1")
-        found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)
-        # Without this vLLM leaves one core to the system, which halves a machine with two.
-        cores = sorted(os.sched_getaffinity(0))
-        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
-        found.setdefault("OMP_NUM_THREADS", str(len(cores)))  # for a model in the engine's own process, which binds no threads
-        if "OMP_WAIT_POLICY" not in found:
-            found.setdefault("GOMP_SPINCOUNT", SPINS)
-    else:
-        found = NOTHING_BUILT | found
-        # Libraries of the image's CUDA toolkit would be loaded instead of the wheels'. The driver's may be found in no other way.
-        folders = found.pop("LD_LIBRARY_PATH", "").split(":")
-        drivers = [folder for folder in folders if folder and (Path(folder) / "libcuda.so.1").exists()]
-        if drivers:
-            found["LD_LIBRARY_PATH"] = ":".join(drivers)
+    if contract.device == "cuda":
+        return NOTHING_BUILT | found
+    # Our engines on a CPU are eager; what vLLM compiles nevertheless (the first log-probabilities) takes a C++ compiler and 15 s.
+    found.setdefault("TORCH_COMPILE_DISABLE", "1")
+    found["VLLM_CPU_KVCACHE_SPACE"] = str(contract.kv_cache_gib or 1)
+    # Without this vLLM leaves one core to the system, which halves a machine with two. (OMP_NUM_THREADS is for a model in the engine's own
+    # process, which binds no threads.)
+    found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in sorted(os.sched_getaffinity(0))))
     return found
 
 
