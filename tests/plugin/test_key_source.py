@@ -129,6 +129,24 @@ def test_what_reads_the_object_is_started_again_and_ends_with_the_launcher(
     assert readers() == []
 
 
+@pytest.mark.parametrize("said", ["1", "[]", "{}", '{"event": "problem"}', '{"event": "object", "text": null}'])
+def test_what_no_reader_says_ends_no_following(
+    run_dir: Path, bucket: Path, source: KeySource, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """An SDK may write to standard output, too."""
+    command, calls = KeySource._command, list[str]()
+
+    def once(self: KeySource) -> list[str]:
+        calls.append(said)
+        return [sys.executable, "-c", f"print({said!r}, flush=True)"] if len(calls) == 1 else command(self)
+
+    monkeypatch.setattr(KeySource, "_command", once)
+    keys.write(bucket, known(8))
+    source.start()
+    until(lambda: not source._thread.is_alive() or (run_dir / "keys" / "keys.json").exists())
+    assert serial(run_dir) == 8
+
+
 def test_without_what_reads_it_the_source_says_so(run_dir: Path, source: KeySource) -> None:
     (run_dir / files.WEIGHTS_TOOL.name).unlink()
     source.start()

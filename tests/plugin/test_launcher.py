@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ import vllm_mistral
 from checkpoints import mistral_tokenizer, write
 from mistral_contract import files, keys, routes
 from mistral_contract.figures import FILE
-from mistral_node import contract, engine, engines, pulse, serve
+from mistral_node import contract, disk, engine, engines, pulse, serve, traffic
 from mistral_node.client import Client
 from mistral_node.contract import Code, LaunchError
 from mistral_node.engines import vllm
@@ -600,6 +602,77 @@ def test_an_engine_that_answers_now_and_then_is_ready(ready: Any, tmp_path: Path
     assert "lifetime" in ready(ttl_minutes=1 / 60)[0]
     assert len(looks) > 6
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "ready"
+
+
+def test_a_second_signal_while_the_engine_is_told_something_is_told_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bytes] = []
+
+    class Pipe(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            told.append(bytes(data))
+            if len(told) == 1:
+                signals._heard(signal.SIGTERM, None)
+            return len(data)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    running = SimpleNamespace(stdin=io.BufferedWriter(Pipe()), wait=lambda seconds: 0)
+    one = object.__new__(engine.Engine)
+    one.process = running  # type: ignore[assignment]
+    one._reader = threading.Thread(target=str)
+    one._reader.start()
+    try:
+        signals = serve._Signals()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    signals.asked.set()
+    signals.engine = one
+    others = threading.enumerate()
+    one.end(1)
+    for thread in set(threading.enumerate()) - set(others):
+        thread.join(300)
+    assert signals.hurried
+    assert told == [b"end\n", b"kill\n"]
+
+
+def test_two_launchers_that_write_a_status_at_once_each_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write, others = tmp_path / "status.json", Path.write_text, list[bool]()
+
+    def between(self: Path, text: str, encoding: str) -> int:
+        done = write(self, text, encoding)
+        if text == "one":
+            with ThreadPoolExecutor() as pool:
+                others.append(pool.submit(disk.replaced, file, "other").result())
+        return done
+
+    monkeypatch.setattr(Path, "write_text", between)
+    assert disk.replaced(file, "one")
+    assert others == [True]
+    assert file.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_end_of_a_long_request_is_never_one_of_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher reads while the guard writes, and ends an idle server."""
+    counted, now, seen = Traffic(tmp_path, fresh=True), [1000.0], list[float]()
+    monkeypatch.setattr(traffic.time, "time", lambda: now[0])
+    counted.begin()
+    now[0] = 9000.0
+
+    class Between:
+        size = traffic.COUNTS.size
+
+        def pack_into(self, *given: Any, pack: Any = traffic.COUNTS.pack_into) -> None:
+            seen.append(counted.read().last_at)
+            pack(*given)
+
+    monkeypatch.setattr(traffic, "COUNTS", Between())
+    counted.end()
+    assert seen == [9000.0]
+    assert (counted.read().served, counted.read().running) == (1, 0)
 
 
 def test_a_launcher_that_slept_itself_has_seen_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ class KeySource:
                         self._take(json.loads(line))
                 if not self._over.is_set():
                     self._unread = "what reads it has ended; it is started again"
-            except (OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - a thread that ends would follow no revocation any more
                 self._unread = f"what reads it does not work: {error}"
             self._looked.set()
             self._over.wait(AGAIN_SECONDS)

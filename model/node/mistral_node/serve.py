@@ -66,7 +66,7 @@ class _Signals:
             self.asked_at = time.monotonic()
         elif time.monotonic() - self.asked_at > SAME_SECONDS and self.engine is not None:
             self.hurried = True
-            self.engine.hurry()
+            threading.Thread(target=self.engine.hurry).start()  # what was interrupted may be telling the engine something
         self.asked.set()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from mistral_contract import files
 
 LAYOUT = struct.Struct("<QQd")
+COUNTS, LAST_AT = struct.Struct("<QQ"), struct.Struct("<d")  # its parts
 DRAINING, OPEN = (
     LAYOUT.size,
     LAYOUT.size + 1,
@@ -50,7 +51,9 @@ class Traffic:
 
     def _change(self, served: int, running: int) -> None:
         now = self.read()
-        LAYOUT.pack_into(self._map, 0, now.served + served, max(0, now.running + running), time.time())
+        # The time first: who reads in between must not take the end of a long request for one of long ago.
+        LAST_AT.pack_into(self._map, COUNTS.size, time.time())
+        COUNTS.pack_into(self._map, 0, now.served + served, max(0, now.running + running))
 
     def drain(self) -> None:
         """From now on the guard takes no more requests."""
