@@ -23,6 +23,7 @@ from mistralctl.answers import (
     known_names,
     note,
     note_rights,
+    only_one,
     say,
     say_task,
 )
@@ -203,6 +204,49 @@ def receipt(name: DeployedOrOnly, output: Output = Form.text) -> None:
     from mistralctl.commands import receipt as receipt_command
 
     say(receipt_command.run(name), output, "receipt_text")
+
+
+@app.command("eval", epilog="Examples: mistralctl eval mistral --limit 20; mistralctl eval --compare mistral mistral/my-adapter")
+def evaluate(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="name of a deployment [default: the only one]; with --compare two of NAME, NAME/MODEL, FILE",
+            autocompletion=known_names,
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="ask nothing: print two evaluations beside each other, differences in standard errors"),
+    ] = False,
+    suite: Annotated[str, typer.Option("--suite", help="tasks that belong together; quick needs no hub")] = "quick",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="TASK", help="only this task (repeatable, or with commas) [default: the suite's]"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first so many items of each task")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="ADAPTER", help="an adapter that the deployment serves [default: its model]")
+    ] = None,
+    output: Output = Form.text,
+) -> None:
+    """Evaluate what a deployment serves with tasks of lm-eval; a run that was ended goes on."""
+    from mistralctl.commands import eval as eval_command
+
+    if compare:
+        if tasks or limit or model:
+            raise UserError("--compare: asks nothing and means nothing with --tasks, --limit or --model; leave them out")
+        say(eval_command.compare(names or []), output, "compared_text")
+        return
+    if names and len(names) > 1:
+        raise UserError(f"NAME: one deployment at a time is evaluated, and not {len(names)}; --compare takes two evaluations")
+    from mistralctl import progress
+
+    chosen = tuple(one for given in tasks or () for one in given.split(",") if one)
+    asked = eval_command.Asked(deployed(names[0]) if names else only_one(), suite, chosen, limit, model or "")
+    on_plan, on_progress = progress.of_requests(quiet=output is not Form.text)
+    say(eval_command.run(asked, eval_command.Talk(on_plan, on_progress, note)), output, "evaluated_text")
 
 
 @app.command(epilog="Example: mistralctl connect mistral, after a reboot of this machine")

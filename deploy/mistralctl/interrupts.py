@@ -28,6 +28,7 @@ GOES_ON = {
     "connect": "the tunnel may be open already: mistralctl status NAME says so, mistralctl connect NAME opens it again",
     "keys": "the change may be in force already: mistralctl keys NAME list shows who may ask",
     "reap": "what was being deleted may still go; run mistralctl reap again to see what is left",
+    "eval": "the answers so far are kept; the same command asks only the rest",
     "weights": "run the same command again: it continues where it was",
 }
 

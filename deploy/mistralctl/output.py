@@ -15,6 +15,7 @@ from mistralctl.clouds import LOCAL
 from mistralctl.commands.doctor import Doctor
 from mistralctl.commands.down import DownResult
 from mistralctl.commands.env import Client
+from mistralctl.commands.eval import Ahead, Compared, Progress
 from mistralctl.commands.extend import Extended
 from mistralctl.commands.finetune import Finetuned, Step
 from mistralctl.commands.keys import KeyChange, KeyList
@@ -25,6 +26,7 @@ from mistralctl.commands.tables import GpuTable
 from mistralctl.commands.up import UpResult
 from mistralctl.commands.weights import Mirrored
 from mistralctl.documents import as_json, as_yaml, line, plain
+from mistralctl.evaluation import Evaluated
 from mistralctl.fit import origin
 from mistralctl.gpus import GIB
 from mistralctl.models import Model
@@ -311,6 +313,7 @@ def receipt_text(result: Receipt | TrainingReceipt) -> str:
         ["check", check_words(result.canary)],
         ["gate", _gate(result.gate) if result.gate else "none"],
         ["flags", shlex.join(result.flags)],
+        *(["evaluation", f"{model}: {file}"] for model, file in result.evaluations.items()),
         *(_node_rows(result.node) if result.node else []),
     ]  # fmt: skip
     return _rows(rows)
@@ -372,6 +375,51 @@ def step_text(step: Step) -> str:
     left = "" if step.left_seconds is None else f", {_minutes(step.left_seconds / 60)} left"
     cost = "" if step.usd is None else f", {step.usd:.2f} USD so far"
     return f"step {step.step} of {step.steps}: loss {step.loss:.4f}, {step.tokens_per_second:.0f} tokens/s{left}{cost}"
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else _minutes(seconds / 60)
+
+
+def ahead_text(ahead: Ahead) -> str:
+    """What an evaluation takes, in one line: its requests, and once a few are answered, the time of the others."""
+    if ahead.asked and ahead.left_seconds is not None:
+        cost = "" if ahead.usd is None else f", in which the machine costs {ahead.usd:.2f} USD"
+        return f"the other {ahead.open - ahead.asked:,} requests take about {_about(ahead.left_seconds)}{cost}"
+    known = f", {ahead.requests - ahead.open:,} of them answered before" if ahead.open < ahead.requests else ""
+    return f"{ahead.requests:,} requests{known}" + (
+        "; the first ones show how long they take" if ahead.open else ": nothing is asked"
+    )
+
+
+def progress_text(progress: Progress) -> str:
+    """How far an evaluation is, in one line."""
+    left = "" if progress.left_seconds is None else f", {_about(progress.left_seconds)} left"
+    return f"{progress.done:,} of {progress.of:,} requests answered{left}"
+
+
+def evaluated_text(result: Evaluated) -> str:
+    """A row a metric, with its interval."""
+    head = ["AREA", "TASK", "METRIC", "SHOTS", "N", "VALUE", "95 % INTERVAL"]
+    rows = [
+        [one.area, one.task, one.metric, str(one.shots), str(one.n), f"{one.value:.3f}",
+         "-" if one.low is None or one.high is None else f"{one.low:.3f} to {one.high:.3f}"] for one in result.values
+    ]  # fmt: skip
+    asked = result.requests
+    return (
+        f"{result.model} of {result.name}, by {result.harness}\n\n{table(head, rows)}\n\n"
+        f"{asked.all:,} requests, {asked.asked:,} of them asked now, in {_about(result.seconds)}\nkept: {result.file}"
+    )
+
+
+def compared_text(result: Compared) -> str:
+    """A row a metric, with the difference in its standard errors."""
+    head = ["TASK", "METRIC", "N", "FIRST", "SECOND", "DIFFERENCE", "STANDARD ERRORS"]
+    rows = [
+        [row.task, row.metric, str(row.n), f"{row.first:.3f}", f"{row.second:.3f}", f"{row.difference:+.3f}",
+         ("-" if row.sigmas is None else f"{row.sigmas:+.1f}") + ("" if row.paired else " (other items)")] for row in result.rows
+    ]  # fmt: skip
+    return f"first:  {result.first}\nsecond: {result.second}\n\n{table(head, rows)}"
 
 
 def finetuned_text(result: Finetuned) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING
 from mistralctl.phases import WORDS, PhaseEvent
 
 if TYPE_CHECKING:
+    from mistralctl.commands.eval import Ahead, Progress
     from mistralctl.weights import Report
+
+EVERY_SECONDS = 5.0  # at most one line of an evaluation in so long
 
 
 def _seconds(began: dict[str, float], event: PhaseEvent) -> str:
@@ -27,6 +31,31 @@ def of_bytes(form: str) -> Iterator[Report]:
 
     with weights.progress(form) as report:
         yield report
+
+
+def of_requests(*, quiet: bool) -> tuple[Callable[[Ahead], None], Callable[[Progress], None]]:
+    """Functions to pass the plan of an evaluation and its progress to, of which the last one is always told."""
+    said = [0.0]
+
+    def line(text: str) -> None:
+        if not quiet:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def on_plan(ahead: Ahead) -> None:
+        from mistralctl.output import ahead_text
+
+        line(ahead_text(ahead))
+
+    def on_progress(progress: Progress) -> None:
+        if time.monotonic() - said[0] < EVERY_SECONDS and progress.done < progress.of:
+            return
+        said[0] = time.monotonic()
+        from mistralctl.output import progress_text
+
+        line(progress_text(progress))
+
+    return on_plan, on_progress
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def read(sourced: Sourced[FinetuneSpec], model: Model, place: Place, talk: Talk)
         if digest and (eval_digest or not spec.eval_data)
         else ""
     )
-    folder = _tokenizer(place)
+    folder = tokenizer_folder(place)
     if folder is None:
         note(
             f"tokens are estimated: the tokenizer of {model.name} is not here, and {place.weights.partition('#')[0]} does not give it now"
@@ -140,7 +140,7 @@ def _counted(chats: Chats, folder: Path, model: Model, longest: int) -> tuple[Da
     return tool.counted(chats, folder, model.tokenizer_mode, longest)
 
 
-def _tokenizer(place: Place) -> Path | None:
+def tokenizer_folder(place: Place) -> Path | None:
     """A folder with the tokenizer of the weights: of a node on this machine, or brought from where they lie; None where none can be had."""
     here = node.local_dir() / files.WEIGHTS.name / place.weights_id
     for folder in (here, *sorted(here.parent.glob(f"{here.name}.*"), reverse=True)):  # what a GGUF file became lies beside it

@@ -17,8 +17,9 @@ import pytest
 import typer
 import yaml
 from conftest import Run
-from mistralctl import cli, documents, weights
+from mistralctl import cli, documents, evaluation, weights
 from mistralctl.commands import doctor, down, env, extend, finetune, reap, receipt, status, tables, up
+from mistralctl.commands import eval as eval_command
 from mistralctl.commands import keys as keys_command
 from mistralctl.commands import weights as weights_command
 from mistralctl.models import Model
@@ -32,6 +33,7 @@ DOCUMENTS: dict[str, Any] = {
     "extend": extend.Extended, "receipt": receipt.Receipt, "env, connect": env.Client, "models": list[Model], "gpus": tables.GpuTable,
     "keys list": keys_command.KeyList, "keys add, keys revoke, keys rotate": keys_command.KeyChange,
     "doctor": doctor.Doctor, "weights mirror": weights_command.Mirrored, "weights mirror --here": weights.Mirrored,
+    "eval": evaluation.Evaluated, "eval --compare": eval_command.Compared,
     "finetune": finetune.Finetuned, "weights pull": weights.Pulled, "weights verify": weights.Verified, "weights ls": weights.Listed,
 }  # fmt: skip
 LINES = ("weights mirror --here", "weights pull", "weights verify")
@@ -86,7 +88,7 @@ def commands(group: Any, before: str = "") -> Iterator[str]:
 
 
 def test_every_command_with_an_output_has_its_document() -> None:
-    documented = {one.removesuffix(" --here") for line in DOCUMENTS for one in line.split(", ")}
+    documented = {one.removesuffix(" --here").removesuffix(" --compare") for line in DOCUMENTS for one in line.split(", ")}
     assert set(commands(typer.main.get_command(cli.app))) == documented
 
 

@@ -21,7 +21,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "pure": ("machine", "fields", "spec", "config", "fit", "plan", "finetune_spec", "training", "tasks", "tasks.serve", "tasks.mirror",
              "tasks.finetune", "phases", "refusals", "reported"),
     "outside": ("own_files", "state", "owners", "processes", "listeners", "stores", "node", "certificates", "keys", "connection", "endpoint",
-                "readiness", "weights", "chats", "checkpoints", "training_data", "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
+                "readiness", "weights", "chats", "checkpoints", "training_data", "evaluation",
+                "adapters", "clouds.*.quotas", "clouds.*.api", "lifecycle", "sweep",
                 "runtime.protocol", "runtime.local", "runtime.ssh", "runtime.api_server", "runtime.sky", "runtime.following", "runtime.tunnel",
                 "runtime.rented", "runtime.leftovers", "runtime", "runtime.facts", "key_places", "gate", "figures", "apply"),
     "commands": tuple(sorted(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py"))),
@@ -120,7 +121,7 @@ OURS = {
 @pytest.mark.parametrize(
     ("folder", "may"),
     [
-        ("deploy/mistralctl", {"mistralctl", "mistral_chats", "mistral_contract", "mistral_weights"}),
+        ("deploy/mistralctl", {"mistralctl", "mistral_chats", "mistral_contract", "mistral_evaluate", "mistral_weights"}),
         ("model/contract/mistral_contract", {"mistral_contract"}),
         ("model/weights/mistral_weights", {"mistral_contract"}),
         ("model/chats/mistral_chats", {"mistral_chats", "mistral_contract"}),
@@ -189,7 +190,9 @@ def test_evaluation_declares_what_it_imports_and_each_of_it_is_pinned() -> None:
     assert {name.partition("[")[0] for name in wanted} <= pinned
 
 
-@pytest.mark.parametrize(("tool", "one"), [("mistral_weights", "weights"), ("mistral_chats", "chats")])
+@pytest.mark.parametrize(
+    ("tool", "one"), [("mistral_weights", "weights"), ("mistral_chats", "chats"), ("mistral_evaluate", "evaluation")]
+)
 def test_one_module_imports_a_tool_of_the_node(tool: str, one: str) -> None:
     for module, path in modules().items():
         assert (tool in path.read_text("utf-8")) == (module == one), module

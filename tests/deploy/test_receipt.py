@@ -20,7 +20,7 @@ from mistralctl.state import Record
 from mistralctl.tasks import serve
 
 KEYS = ["schema", "name", "cloud", "region", "machine", "spot", "price", "model", "served_model_name", "up_at", "down_at", "versions",
-        "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node", "weights_digest"]  # fmt: skip
+        "weights", "revision", "files", "flags", "engine", "phases", "canary", "gate", "task", "node", "weights_digest", "evaluations"]  # fmt: skip
 STATUS = {
     "flags": ["/weights", "--port", "8000"], "engine": {"class": "Ours", "vllm": "0.32.0", "torch": "2.13.0+cpu"},
     "canary": {"state": "verified", "max_difference": 0.001, "tolerance": 0.05, "against": "made on a CPU", "weights": "c" * 64},

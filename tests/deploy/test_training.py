@@ -174,7 +174,7 @@ def test_the_tokenizer_of_a_folder_is_found_whatever_its_name(tmp_path: Path, mo
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
     uri = f"file://{quote(str(folder))}"
-    assert training_data._tokenizer(training_data.Place(uri, "", "none-of-these")) == folder
+    assert training_data.tokenizer_folder(training_data.Place(uri, "", "none-of-these")) == folder
 
 
 def test_mistrals_own_format_is_refused_here() -> None:

@@ -200,6 +200,31 @@ def test_the_receipt_has_what_was_served(served: tuple[Cli, dict[str, Any]]) -> 
     assert cli("doctor", "--node", "nobody", code=4).stderr.startswith("mistralctl: ")
 
 
+def test_what_is_served_is_evaluated_and_nothing_is_asked_twice(served: tuple[Cli, dict[str, Any]]) -> None:
+    cli, _ = served
+    before = cli.json("status", "served")[0]["launcher"]["requests"]["served"]
+    found = cli.json("eval", "served", "--tasks", "hellaswag_100", "--limit", "2")
+    assert [(one["task"], one["metric"], one["n"]) for one in found["values"]] == [
+        ("hellaswag_100", "acc", 2),
+        ("hellaswag_100", "acc_norm", 2),
+    ]
+    assert found["requests"] == {"all": 8, "asked": 8, "sent": 10, "refused": 0}
+    assert all(one["low"] <= one["value"] <= one["high"] for one in found["values"])
+    again = cli("eval", "served", "--tasks", "hellaswag_100", "--limit", "2")
+    assert "8 requests, 8 of them answered before: nothing is asked\n" in again.stderr
+    assert "8 requests, 0 of them asked now" in again.stdout
+    deadline = time.monotonic() + 60
+    while cli.json("status", "served")[0]["launcher"]["requests"]["served"] < before + 12:
+        assert time.monotonic() < deadline
+    assert cli.json("receipt", "served")["evaluations"] == {MODEL: found["file"]}
+    [acc, _] = cli.json("eval", "--compare", "served", found["file"])["rows"]
+    assert (acc["difference"], acc["sigmas"], acc["paired"]) == (0.0, 0.0, True)
+    assert f"serves no other; it serves {MODEL}" in cli("eval", "served", "--model", "other", code=4).stderr
+    key = (cli.home / "deployments" / "served" / "api_key").read_text().strip()
+    folder = Path(found["file"]).parent
+    assert not [path for path in folder.rglob("*") if path.is_file() and key in path.read_text("utf-8", "replace")]
+
+
 def test_another_name_cannot_have_the_same_port(served: tuple[Cli, dict[str, Any]]) -> None:
     cli, result = served
     port = result["base_url"].rsplit(":", 1)[1].split("/")[0]

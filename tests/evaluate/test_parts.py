@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ from mistral_evaluate.errors import EvaluateError
 from mistral_evaluate.job import Address, Job, read
 from mistral_evaluate.results import wilson
 from mistral_evaluate.suites import SUITES, TASKS
+from mistral_node import tls
 
 
 def test_answers_are_kept_for_the_model_that_gave_them(tmp_path: Path) -> None:
@@ -90,6 +92,8 @@ def test_a_job_is_read_as_it_was_written() -> None:
 class Busy(ThreadingHTTPServer):
     """A server that takes two requests at a time and refuses the others, which answers after a moment."""
 
+    request_queue_size = 128  # connections that wait to be taken
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lock, self.inside, self.answered, self.refused, self.fail = threading.Lock(), 0, 0, 0, 0
@@ -107,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.fail -= 1
             broken, full = self.server.fail >= 0, self.server.inside >= 2
             self.server.inside += 0 if broken or full else 1
+            self.server.refused += 1 if broken or full else 0
         if broken or full:
-            self.server.refused += 1
             return self._send(503 if broken else 429, {"error": {"message": "too many"}})
         threading.Event().wait(0.01)
         with self.server.lock:
@@ -132,6 +136,24 @@ def busy() -> Iterator[Busy]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def test_a_server_with_tls_is_known_by_its_own_certificate_and_for_its_name(busy: Busy, tmp_path: Path) -> None:
+    key, certificate = tls.self_signed(["evaluated.example"])
+    for name, text in (("tls.key", key), ("tls.crt", certificate), ("other.crt", tls.self_signed(["evaluated.example"])[1])):
+        (tmp_path / name).write_text(text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    busy.socket = context.wrap_socket(busy.socket, server_side=True)
+    url, found = f"https://127.0.0.1:{busy.server_address[1]}", list[Any]()
+    for trusted, host in (("other.crt", "evaluated.example"), ("tls.crt", "other.example"), ("tls.crt", "")):
+        with pytest.raises(EvaluateError, match=r"shows another certificate .* nothing was sent"):
+            Endpoint(Address(url, "k", "m", str(tmp_path / trusted), host), 1).ask([{}], lambda number, answer: None)
+    assert busy.answered == 0
+    Endpoint(Address(url, "k", "m", str(tmp_path / "tls.crt"), "evaluated.example"), 2).ask(
+        [{}], lambda number, answer: found.append(answer)
+    )
+    assert found == [{"asked": {"model": "m"}}]
 
 
 def ask(server: Busy, count: int, most: int = 16) -> tuple[Endpoint, dict[int, Any]]:

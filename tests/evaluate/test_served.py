@@ -161,8 +161,9 @@ def test_a_killed_run_asks_only_the_rest_and_a_changed_model_asks_anew(served: L
     with one.journal.open("ab") as file:
         file.write(b'{"key": "0123", "answer": {"logpro')  # a line that a full disk cut off
     events = finished(one)
-    plan, result = next(event for event in events if event["event"] == "plan"), events[-1]
+    (first, plan), result = [event for event in events if event["event"] == "plan"], events[-1]
     assert (plan["requests"], plan["open"]) == (60, 60 - kept)
+    assert (first["left_seconds"], first["asked"]) == (None, 0)
     assert plan["left_seconds"] > 0
     assert result["requests"] == {
         "all": 60,
@@ -191,7 +192,7 @@ def test_what_a_run_says(served: Launcher, weights: Path, tmp_path: Path) -> Non
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     events = [json.loads(line) for line in out.splitlines()]
-    assert [event["event"] for event in events if event["event"] != "progress"] == ["plan", "result"]
+    assert [event["event"] for event in events if event["event"] != "progress"] == ["plan", "plan", "result"]
     result = events[-1]
     assert result["harness"] == "lm-eval 0.4.13"
     assert [(one["task"], one["metric"], one["n"], one["shots"]) for one in result["values"]] == [
@@ -202,7 +203,7 @@ def test_what_a_run_says(served: Launcher, weights: Path, tmp_path: Path) -> Non
         assert one["low"] <= one["value"] <= one["high"]
         assert len(one["items"]) == 2
         assert one["value"] == sum(score for _, score in one["items"]) / 2
-    [plan] = [event for event in events if event["event"] == "plan"]
+    [_, plan] = [event for event in events if event["event"] == "plan"]
     last = [event for event in events if event["event"] == "progress"][-1]
     assert last["done"] == last["of"] == plan["open"]
     assert KEY not in out + err

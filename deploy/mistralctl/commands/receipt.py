@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,8 @@ class Receipt:
     """A deployment. Times are in seconds since the epoch, `price` in USD an hour; None: not known, or not come yet.
 
     `flags` are those of `vllm serve`, `engine` is what the running engine said of itself, `task` is what was run, `node` what its
-    machine said of itself when the server was ready (model/node/machine.py), `weights_digest` stands for all its files. No secret is in it.
+    machine said of itself when the server was ready (model/node/machine.py), `weights_digest` stands for all its files.
+    `evaluations` are the files with what `eval` found, by served model. No secret is in it.
     """
 
     schema: int
@@ -65,6 +66,7 @@ class Receipt:
     task: dict[str, Any]
     node: dict[str, Any] | None = None
     weights_digest: str = ""
+    evaluations: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,23 @@ def canary(name: str) -> dict[str, Any]:
         found = _serving(name)
         return (found.canary if found else None) or {}
     return {}
+
+
+def made_of(name: str) -> dict[str, Any]:
+    """What the receipt of a server says of its weights and versions; empty if there is none that can be read."""
+    with suppress(UserError):
+        found = _serving(name)
+        return {"weights_digest": found.weights_digest, "versions": found.versions} if found else {}
+    return {}
+
+
+def note_evaluation(name: str, model: str, file: str) -> None:
+    """Name an evaluation in the receipt of a deployment, if it has one."""
+    data = _data(name)
+    if data is not None:
+        named = data.get("evaluations")
+        known = (named if isinstance(named, dict) else {}) | {model: file}
+        state.write_private(path(name), json.dumps(data | {"evaluations": known}, indent=1) + "\n")
 
 
 def close(name: str) -> None:

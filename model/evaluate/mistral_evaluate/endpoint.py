@@ -31,9 +31,13 @@ class Endpoint:
             if self.address.host:
                 request.extensions["sni_hostname"] = self.address.host
 
-        verify = ssl.create_default_context(cafile=self.address.ca_file) if self.address.ca_file else True
+        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        trusted.minimum_version = ssl.TLSVersion.TLSv1_2
+        trusted.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        if self.address.certificate:
+            trusted.load_verify_locations(self.address.certificate)
         return httpx.AsyncClient(
-            base_url=self.address.url, headers={"Authorization": f"Bearer {self.address.key}"}, trust_env=False, verify=verify,
+            base_url=self.address.url, headers={"Authorization": f"Bearer {self.address.key}"}, trust_env=False, verify=trusted,
             timeout=httpx.Timeout(READ_SECONDS, connect=30), event_hooks={"request": [expect]},
             limits=httpx.Limits(max_connections=self.most, max_keepalive_connections=self.most),
         )  # fmt: skip
@@ -79,6 +83,10 @@ class Endpoint:
                 answer = await client.post("/v1/completions", json={"model": self.address.model, **body})
             except httpx.TransportError as error:
                 why = str(error) or type(error).__name__
+                if "CERTIFICATE_VERIFY_FAILED" in why:
+                    raise EvaluateError(
+                        f"the server shows another certificate than the deployment's ({why}); nothing was sent"
+                    ) from None
             else:
                 if answer.status_code == 200:
                     self.limit = min(self.most, self.limit + 1 / self.limit)

@@ -13,12 +13,12 @@ from mistral_evaluate.errors import EvaluateError
 
 @dataclass(frozen=True)
 class Address:
-    """A server: `url` without /v1, `ca_file` and `host` where it has a certificate of its own, for that name."""
+    """A server: `url` without /v1; where it has TLS, the file with the one `certificate` to trust, and the `host` in it, if it is not the url's."""
 
     url: str
     key: str
     model: str
-    ca_file: str = ""
+    certificate: str = ""
     host: str = ""
 
 

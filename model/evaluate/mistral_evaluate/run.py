@@ -37,8 +37,10 @@ def run(job: Job, tell: Tell) -> None:
         check_tokens(endpoint, encoder)
         todo = asker.open(asks)
         progress.begin(todo, len({ask.key for ask in asks}))
-        _sample(asker, todo, job.concurrency, progress)
         progress.plan()
+        if todo:
+            _sample(asker, todo, job.concurrency, progress)
+            progress.plan()
         for kind in KINDS:
             asker.ask([ask for ask in todo if ask.kind == kind])
         found = harness(Served(asker, encoder, job.context), configs(names), job.limit)
@@ -128,7 +130,7 @@ class Progress:
         self._previous = time.monotonic()
 
     def plan(self) -> None:
-        """Tell what is going to be asked, before it is."""
+        """Tell what is going to be asked, before it is; without the time until a few of it were."""
         self._tell({
             "event": "plan", "requests": self.all, "open": self.open, "asked": self.done, "kinds": dict(self._kinds),
             "left_seconds": self._left(),
