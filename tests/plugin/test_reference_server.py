@@ -108,6 +108,47 @@ def test_the_queue_ends_somewhere(batch: Batch, folder: Path) -> None:
         reader.asked.gone = True
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(batch: Batch, folder: Path, stream: bool) -> None:
+    wanted = contract.read(variables(Path("/none"), ENGINE="reference"))
+    served = server.Served(wanted, batch, tokens.opened(folder, "mistral"), (2,), {})
+    body = {"prompt": "Once", "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": stream}
+    sent = list[Any]()
+
+    async def left() -> int:
+        stays = asyncio.Event()
+        asked = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive() -> Any:
+            if (message := next(asked, None)) is not None:
+                return message
+            await stays.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) == 3:
+                stays.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        if not stream:
+            while_it_runs = asyncio.ensure_future(server.ask(served, server.Completion, Request(scope, receive)))
+            while not batch.running:
+                await asyncio.sleep(0.01)
+            stays.set()
+            return (await while_it_runs).status_code
+        answer = await server.ask(served, server.Completion, Request(scope, receive))
+        await answer(scope, receive, send)
+        return answer.status_code
+
+    assert asyncio.run(left()) == (200 if stream else 499)
+    assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
+    after = Reader(batch, [1, 2, 3], 1)
+    batch.ask([after.asked])
+    after.tokens()
+    assert [len(cache.pool) for cache in batch.engine.caches] == batch.blocks  # nothing is held for who left
+
+
 def asked_over_http(served: server.Served, body: dict[str, Any]) -> tuple[int, Any]:
     """Status and body of the answer to a completion."""
 
