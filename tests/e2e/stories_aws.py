@@ -194,7 +194,7 @@ def test_an_api_server_of_another_version_is_named_and_the_way_out_works(sim: Si
         sim.run(["sky", "api", "stop"])
         server = sim.popen([sys.executable, "-c", OLD_SERVER, "-m", "sky.server.server", "--port=46580"])
         refused = subprocess.CompletedProcess[str]([], 0, "", "")
-        for _ in range(60):
+        for _ in range(300):
             refused = sim.run(["curl", "-sf", "http://127.0.0.1:46580/api/health"], check=False)
             if refused.returncode == 0:
                 break

@@ -144,7 +144,11 @@ def test_a_changed_option_replaces_the_job_and_a_mirror_runs_on_a_machine_of_its
 def test_two_at_once_are_one(sim: SimCloud, place: Place) -> None:
     with story("two up of the same name at once", place.cloud):
         first = sim.popen([*place.up, "--name", "twice", "-o", "json"])
-        time.sleep(4)
+        deadline = time.monotonic() + 300
+        while not (sim.home / ".mistralctl" / "deployments" / "twice" / "lock.by").exists():
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         second = sim.run([*place.up, "--name", "twice"], check=False)
         assert second.returncode == 5
         assert "is being brought up or down already" in second.stderr
@@ -296,7 +300,7 @@ def test_a_mirror_with_figures_is_what_the_first_start_is_verified_by(sim: SimCl
         done = json.loads(sim.run(mirrored, timeout=600).stdout)
         assert (done["source"], done["target"], done["cloud"]) == (source, copy, place.cloud)
         assert sim.instances(place.cloud) == []
-        assert "mistralctl-canary.json" in sim.run(["mistralctl", "weights", "ls", copy], timeout=120).stdout
+        assert "mistralctl-canary.json" in sim.run(["mistralctl", "weights", "ls", copy], timeout=600).stdout
         words = ["mistralctl", "up", copy, "--cloud", place.cloud, "--name", "figured", "--dtype", "float32", "-o", "json"]
         canary = json.loads(sim.run(words, timeout=600).stdout)["canary"]
         print("canary:", canary)

@@ -142,7 +142,9 @@ def test_a_lost_tunnel_comes_back_by_itself_and_by_hand(sim: SimCloud, served: d
         time.sleep(0.3)
     sim.run(["mistralctl", "chat", "served", "-m", "Hello"])
     sim.run(["pkill", "-f", "mistralctl.runtime.tunnel"])
-    time.sleep(1)
+    deadline = time.monotonic() + 300
+    while "8000" in sim.run(["ss", "-ltn"]).stdout and time.monotonic() < deadline:
+        time.sleep(0.3)
     [one] = json.loads(sim.run(["mistralctl", "status", "served", "-o", "json"]).stdout)["items"]
     assert "mistralctl connect served" in one["why"]
     assert served["base_url"] in sim.run(["mistralctl", "connect", "served"]).stdout

@@ -78,7 +78,7 @@ def follow_keys(cli: Cli, s3: Any, url: str) -> None:
     """Keys come to a running server by the bucket alone; what is wrong there keeps those in force, and `status` says it."""
 
     def asks(key: str) -> int:
-        return httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=60).status_code
+        return httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=300).status_code
 
     def within_seconds(wanted: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300  # it says 5; this machine may be busy
