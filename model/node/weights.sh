@@ -16,12 +16,17 @@ ready_for_cloud() { # what a node of this cloud needs first: clouds/CLOUD.sh, if
   [ ! -e "$here/clouds/$cloud.sh" ] || bash "$here/clouds/$cloud.sh"
 }
 
+install_uv() {
+  python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet --require-hashes --requirement "$here/uv.txt"
+}
+
 find_uv() {
   local candidate
-  for candidate in uv "$HOME/.local/bin/uv" "$node_dir/envs/uv/bin/uv"; do
+  for candidate in uv "$HOME/.local/bin/uv"; do
     if command -v "$candidate" > /dev/null; then command -v "$candidate"; return; fi
   done
-  { python3 -m venv "$node_dir/envs/uv" && "$node_dir/envs/uv/bin/pip" install --quiet --require-hashes --requirement "$here/uv.txt"; } 1>&2
+  mkdir -p "$node_dir/envs"
+  once "$node_dir/envs/uv" install_uv 1>&2 || return # another set-up may be installing it
   echo "$node_dir/envs/uv/bin/uv"
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -259,6 +261,30 @@ def test_a_set_up_waits_for_the_one_before_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "node" / "run" / "mistral" / "site").is_dir()
     other.wait(300)
+
+
+def test_a_uv_that_another_set_up_installs_is_waited_for(tmp_path: Path) -> None:
+    """Two first deployments of this machine at once: the second took a program that was half there."""
+    (tmp_path / "bin").mkdir()
+    pip = 'd=$(dirname "$0"); echo "#!/bin/bash" > "$d/uv"; chmod +x "$d/uv"; until [ -e GO ]; do sleep 0.05; done; echo "echo whole" >> "$d/uv"'
+    (tmp_path / "pip").write_text("#!/bin/bash\n" + pip.replace("GO", f"{tmp_path}/go"))
+    (tmp_path / "pip").chmod(0o755)
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/bash\nmkdir -p "$3/bin"; cp {tmp_path}/pip "$3/bin/pip"\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    script = f'here={NODE} node_dir={tmp_path}/node; . "$here/once.sh"; . "$here/weights.sh"; "$(find_uv)"'
+    uv = tmp_path / "node" / "envs" / "uv" / "bin" / "uv"
+    (tmp_path / "node" / "envs").mkdir(parents=True)
+    both = []
+    for _ in range(2):
+        environ = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+        both.append(subprocess.Popen(["bash", "-c", script], env=environ, stdout=subprocess.PIPE))
+        while not uv.exists():
+            assert both[0].poll() is None
+            time.sleep(0.02)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        both[1].wait(1)
+    (tmp_path / "go").touch()
+    assert [one.communicate(timeout=300)[0] for one in both] == [b"whole\n", b"whole\n"]
 
 
 @pytest.mark.parametrize(
