@@ -15,6 +15,7 @@ from checkpoints import difference_behind, hugging_face, largest_difference, log
 from engines import engine, generated, prompt_logprobs, run
 from mistral_node import weights
 from mistral_node.contract import Code, LaunchError
+from nodes import launched
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 # The package itself imports a command line tool that nobody needs here.
@@ -80,6 +81,27 @@ def test_transformers_loads_the_conversion_too(folder: Path, transformers_model:
     ids = AutoTokenizer.from_pretrained(folder)("The capital of France is")["input_ids"]
     difference = log_probabilities(hugging_face(folder), ids) - log_probabilities(transformers_model, ids)
     measured("SmolLM2, our conversion against transformers' own", float(difference.abs().max()), 1e-5)
+
+
+def test_the_reference_serves_the_conversion_and_chats_by_its_template(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (tmp_path / "weights").mkdir()
+    shutil.copytree(folder, tmp_path / "weights" / "tiny")
+    options = {"ENGINE": "reference", "TOKENIZER_MODE": "hf", "SLIDING_WINDOW": "", "MAX_MODEL_LEN": "1024"}
+    with launched(tmp_path, **options) as launcher:
+        launcher.until("ready")
+        chat = [{"role": "user", "content": QUESTIONS[0]}]
+        body = {"model": "tiny", "messages": chat, "temperature": 0, "max_tokens": 20, "logprobs": True}
+        answer = launcher.json("/v1/chat/completions", body)
+        [choice] = answer["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("The capital of France is Paris.", "stop")
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert answer["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 8, "total_tokens": len(prompt) + 8}
+        names = [one["token"] for one in choice["logprobs"]["content"]]
+        assert names == ["The", " capital", " of", " France", " is", " Paris", ".", "<|im_end|>"]
+        streamed = launcher.ask("/v1/chat/completions", body | {"logprobs": False, "stream": True})[1].decode()
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in streamed.splitlines() if line.startswith("data: {")]
+        assert "".join(delta["content"] for delta in deltas) == choice["message"]["content"]
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(100), b"not a model at all"])
