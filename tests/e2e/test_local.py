@@ -270,7 +270,7 @@ def test_a_changed_model_replaces_the_server_on_the_same_port_and_down_leaves_no
     assert cli.json("status", "life")[0]["state"] == "down"
 
 
-def test_an_adapter_is_replaced_by_one_that_is_there_and_right_and_by_no_other(cli: Cli, tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_beside_its_base_and_replaced_by_one_that_is_there_and_right(cli: Cli, tmp_path: Path) -> None:
     weights = state.home() / "node" / "weights"
     folder = tiny.write(tmp_path / "tiny", next(path for path in weights.glob("smollm2-135m-instruct-*.hf2")))
     adapter = tiny.adapter(tmp_path / "sql", 1)
@@ -286,6 +286,14 @@ def test_an_adapter_is_replaced_by_one_that_is_there_and_right_and_by_no_other(c
     first = launcher()
     assert first["adapters"]["sql"]["state"] == "answers"
     assert cli.json(*command, f"sql={adapter}")["action"] == "unchanged"
+    evaluate = ("eval", "adapted", "--tasks", "hellaswag_100", "--limit", "2")
+    base, tuned = cli.json(*evaluate), cli.json(*evaluate, "--model", "sql")
+    assert (base["requests"]["asked"], tuned["requests"]["asked"], tuned["model"]) == (8, 8, "sql")
+    beside = cli.json("eval", "--compare", "adapted", "adapted/sql")
+    assert (beside["second"], [row["paired"] for row in beside["rows"]]) == ("adapted/sql", [True, True])
+    served, deadline = first["requests"]["served"] + 20, time.monotonic() + 60
+    while (first := launcher())["requests"]["served"] < served:
+        assert time.monotonic() < deadline
 
     # An adapter of the same name that is not there, not even at the node's set-up, leaves the server as it was.
     cli.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
@@ -304,6 +312,8 @@ def test_an_adapter_is_replaced_by_one_that_is_there_and_right_and_by_no_other(c
     assert again["action"] == "replaced"
     assert launcher()["pid"] != first["pid"]
     assert launcher()["adapters"]["sql"]["max_difference"] != first["adapters"]["sql"]["max_difference"]
+    asked = [cli.json(*evaluate, *more)["requests"]["asked"] for more in ((), ("--model", "sql"))]
+    assert asked == [0, 8]  # of the base, which stayed, and of the adapter, which is another one
     assert "sql" in [model.id for model in openai.OpenAI(
         base_url=again["base_url"], api_key=cli.json("env", "adapted")["api_key"]).models.list()]  # fmt: skip
 
