@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,5 +39,17 @@ def served(weights: Path) -> Iterator[Launcher]:
     from nodes import launched
 
     with launched(weights, TOKENIZER_MODE="hf", CHAT_TEMPLATE="none", MAX_MODEL_LEN=str(CONTEXT)) as launcher:
+        launcher.until("ready")
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def by_reference(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """The same model, computed by the other engine."""
+    from nodes import launched
+
+    node = tmp_path_factory.mktemp("reference")
+    shutil.copytree(weights / "weights", node / "weights")
+    with launched(node, ENGINE="reference", TOKENIZER_MODE="hf", CHAT_TEMPLATE="none", MAX_MODEL_LEN=str(CONTEXT)) as launcher:
         launcher.until("ready")
         yield launcher

@@ -121,6 +121,23 @@ def test_scores_are_those_of_transformers(served: Launcher, weights: Path, tmp_p
     assert rolled == pytest.approx(scored([1], encode(text, add_special_tokens=False)), abs=1e-3)
 
 
+def test_every_engine_is_worth_the_same(served: Launcher, by_reference: Launcher, weights: Path, tmp_path: Path) -> None:
+    found = []
+    for number, engine in enumerate((served, by_reference)):
+        (tmp_path / str(number)).mkdir()
+        with model(engine, weights, tmp_path / str(number)) as (own, endpoint):
+            run.check_tokens(endpoint, own._tokens)
+            found.append((run.harness(own, [LETTERS], 8), run.harness(own, run.configs(["hellaswag_100", "gsm8k_cot_100"]), 2)))
+    for one, other in zip(*found, strict=True):
+        assert one["results"] == other["results"]
+        for (task, _, wanted), (_, _, answers) in zip(samples(one), samples(other), strict=True):
+            if task == "gsm8k_cot_100":
+                assert wanted == answers
+            else:
+                assert [value for [(value, _)] in answers] == pytest.approx([value for [(value, _)] in wanted], abs=1e-4)
+                assert [best for [(_, best)] in answers] == [best for [(_, best)] in wanted]
+
+
 def job(served: Launcher, weights: Path, path: Path, **changed: Any) -> Job:
     given = {
         "address": address(served), "identity": {"weights": "tiny", "revision": "1"}, "tokenizer": weights / "weights" / "tiny", "mode": "hf",

@@ -70,7 +70,16 @@ def check_tokens(endpoint: Endpoint, encoder: Tokens) -> None:
     """EvaluateError unless the server makes the same tokens of a text as the tokenizer here, BOS and all."""
     bodies = [{"prompt": text, "max_tokens": 1, "temperature": 0, "return_token_ids": True} for text in PROBES]
     served: dict[int, list[int]] = {}
-    endpoint.ask(bodies, lambda number, answer: served.update({number: list(answer["choices"][0]["prompt_token_ids"])}))
+
+    def heard(number: int, answer: Any) -> None:
+        try:
+            served[number] = list(answer["choices"][0]["prompt_token_ids"])
+        except (LookupError, TypeError):
+            raise EvaluateError(
+                "the server does not say which tokens it makes of a prompt; bring it up with --engine vllm"
+            ) from None
+
+    endpoint.ask(bodies, heard)
     for number, text in enumerate(PROBES):
         if served[number] != encoder.encode(text):
             raise EvaluateError(
