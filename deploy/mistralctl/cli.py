@@ -284,7 +284,7 @@ def env(
     if output is Form.text:
         typer.echo(shells.lines(client.variables, shell))
     else:
-        say(client, output, "")
+        say(client, output)
 
 
 @app.command(epilog='Examples: mistralctl chat mistral -m "Why is the sky blue?"; mistralctl chat mistral')

@@ -150,3 +150,10 @@ def test_details_of_an_error_are_lines() -> None:
         "version": 1,
         "error": {"code": 8, "message": "no cloud gave a machine", "details": "  us-east-1a  capacity"},
     }
+
+
+def test_env_prints_its_document(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    client = env.Client("mine", "http://127.0.0.1:8000/v1", "key", "tiny", chat=True)
+    monkeypatch.setattr(env, "run", lambda name: client)
+    typer.main.get_command(cli.app).main(["env", "mine", "-o", "json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == {"version": 1, **dataclasses.asdict(client)}
