@@ -85,4 +85,4 @@ def hub(stores: dict[str, places.Place]) -> hubs.Hub:
 @pytest.fixture
 def patience() -> Patience:
     """Short enough for tests; the same limits otherwise."""
-    return Patience(connect=2.0, stall=0.5, least_bytes=1024, tries=4, first_wait=0.01, longest_wait=0.05, lock=20.0)
+    return Patience(connect=2.0, stall=0.5, least_bytes=1024, tries=4, first_wait=0.01, longest_wait=0.05, lock=300.0)

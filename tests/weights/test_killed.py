@@ -63,9 +63,15 @@ def test_no_damage_of_a_journal_is_believed(stores: dict[str, Place], tmp_path: 
     files, uri, dice = sets.a_set(shard=100 * sets.KIB), stores["hf"].new(), random.Random(5)
     stores["hf"].put(uri, files)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    request = Pull(uri, tmp_path / "set", range_bytes=32 * sets.KIB, connections=1, patience=replace(patience, tries=1))
+    request = Pull(
+        uri,
+        tmp_path / "set",
+        range_bytes=32 * sets.KIB,
+        connections=1,
+        patience=replace(patience, connect=300.0, stall=300.0, tries=1),
+    )
     stores["hf"].proxy.plan("500", after=8)
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="500"):
         pull(request)
     partial = tmp_path / ".set.partial"
     lines = (partial / "journal.jsonl").read_bytes().splitlines(keepends=True)

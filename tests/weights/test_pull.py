@@ -202,7 +202,13 @@ def test_an_object_that_changes_between_two_runs_starts_again(
     place = stores[kind]
     old, new, uri = sets.a_set(1), sets.a_set(2), place.new()
     place.put(uri, old)
-    request = Pull(uri, tmp_path / "set", range_bytes=64 * sets.KIB, connections=2, patience=replace(patience, tries=1))
+    request = Pull(
+        uri,
+        tmp_path / "set",
+        range_bytes=64 * sets.KIB,
+        connections=2,
+        patience=replace(patience, tries=1, connect=300.0, stall=300.0),
+    )
     place.proxy.plan("500", after=30)
     with pytest.raises(WeightsError):
         pull(request)
