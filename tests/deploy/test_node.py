@@ -275,15 +275,17 @@ def test_a_uv_that_another_set_up_installs_is_waited_for(tmp_path: Path) -> None
     uv = tmp_path / "node" / "envs" / "uv" / "bin" / "uv"
     (tmp_path / "node" / "envs").mkdir(parents=True)
     both = []
-    for _ in range(2):
-        environ = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
-        both.append(subprocess.Popen(["bash", "-c", script], env=environ, stdout=subprocess.PIPE))
-        while not uv.exists():
-            assert both[0].poll() is None
-            time.sleep(0.02)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        both[1].wait(1)
-    (tmp_path / "go").touch()
+    try:
+        for _ in range(2):
+            environ = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+            both.append(subprocess.Popen(["bash", "-c", script], env=environ, stdout=subprocess.PIPE))
+            while not uv.exists():
+                assert both[0].poll() is None
+                time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            both[1].wait(1)
+    finally:
+        (tmp_path / "go").touch()
     assert [one.communicate(timeout=300)[0] for one in both] == [b"whole\n", b"whole\n"]
 
 
