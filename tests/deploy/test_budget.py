@@ -130,7 +130,8 @@ def test_no_life_is_extended_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) 
     budget = {"usd": 1.0, "price": 0.5, "paid_from": now - 3600, "ends_at": now + 3600}
     monkeypatch.setattr(extend, "_launcher", lambda record: {"state": "ready", "ends_at": now + 1800, "budget": budget})
     with pytest.raises(
-        UserError, match=r"^m: its budget of 1\.00 USD is spent before that; give it more with mistralctl up --budget$"
+        UserError,
+        match=r"^m: its budget of 1\.00 USD is spent before that; give it more: mistralctl up .* --cloud \w+ --budget USD$",
     ):
         extend._extend(budgeted(state="up"), "2h", 120)
 
