@@ -64,7 +64,7 @@ def test_every_npm_package_is_locked_with_its_integrity() -> None:
 def test_the_pins_are_used_where_something_is_installed(file: str, command: str) -> None:
     text = Path(ROOT / file).read_text("utf-8")
     assert command in text
-    installs = re.findall(r"(?:UV\)|uv\"|/pip\"|/pip) (?:pip )?install[^\n]*", text)
+    installs = re.findall(r"(?:UV\)|uv\"|/pip\"|/pip) (?:pip )?install\s[^\n]*", text)
     ours = [line for line in installs if not re.search("--verify-hashes|--require-hashes|--no-deps|options", line)]
     assert ours == []
 
