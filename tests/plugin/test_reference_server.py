@@ -149,6 +149,23 @@ def test_a_client_that_leaves_ends_its_request(batch: Batch, folder: Path, strea
     assert [len(cache.pool) for cache in batch.engine.caches] == batch.blocks  # nothing is held for who left
 
 
+def test_a_loop_that_ends_while_a_request_runs_ends_no_server(batch: Batch, folder: Path) -> None:
+    wanted = contract.read(variables(Path("/none"), ENGINE="reference"))
+    served = server.Served(wanted, batch, tokens.opened(folder, "mistral"), (2,), {})
+
+    async def begin() -> Asked:
+        body = server.Completion(prompt="Once", max_tokens=2000, temperature=0, ignore_eos=True)
+        [answer] = served.answers(body, asyncio.Queue())
+        return answer.asked
+
+    asked = asyncio.run(begin())  # as at the end of a server, whose last requests are cut off
+    after = Reader(batch, [1, 2, 3], 1)
+    batch.ask([after.asked])
+    after.tokens()
+    assert asked.gone
+    assert batch.is_alive()
+
+
 def asked_over_http(served: server.Served, body: dict[str, Any]) -> tuple[int, Any]:
     """Status and body of the answer to a completion."""
 

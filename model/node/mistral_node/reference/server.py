@@ -241,7 +241,10 @@ class Served:
                 made = Answer(asked, body, tokens.Text(self.tokens.decode, prompt))
 
                 def told(piece: Piece, made: Answer = made) -> None:
-                    loop.call_soon_threadsafe(tell.put_nowait, (made, piece))
+                    try:
+                        loop.call_soon_threadsafe(tell.put_nowait, (made, piece))
+                    except RuntimeError:  # the loop has ended, as at the end of the server, and nobody waits any more
+                        made.asked.gone = True
 
                 asked.tell = told
                 found.append(made)
