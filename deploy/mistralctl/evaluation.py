@@ -26,9 +26,10 @@ from mistralctl.tasks import digest
 sys.path.insert(0, str(package_dir("model") / "evaluate"))
 
 from mistral_evaluate.job import Address, Job
+from mistral_evaluate.results import Value
 from mistral_evaluate.suites import SUITES, TASKS
 
-__all__ = ["SUITES", "Address", "Job"]
+__all__ = ["SUITES", "Address", "Job", "Value"]
 
 SCHEMA = 1
 FOLDER, JOURNAL, LOG = "evaluations", "journal.jsonl", "eval.log"
@@ -44,25 +45,6 @@ PASSED_ON = (
     "SSL_CERT_FILE",
     "XDG_CACHE_HOME",
 )
-
-
-@dataclass(frozen=True)
-class Value:
-    """A metric of a task: `low` and `high` bound its 95 % interval, None where there is none; `items` are (hash of an item, its score)."""
-
-    task: str
-    area: str
-    metric: str
-    value: float
-    stderr: float | None
-    low: float | None
-    high: float | None
-    n: int
-    shots: int
-    version: str
-    higher_is_better: bool
-    source: str
-    items: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
