@@ -15,7 +15,7 @@ from mistral_weights.objects import open_object
 CHATS = b'{"messages": []}\n' * 1000
 
 
-@pytest.fixture(params=["file", "s3", "gs", "az"])
+@pytest.fixture(params=["file", *(pytest.param(kind, marks=pytest.mark.servers) for kind in ("s3", "gs", "az"))])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where chats lie, beside a file that is not asked for."""
     if request.param == "file":

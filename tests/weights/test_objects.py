@@ -23,7 +23,7 @@ from mistral_weights.objects import open_object
 from mistral_weights.patience import Patience
 
 
-@pytest.fixture(params=objects.SCHEMES)
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.servers] * (kind != "file")) for kind in objects.SCHEMES])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where an object of each kind may lie, of which nothing is there yet."""
     if request.param == "file":

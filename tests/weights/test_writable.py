@@ -15,7 +15,7 @@ from mistral_weights.seal import seal
 from mistral_weights.writable import may_write, strangers
 
 
-@pytest.fixture(params=["file", "s3", "gs", "az"])
+@pytest.fixture(params=["file", *(pytest.param(kind, marks=pytest.mark.servers) for kind in ("s3", "gs", "az"))])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place that is empty yet."""
     if request.param == "file":
